@@ -1,0 +1,179 @@
+"""What blocks cost in a scenario, and the totals of a whole model. Every number is defined in docs/numbers.md."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """How the model will be served, the batch size left open."""
+
+    engine: str
+    device: str
+    dtype: str
+    prompt_tokens: int
+    generated_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.generated_tokens
+
+    def __str__(self) -> str:
+        return (
+            f"{self.engine}, {self.device}, {self.dtype}, prompt {self.prompt_tokens}, generate {self.generated_tokens}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Costs that add up over the parts of a model; the times are those of one batch size."""
+
+    params: int = 0
+    weight_bytes: int = 0
+    kv_bytes_per_sequence: int = 0
+    """At the scenario's full length, prompt and generated tokens together."""
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    """One decode step of the whole batch, at the scenario's middle context length."""
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            params=self.params + other.params,
+            weight_bytes=self.weight_bytes + other.weight_bytes,
+            kv_bytes_per_sequence=self.kv_bytes_per_sequence + other.kv_bytes_per_sequence,
+            prefill_ms=self.prefill_ms + other.prefill_ms,
+            decode_ms=self.decode_ms + other.decode_ms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """A whole model in a scenario at one batch size."""
+
+    batch_size: int
+    generated_tokens: int
+    cost: Cost
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, and the KV cache of a full batch at full length; the engine's workspace not counted."""
+        return self.cost.weight_bytes + self.batch_size * self.cost.kv_bytes_per_sequence
+
+    @property
+    def request_ms(self) -> float:
+        """From a batch of prompts to its last token: the prefill gives the first token, decode steps the others."""
+        return self.cost.prefill_ms + (self.generated_tokens - 1) * self.cost.decode_ms
+
+    @property
+    def throughput_tok_s(self) -> float:
+        """Generated tokens per second over the batch, prefill time included, prompt tokens not counted."""
+        return 1e3 * self.batch_size * self.generated_tokens / self.request_ms
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The totals by the names used in targets, tables and reports."""
+        return {
+            "batch_size": self.batch_size,
+            "params": self.cost.params,
+            "weight_bytes": self.cost.weight_bytes,
+            "kv_bytes": self.batch_size * self.cost.kv_bytes_per_sequence,
+            "memory_bytes": self.memory_bytes,
+            "prefill_ms": self.cost.prefill_ms,
+            "decode_ms": self.cost.decode_ms,
+            "request_ms": self.request_ms,
+            "throughput_tok_s": self.throughput_tok_s,
+        }
+
+
+Part = Literal["attention", "ffn", "fixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow:
+    """One variant of one half of one layer at one batch size; or, as `fixed`, what every child has: embeddings, final norm, head
+    and the engine's time per step that belongs to no layer (`layer` is then -1, `variant` empty).
+    """
+
+    layer: int
+    part: Part
+    variant: str
+    batch_size: int
+    params: int
+    weight_bytes: int
+    kv_bytes_per_sequence: int
+    prefill_ms: float
+    decode_ms: float
+    prefill_ms_spread: float = 0.0
+    """Half the distance between the quartiles of the repeated measurements."""
+    decode_ms_spread: float = 0.0
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(
+            params=self.params,
+            weight_bytes=self.weight_bytes,
+            kv_bytes_per_sequence=self.kv_bytes_per_sequence,
+            prefill_ms=self.prefill_ms,
+            decode_ms=self.decode_ms,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Costs of every variant of every layer in one scenario, at each batch size."""
+
+    scenario: Scenario
+    batch_sizes: tuple[int, ...]
+    rows: tuple[CostRow, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    """Engine version, device name, threads: what a figure must be quoted with."""
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[int, str, str, int], CostRow]:
+        return {(row.layer, row.part, row.variant, row.batch_size): row for row in self.rows}
+
+    def fixed(self, batch_size: int) -> Cost:
+        return self._by_key[-1, "fixed", "", batch_size].cost
+
+    def block(self, layer: int, block: str, batch_size: int) -> Cost:
+        """The cost of a composed block such as `kv2+w512`: its halves' added up."""
+        attention, _, ffn = block.partition("+")
+        return (
+            self._by_key[layer, "attention", attention, batch_size].cost
+            + self._by_key[layer, "ffn", ffn, batch_size].cost
+        )
+
+    def totals(self, blocks: Sequence[str], batch_size: int) -> Totals:
+        """The predicted totals of an architecture, one block name a layer."""
+        cost = self.fixed(batch_size)
+        for layer, block in enumerate(blocks):
+            cost = cost + self.block(layer, block, batch_size)
+        return Totals(batch_size=batch_size, generated_tokens=self.scenario.generated_tokens, cost=cost)
+
+    def to_json(self) -> str:
+        return dump_rows(
+            {
+                "scenario": asdict(self.scenario),
+                "batch_sizes": list(self.batch_sizes),
+                "environment": self.environment,
+            },
+            (asdict(row) for row in self.rows),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "CostTable":
+        table = json.loads(text)
+        return cls(
+            scenario=Scenario(**table["scenario"]),
+            batch_sizes=tuple(table["batch_sizes"]),
+            rows=tuple(CostRow(**row) for row in table["rows"]),
+            environment=table["environment"],
+        )
+
+
+def dump_rows(head: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
+    """JSON of `head` with a key `rows`, one line a row, so that a table can be read and compared line by line."""
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n'

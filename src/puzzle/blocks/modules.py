@@ -1,0 +1,44 @@
+"""Modules of single subblocks, and what they weigh.
+
+A subblock as a module is a decoder layer whose other half is `none`, so one implementation serves training, scoring,
+measuring and the child.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from puzzle.blocks.variants import Half, State, Variant
+from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
+
+_NONE = {"kind": "none"}
+_ATTENTION_PREFIXES = ("input_layernorm.", "self_attn.")
+
+
+def build_subblock(
+    variant: Variant, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None, cache_index: int = 0
+) -> PuzzleDecoderLayer:
+    """A decoder layer of this half alone, with the weights of `state` (shared, not copied) or none allocated (`meta`)."""
+    block = {"attention": _NONE, "ffn": _NONE} | {variant.half: variant.module_config()}
+    with torch.device("meta"):
+        layer = PuzzleDecoderLayer(config, block, cache_index)
+    if state is not None:
+        layer.load_state_dict(dict(state), assign=True)
+    return layer.eval()
+
+
+def num_params(variant: Variant, config: PuzzleConfig) -> int:
+    """Parameters of the subblock, its norm and biases included."""
+    return sum(parameter.numel() for parameter in build_subblock(variant, config).parameters())
+
+
+def weight_bytes(variant: Variant, config: PuzzleConfig, dtype: torch.dtype) -> int:
+    """Bytes of those parameters when the model is held in `dtype`."""
+    return num_params(variant, config) * dtype.itemsize
+
+
+def split_state(layer_state: Mapping[str, Tensor], half: Half) -> State:
+    """The tensors of one half out of a whole layer's."""
+    wanted = half == "attention"
+    return {name: tensor for name, tensor in layer_state.items() if name.startswith(_ATTENTION_PREFIXES) == wanted}

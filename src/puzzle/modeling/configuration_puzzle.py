@@ -1,0 +1,71 @@
+"""Configuration of a Puzzle model: a decoder whose layers differ.
+
+This file and `modeling_puzzle.py` travel inside every saved checkpoint, so they import nothing from the `puzzle` package.
+
+`blocks` describes the real stack, one entry a layer. `num_hidden_layers` counts only the layers that keep an attention with
+a KV cache, and `per_layer_config` (their KV heads) is keyed by that count. Engines size their caches by these two, so an
+attention-free layer, even layer 0, needs no special case in `generate` or in vLLM's Transformers backend.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+Block = dict[str, dict[str, Any]]
+"""`{"attention": {"kind": "gqa", "num_key_value_heads": 2}, "ffn": {"kind": "gated", "intermediate_size": 512}}`;
+the other kinds of both are `linear` and `none`."""
+
+
+class PuzzleConfig(PreTrainedConfig):
+    """Everything of the parent's configuration, plus `blocks`.
+
+    `base_model_type` names the family whose attention, MLP, norm and rotary classes the layers are made of.
+    `num_key_value_heads` and `intermediate_size` are the parent's; each block carries its own.
+    """
+
+    model_type = "puzzle"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    base_model_type: str = "llama"
+    blocks: list[dict[str, Any]] | None = None
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.blocks is None:
+            self.blocks = [
+                {
+                    "attention": {"kind": "gqa", "num_key_value_heads": self.num_key_value_heads},
+                    "ffn": {"kind": "gated", "intermediate_size": self.intermediate_size},
+                }
+                for _ in range(self.num_hidden_layers)
+            ]
+        attentions = [block["attention"] for block in self.blocks if block["attention"]["kind"] == "gqa"]
+        self.num_hidden_layers = len(attentions)
+        kwargs["per_layer_config"] = {
+            index: {"num_key_value_heads": attention["num_key_value_heads"]}
+            for index, attention in enumerate(attentions)
+        }
+        super().__post_init__(**kwargs)

@@ -1,0 +1,6 @@
+"""Parents: family adapters and checkpoints on disk."""
+
+from puzzle.parents.base import FamilyAdapter
+from puzzle.parents.parent import ADAPTERS, Parent, finish, open_parent
+
+__all__ = ["ADAPTERS", "FamilyAdapter", "Parent", "finish", "open_parent"]

@@ -1,0 +1,21 @@
+"""The Llama family: Puzzle's own parameter names are Llama's."""
+
+from typing import ClassVar
+
+from transformers import PreTrainedConfig
+
+from puzzle.modeling import PuzzleConfig
+from puzzle.parents.base import FamilyAdapter
+
+_NOT_CARRIED = ("architectures", "model_type", "transformers_version")
+
+
+class LlamaAdapter(FamilyAdapter):
+    model_type: ClassVar[str] = "llama"
+
+    def configure(self, config: PreTrainedConfig) -> PuzzleConfig:
+        fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_CARRIED}
+        return PuzzleConfig(**fields, base_model_type=self.model_type)
+
+    def tensor_name(self, name: str) -> str:
+        return name
