@@ -1,12 +1,29 @@
 """Pico models made on the spot: one thread, float32, CPU."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from puzzle.artefacts import ScoreTable
+from puzzle.blocks import Architecture, BlockVariant, Space
+from puzzle.data import TokenData
+from puzzle.library import Library, Statistics
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.parents import Parent
+from puzzle.pipeline import Pipeline
+from puzzle.recipe import Recipe
+from puzzle.runs import Run, create_folder, open_run
 
 torch.set_num_threads(1)
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def pico_llama(**overrides: object) -> LlamaForCausalLM:
@@ -24,7 +41,30 @@ def pico_llama(**overrides: object) -> LlamaForCausalLM:
         "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(sizes | overrides))).eval()
+    return randomise(LlamaForCausalLM(LlamaConfig(**(sizes | overrides))))
+
+
+def pico_puzzle(*blocks: str, **overrides: object) -> PuzzleForCausalLM:
+    """A random model of these blocks, such as `kv2+w16`, with the sizes of `pico_llama`."""
+    fields = pico_llama(**overrides).config.to_dict()
+    for not_carried in ("model_type", "architectures", "transformers_version"):
+        del fields[not_carried]
+    config = Architecture(tuple(map(BlockVariant.parse, blocks))).configure(PuzzleConfig(**fields))
+    torch.manual_seed(1)
+    return randomise(PuzzleForCausalLM(config))
+
+
+def randomise(model: Model) -> Model:
+    """Norms and biases, which start as ones and zeros, made to matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +73,92 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pico")
     pico_llama().save_pretrained(path)
     return path
+
+
+EOS = "<eos>"
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, and an end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=257, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["some text"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+
+
+def write_pico_text(path: Path) -> None:
+    """Documents of numbers in words: regular enough to have something to learn from."""
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    documents = (" ".join(digits[int(d)] for d in str(number**5)) + "." for number in range(400))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+@pytest.fixture(scope="session")
+def pico_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A whole recipe that takes seconds."""
+    folder = tmp_path_factory.mktemp("pico_parent")
+    pico_llama(vocab_size=257, intermediate_size=64).save_pretrained(folder / "parent")
+    save_byte_tokenizer(folder / "parent")
+    write_pico_text(folder / "text.jsonl")
+    shares = dict.fromkeys(("calibration", "validation", "scoring", "test"), 0.1)
+    return Recipe.model_validate(
+        {
+            "parent": str(folder / "parent"),
+            "data": {"source": str(folder / "text.jsonl"), "sequence_length": 32, **shares},
+            "calibration": {"tokens": 2048},
+            "library": {"tokens": 4096, "batch_size": 8, "validation_tokens": 1024},
+            "score": {"tokens": 512},
+            "scenario": {"batch_sizes": [2], "prompt_tokens": 16, "generated_tokens": 8},
+            "cost": {"repeats": 1},
+            "target": {"parameters": "70%"},
+            "distil": {"tokens": 8192, "learning_rate": 2e-3, "validation_tokens": 512},
+            "evaluate": {"tokens": 1024},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def pico_run(tmp_path_factory: pytest.TempPathFactory, pico_recipe: Recipe) -> Iterator[Run]:
+    """An opened run folder of that recipe; what tests compute in it is there for the tests after them."""
+    folder = tmp_path_factory.mktemp("pico_run") / "run"
+    create_folder(folder, pico_recipe)
+    with open_run(folder) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def pico_pipeline(pico_run: Run) -> Pipeline:
+    return Pipeline(pico_run)
+
+
+@pytest.fixture(scope="session")
+def pico_parent(pico_pipeline: Pipeline) -> Parent:
+    return pico_pipeline.parent
+
+
+@pytest.fixture(scope="session")
+def pico_space(pico_pipeline: Pipeline) -> Space:
+    return pico_pipeline.space
+
+
+@pytest.fixture(scope="session")
+def pico_data(pico_pipeline: Pipeline) -> TokenData:
+    return pico_pipeline.data
+
+
+@pytest.fixture(scope="session")
+def pico_statistics(pico_pipeline: Pipeline) -> Statistics:
+    return pico_pipeline.statistics
+
+
+@pytest.fixture(scope="session")
+def pico_library(pico_pipeline: Pipeline) -> Library:
+    return pico_pipeline.library
+
+
+@pytest.fixture(scope="session")
+def pico_scores(pico_pipeline: Pipeline) -> ScoreTable:
+    return pico_pipeline.scores

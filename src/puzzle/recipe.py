@@ -4,83 +4,128 @@ Everything but `execution` changes results and is part of the addresses of what 
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from puzzle.errors import PuzzleError
+from puzzle.explain import explain
 from puzzle.units import Bytes, Count, CountAmount, Fraction, Milliseconds, Speed
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveCount = Annotated[Count, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[Fraction, Field(gt=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_default(cls, values: Any) -> Any:
+        """A section whose lines are all commented out."""
+        return {} if values is None else values
 
 
 class DataSettings(Section):
     """The text that calibration, training, scoring and tests use."""
 
-    source: str | list[str]
+    source: Text | Annotated[list[Text], Field(min_length=1)]
     """Files or folders (.txt, .py, .md, .jsonl, .parquet), or a Hugging Face dataset, `name:config:split`."""
-    column: str = "text"
+    column: Text = "text"
     """Of jsonl, parquet and datasets: plain text, or a list of messages, which goes through the chat template."""
-    sequence_length: Count = 2048
+    sequence_length: Annotated[Count, Field(ge=2)] = 2048
     """Tokens a sequence."""
-    max_tokens: Count | None = None
+    max_tokens: PositiveCount | None = None
     """Stop tokenising after so many."""
-    calibration: Fraction = 0.05
-    """Shares of the text, by document. What is left is for training."""
-    validation: Fraction = 0.03
-    scoring: Fraction = 0.03
-    test: Fraction = 0.04
+    calibration: Share = 0.05
+    """Share of the text, by document, for statistics. What the four shares leave is for training."""
+    validation: Share = 0.03
+    """Share on which training is judged."""
+    scoring: Share = 0.03
+    """Share on which blocks are scored."""
+    test: Share = 0.04
+    """Share that only the final comparison sees."""
+
+    @model_validator(mode="after")
+    def _leave_text_for_training(self) -> Self:
+        total = self.calibration + self.validation + self.scoring + self.test
+        if total >= 1:
+            raise ValueError(
+                f"calibration, validation, scoring and test add up to {total:.4g}, which leaves no text for training; "
+                "keep their sum below 1"
+            )
+        return self
 
 
 class SpaceSettings(Section):
     """Which alternatives are built. Sizes left out are derived from the model."""
 
-    kv_heads: list[int] | None = None
+    kv_heads: list[PositiveInt] | None = None
     """Numbers of KV heads below the parent's; default: halvings."""
-    ffn_widths: list[int] | None = None
+    ffn_widths: list[PositiveInt] | None = None
     """Intermediate sizes below the parent's; default: 87, 75, 50, 25, 20 and 10 %, rounded."""
     attention: list[Literal["linear", "none"]] = ["linear", "none"]
+    """Replacements of the whole attention."""
     ffn: list[Literal["linear", "none"]] = ["linear", "none"]
+    """Replacements of the whole FFN."""
 
 
 class CalibrationSettings(Section):
     """Statistics of the parent's activations that variants start from."""
 
-    tokens: Count = 500_000
+    tokens: PositiveCount = 500_000
+    """Tokens the parent reads for them."""
 
 
 class LibrarySettings(Section):
     """Blockwise local distillation (BLD) of every variant."""
 
-    tokens: Count = 1_000_000
-    learning_rate: float = 1e-3
-    batch_size: int = 8
+    tokens: PositiveCount = 1_000_000
+    """Training tokens, the same for all variants."""
+    learning_rate: PositiveFloat = 1e-3
+    """Highest rate of the schedule."""
+    batch_size: PositiveInt = 8
     """Sequences a step."""
-    validation_tokens: Count = 32_768
+    validation_tokens: PositiveCount = 32_768
+    """Held-out tokens on which the better of start and end is chosen."""
 
 
 class ScoreSettings(Section):
     """Replace-1-block scores."""
 
-    tokens: Count = 65_536
+    tokens: PositiveCount = 65_536
+    """Tokens on which every block is scored."""
 
 
 class ScenarioSettings(Section):
     """How the model will be served."""
 
     engine: Literal["torch"] = "torch"
+    """What runs the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch_sizes: list[int] = [1]
+    """In which it is served."""
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
     """Batch sizes the search may choose from."""
-    prompt_tokens: int = 1024
-    generated_tokens: int = 256
+    prompt_tokens: PositiveCount = 1024
+    """Tokens of every prompt."""
+    generated_tokens: PositiveCount = 256
+    """Tokens of every answer."""
 
 
 class CostSettings(Section):
     """How costs are measured."""
 
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Interleaved rounds over all variants."""
 
 
@@ -94,36 +139,56 @@ class TargetSettings(Section):
     latency: Milliseconds | None = None
     """At most: a whole request."""
     time_to_first_token: Milliseconds | None = None
+    """At most: the prefill."""
     time_per_output_token: Milliseconds | None = None
+    """At most: one decode step."""
     parameters: CountAmount | None = None
+    """At most: parameters of the whole model."""
 
 
 class SearchSettings(Section):
     """The mixed-integer program."""
 
-    gap: float = 1e-6
+    gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     """Relative gap at which a solution counts as optimal."""
-    time_limit_s: float = 60.0
+    time_limit_s: PositiveFloat = 60.0
+    """Seconds after which the best solution so far is taken, for each batch size."""
 
 
 class DistilSettings(Section):
     """Global knowledge distillation (GKD) of the child."""
 
-    tokens: Count = 10_000_000
-    learning_rate: float = 3e-4
-    batch_size: int = 8
-    warmup: Fraction = 0.05
+    tokens: PositiveCount = 10_000_000
+    """Training tokens."""
+    learning_rate: PositiveFloat = 3e-4
+    """Highest rate of the schedule."""
+    batch_size: PositiveInt = 8
+    """Sequences a step."""
+    warmup: Annotated[Fraction, Field(ge=0, lt=1)] = 0.05
     """Share of the steps."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    cosine_weight: float = 1.0
-    kl_weight: float = 1.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to it."""
+    cosine_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the cosine distance between hidden states, layer by layer."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the KL divergence between next-token distributions."""
+    validation_tokens: PositiveCount = 32_768
+    """Held-out text of each point of the curve."""
+
+    @model_validator(mode="after")
+    def _have_a_loss(self) -> Self:
+        if self.cosine_weight == self.kl_weight == 0:
+            raise ValueError("cosine_weight and kl_weight are both 0, so nothing would be learned; raise one")
+        return self
 
 
 class EvaluateSettings(Section):
     """The final comparison on test text."""
 
-    tokens: Count = 131_072
+    tokens: PositiveCount = 131_072
+    """Test tokens that every model reads."""
     uniform_baseline: bool = True
     """Also build, distil and measure a uniform child of the same speed."""
 
@@ -131,14 +196,16 @@ class EvaluateSettings(Section):
 class ExecutionSettings(Section):
     """Where and how to execute; changes no result and is never hashed."""
 
-    device: str = "auto"
-    threads: int | None = None
+    device: Text = "auto"
+    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
+    threads: PositiveInt | None = None
+    """CPU threads; default: torch's own choice."""
 
 
 class Recipe(Section):
-    """A complete recipe."""
+    """A complete recipe. Paths in it are relative to where the command is run."""
 
-    parent: str
+    parent: Text
     """Folder of a Hugging Face checkpoint, or a hub name."""
     data: DataSettings
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -153,25 +220,85 @@ class Recipe(Section):
     search: SearchSettings = SearchSettings()
     distil: DistilSettings = DistilSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-    seed: int = 0
-    execution: ExecutionSettings = Field(default=ExecutionSettings())
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of everything random."""
+    execution: ExecutionSettings = ExecutionSettings()
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":
-        """The recipe in a YAML file, with `overrides` (`{"target.throughput": "2x"}`) put in before it is validated."""
-        import yaml
+        """The recipe in a YAML file, with `overrides` (`{"target.throughput": "2x"}`) put in before it is validated.
 
-        raw = yaml.safe_load(path.read_text())
+        Raises:
+            PuzzleError: the file is missing, is no YAML, or a setting in it is wrong; in one line.
+        """
+        values = _load(path)
         for key, value in (overrides or {}).items():
-            *sections, name = key.split(".")
-            place = raw
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[name] = value
-        return cls.model_validate(raw)
+            _override(values, key, value)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise PuzzleError(f"{path}: {explain(error, cls)}") from None
 
     def to_yaml(self) -> str:
         """What was given, defaults left out."""
-        import yaml
-
         return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`["target.throughput=2x"]` to `{"target.throughput": "2x"}`; values are YAML."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise PuzzleError(f"--set {assignment}: expected key=value, such as target.throughput=2x")
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PuzzleError(f"--set {assignment}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
+    return overrides
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise PuzzleError(f"{path} is a folder, not a recipe; name a file, such as {path / 'recipe.yaml'}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise PuzzleError(f"recipe {path} does not exist; `puzzle init MODEL --out {path}` writes one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PuzzleError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds {type(values).__name__}, not settings"
+        raise PuzzleError(f"{path} {found}; `puzzle init MODEL` shows what a recipe looks like")
+    return values
+
+
+def _yaml_problem(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error).splitlines()[0]
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    place = values
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise PuzzleError(f"--set {key}: {section} is a setting itself, it has none under it")
+    place[name] = value

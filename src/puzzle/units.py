@@ -1,12 +1,13 @@
-"""Quantities as people write them: `24GB`, `2x`, `80%`, `200ms`, `1.5M`."""
+"""Quantities as people write them (`24GB`, `2x`, `80%`, `200ms`, `1.5M`) and as they like to read them."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer
 
-_NUMBER = r"\s*([0-9]+(?:[._0-9]*)(?:e[+-]?[0-9]+)?)\s*"
+_NUMBER = r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*"
 _BYTES: dict[str, float] = {
     "B": 1,
     "kB": 1e3,
@@ -17,11 +18,12 @@ _BYTES: dict[str, float] = {
     "KiB": 2**10,
     "MiB": 2**20,
     "GiB": 2**30,
+    "TiB": 2**40,
 }
-_BYTES |= {"TiB": 2**40}
 _MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4, "h": 3.6e6}
 _COUNTS: dict[str, float] = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SPEEDS: dict[str, float] = {"": 1, "tok/s": 1}
+_RELATIVE = {"x": 1.0, "%": 0.01}
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,39 @@ class Amount:
         return self.value * parent_value if self.relative else self.value
 
 
-def _parse(text: object, units: dict[str, float], example: str) -> float:
-    if isinstance(text, bool) or not isinstance(text, int | float | str):
-        raise ValueError(f"expected a number such as {example}, found {text!r}")
-    match = re.fullmatch(_NUMBER + "([A-Za-z/%]*)", str(text))
-    if match is None or match[2] not in units:
-        raise ValueError(f"expected a number such as {example}, found {text!r}")
-    return float(match[1].replace("_", "")) * units[match[2]]
+def _parse(text: object, units: dict[str, float], example: str) -> tuple[float, str, str]:
+    """The number as it was written, its unit, and the two multiplied."""
+    if not isinstance(text, bool) and isinstance(text, int | float | str):
+        match = re.fullmatch(_NUMBER + r"([A-Za-z/%]*)\s*", str(text))
+        if match is not None and match[2] in units:
+            number = float(match[1].replace("_", ""))
+            value = number * units[match[2]]
+            if math.isfinite(value):
+                return value, f"{number:.12g}", match[2]
+    raise ValueError(f"expected a number such as {example}, found {text!r}")
 
 
 def parse_count(text: object) -> int:
     """`4096`, `512k`, `1.5M`, `2G` to a whole number."""
-    return round(_parse(text, _COUNTS, "512k or 1.5M"))
+    value = _parse(text, _COUNTS, "512k or 1.5M")[0]
+    if not math.isclose(value, round(value), abs_tol=0.0):
+        raise ValueError(f"expected a whole number such as 512k or 1.5M, found {text!r}")
+    return round(value)
 
 
 def parse_fraction(text: object) -> float:
     """`80%` or `0.8` to 0.8."""
-    return _parse(text, {"%": 0.01, "": 1.0}, "80% or 0.8")
+    return _parse(text, {"%": 0.01, "": 1.0}, "80% or 0.8")[0]
 
 
 def _parse_amount(units: dict[str, float], example: str) -> Any:
     def parse(text: object) -> Amount:
         if isinstance(text, Amount):
             return text
-        if match := re.fullmatch(_NUMBER + "(x|%)", str(text)):
-            return Amount(float(match[1]) * (0.01 if match[2] == "%" else 1.0), True, str(text))
-        value = _parse(text, units, f"{example}, or 2x or 80% of the parent's")
-        return Amount(value, False, str(text))
+        value, number, unit = _parse(text, units | _RELATIVE, f"{example}, or 2x or 80% of the parent's")
+        if value <= 0:
+            raise ValueError(f"expected more than nothing, such as {example}, found {text!r}")
+        return Amount(value, unit in _RELATIVE, number + unit)
 
     return parse
 
@@ -80,3 +88,22 @@ Speed = _amount_type(_SPEEDS, "5500")
 CountAmount = _amount_type(_COUNTS, "7B")
 Count = Annotated[int, BeforeValidator(parse_count)]
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
+
+
+def format_bytes(count: float) -> str:
+    """`24.0 GB`, in powers of 1000 as disks and engines are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """`9 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -92,8 +92,10 @@ Part = Literal["attention", "ffn", "fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """One variant of one half of one layer at one batch size; or, as `fixed`, what every child has: embeddings, final norm, head
-    and the engine's time per step that belongs to no layer (`layer` is then -1, `variant` empty).
+    """One variant of one half of one layer at one batch size.
+
+    Or, as `fixed`, what every child has: embeddings, final norm, head, and the engine's time per step that belongs to
+    no layer; `layer` is then -1 and `variant` empty.
     """
 
     layer: int

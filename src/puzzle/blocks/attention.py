@@ -29,11 +29,12 @@ class GroupedQuery(Variant):
     def initialise(self, parent: ParentSubblock) -> State:
         """Mean of the K and V projections of the heads that become one (Ainslie et al. 2023, paper appendix A)."""
         assert isinstance(parent.variant, GroupedQuery)
+        assert parent.variant.num_kv_heads % self.num_kv_heads == 0
         state = dict(parent.state)
         if parent.variant == self:
             return state
         for name in _kv_tensors(state):
-            state[name] = _merge_heads(state[name], parent.variant.num_kv_heads, self.num_kv_heads)
+            state[name] = merge_heads(state[name], parent.variant.num_kv_heads, self.num_kv_heads)
         return state
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
@@ -65,6 +66,8 @@ class LinearAttention(Variant):
         return {"kind": self.kind}
 
     def initialise(self, parent: ParentSubblock) -> State:
+        if parent.variant == self:
+            return dict(parent.state)
         norm = {name: tensor for name, tensor in parent.state.items() if name.startswith("input_layernorm.")}
         dtype = next(iter(parent.state.values())).dtype
         return norm | ridge(parent.statistics, "self_attn.linear_attn", bias=parent.config.attention_bias, dtype=dtype)
@@ -93,7 +96,7 @@ def _kv_tensors(state: State) -> set[str]:
     return {name for name in state if name.split(".")[1] in ("k_proj", "v_proj")}
 
 
-def _merge_heads(tensor: Tensor, old_heads: int, new_heads: int) -> Tensor:
+def merge_heads(tensor: Tensor, old_heads: int, new_heads: int) -> Tensor:
     """[old_heads * head_dim, ...] -> [new_heads * head_dim, ...], each new head the mean of its group of old ones."""
     grouped = tensor.unflatten(0, (new_heads, old_heads // new_heads, -1))
-    return grouped.float().mean(1).flatten(0, 1).to(tensor.dtype)
+    return grouped.double().mean(1).flatten(0, 1).to(tensor.dtype)

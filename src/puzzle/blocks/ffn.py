@@ -31,9 +31,10 @@ class GatedFFN(Variant):
         """Keep the channels that contribute most, then refit the down projection to what is left.
 
         The contribution of a channel is mean|a_i| * ||W_down[:, i]|| (paper appendix A). The refit is the least-squares
-        optimum of the BLD loss for the kept channels.
+        optimum of the BLD loss for the kept channels; a bias stays the parent's.
         """
         assert isinstance(parent.variant, GatedFFN)
+        assert self.intermediate_size <= parent.variant.intermediate_size
         state = dict(parent.state)
         if parent.variant == self:
             return state
@@ -47,7 +48,7 @@ class GatedFFN(Variant):
         return state
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
-        if not isinstance(wider, GatedFFN):
+        if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
             return None
         missing = wider.intermediate_size - self.intermediate_size
         widened = dict(state)
@@ -75,6 +76,8 @@ class LinearFFN(Variant):
         return {"kind": self.kind}
 
     def initialise(self, parent: ParentSubblock) -> State:
+        if parent.variant == self:
+            return dict(parent.state)
         norm = {name: tensor for name, tensor in parent.state.items() if name.startswith("post_attention_layernorm.")}
         dtype = next(iter(parent.state.values())).dtype
         return norm | ridge(parent.statistics, "mlp.linear_mlp", bias=parent.config.mlp_bias, dtype=dtype)

@@ -1,7 +1,8 @@
 """Closed forms: the least-squares optimum of every map that is linear in its unknowns.
 
-All are solved in float64 with a ridge of `RIDGE` times the mean of the diagonal, which keeps the solve stable where
-calibration saw fewer directions than there are channels.
+All are solved in float64. Each input's second moment is raised by the share `RIDGE` of itself, as if its activations
+carried a little independent noise: that keeps the solve stable where calibration saw fewer directions than there are
+channels, and does not depend on the channels' scales, which differ by orders of magnitude.
 """
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from puzzle.blocks.variants import State
 
 RIDGE = 1e-3
+"""Of a trained 5M Llama, held-out errors are the same within 0.3 % from 1e-5 to 1e-2 at 25 k tokens (2026-11-21)."""
+
+_ROUNDING = 1e-6
+"""Moments are stored in float32: what centring leaves of one is wrong by about this share of what it was before."""
 
 
 def ridge(statistics: State, name: str, *, bias: bool, dtype: torch.dtype) -> State:
@@ -23,10 +28,11 @@ def ridge(statistics: State, name: str, *, bias: bool, dtype: torch.dtype) -> St
     """
     second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
     input_mean, output_mean = statistics["input_mean"].double(), statistics["output_mean"].double()
+    floor = _ROUNDING * second.diagonal()
     if bias:
         second = second - torch.outer(input_mean, input_mean)
         cross = cross - torch.outer(output_mean, input_mean)
-    weight = torch.linalg.solve(_damped(second), cross.T).T
+    weight = torch.linalg.solve(second + torch.diag(damping(second).maximum(floor)), cross.T).T
     state = {f"{name}.weight": weight.to(dtype).contiguous()}
     if bias:
         state[f"{name}.bias"] = (output_mean - weight @ input_mean).to(dtype)
@@ -34,18 +40,26 @@ def ridge(statistics: State, name: str, *, bias: bool, dtype: torch.dtype) -> St
 
 
 def refit(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:
-    """The projection of the kept inputs that comes closest to `weight` on all of them: W C[:, S] C[S, S]^-1.
+    """The projection of the kept inputs that comes closest to `weight` on all inputs, under the damped second moment C.
+
+    It is W C[:, S] C[S, S]^-1, written as the kept columns plus what they take over from the dropped ones: with nothing
+    dropped it is `weight` itself, and damping draws it to plain slicing, not to zero.
 
     Args:
-        weight: [D, I]. second_moment: [I, I], C = E[a a^T]. kept: [S], indices into I.
+        weight: [D, I]. second_moment: [I, I], E[a a^T]. kept: [S], indices into I.
 
     Returns:
         [D, S].
     """
-    target = weight @ second_moment[:, kept]
-    return torch.linalg.solve(_damped(second_moment[kept][:, kept]), target.T).T.contiguous()
+    dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    dropped[kept] = False
+    moved = weight[:, dropped] @ second_moment[dropped][:, kept]
+    damped = second_moment[kept][:, kept]
+    damped.diagonal().add_(damping(second_moment)[kept])
+    return (weight[:, kept] + torch.linalg.solve(damped, moved.T).T).contiguous()
 
 
-def _damped(second_moment: Tensor) -> Tensor:
-    damping = RIDGE * second_moment.diagonal().mean().clamp_min(torch.finfo(second_moment.dtype).tiny)
-    return second_moment + damping * torch.eye(len(second_moment), dtype=second_moment.dtype)
+def damping(second_moment: Tensor) -> Tensor:
+    """What is added to the diagonal of `second_moment` before it is inverted. [I]"""
+    never_active = torch.finfo(second_moment.dtype).tiny  # any positive number makes its weight 0
+    return (RIDGE * second_moment.diagonal()).clamp_min(never_active)

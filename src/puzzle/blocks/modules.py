@@ -19,7 +19,12 @@ _ATTENTION_PREFIXES = ("input_layernorm.", "self_attn.")
 def build_subblock(
     variant: Variant, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None, cache_index: int = 0
 ) -> PuzzleDecoderLayer:
-    """A decoder layer of this half alone, with the weights of `state` (shared, not copied) or none allocated (`meta`)."""
+    """A decoder layer of this half alone, with the weights of `state` (shared, not copied), or none allocated (`meta`).
+
+    Args:
+        config: of a model that was built, so that the attention implementation is the one its masks are made for.
+    """
+    assert state is None or config._attn_implementation is not None, "build a model with this configuration first"
     block = {"attention": _NONE, "ffn": _NONE} | {variant.half: variant.module_config()}
     with torch.device("meta"):
         layer = PuzzleDecoderLayer(config, block, cache_index)

@@ -20,9 +20,9 @@ _SIZED: dict[Half, tuple[str, type[GroupedQuery] | type[GatedFFN]]] = {
 
 
 def parse_variant(half: Half, name: str) -> Variant:
-    """`kv2` or `w512`, or a kind without sizes: `linear`, `none`."""
+    """`kv2` or `w512`, or a kind without sizes: `linear`, `none`; a `PuzzleError` for anything else."""
     prefix, sized = _SIZED[half]
-    if match := re.fullmatch(rf"{prefix}(\d+)", name):
+    if match := re.fullmatch(rf"{prefix}([1-9][0-9]*)", name):
         return sized(int(match[1]))
     kind = REGISTRY[half].get(name)
     if kind is None or kind is sized:

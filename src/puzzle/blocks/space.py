@@ -65,7 +65,13 @@ class Architecture:
         )
 
     def configure(self, parent: PuzzleConfig) -> PuzzleConfig:
-        """The parent's configuration with these blocks."""
+        """The parent's configuration with these blocks; a `PuzzleError` if its heads cannot share the KV heads."""
+        for layer, block in enumerate(self.blocks):
+            if isinstance(block.attention, GroupedQuery) and parent.num_attention_heads % block.attention.num_kv_heads:
+                raise PuzzleError(
+                    f"architecture: layer {layer} has {block.attention}, which does not divide the parent's "
+                    f"{parent.num_attention_heads} attention heads; use a divisor"
+                )
         fields = parent.to_dict()
         for derived in ("blocks", "num_hidden_layers", "per_layer_config"):
             fields.pop(derived, None)
@@ -83,8 +89,19 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
-        rows: list[dict[str, Any]] = sorted(json.loads(text)["blocks"], key=lambda row: int(row["layer"]))
-        return cls(tuple(BlockVariant.parse(f"{row['attention']}+{row['ffn']}") for row in rows))
+        """Back from `to_json`, rows in any order; a `PuzzleError` that names the layer of a row that is wrong."""
+        try:
+            rows = json.loads(text)["blocks"]
+            by_layer = {row["layer"]: row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise PuzzleError(
+                'architecture: not of the form {"blocks": [{"layer": 0, "attention": "kv2", "ffn": "w512"}, ...]} '
+                f"({type(error).__name__}: {error})"
+            ) from None
+        if not rows or len(by_layer) != len(rows) or set(by_layer) != set(range(len(rows))):
+            found = ", ".join(str(row["layer"]) for row in rows)
+            raise PuzzleError(f"architecture: layers must be numbered from 0, each once; found {found}")
+        return cls(tuple(_parse_row(layer, by_layer[layer]) for layer in range(len(rows))))
 
 
 @dataclass(frozen=True)
@@ -127,22 +144,31 @@ def derive_space(
 ) -> Space:
     """The space of a model: KV heads by halvings and the paper's widths unless given, and the kinds without sizes.
 
-    Sizes above a layer's own do not apply to it; a KV-head count must divide the layer's.
+    A layer gets what is smaller than its own: of the sizes those below its own, where a KV-head count must also divide
+    it; no map in place of nothing. A size that applies to no layer, and an unknown kind, is a `PuzzleError`.
     """
+    parent = Architecture.of(config)
+    _check_kv_heads(kv_heads or (), parent)
+    _check_ffn_widths(ffn_widths or (), parent)
+    _check_kinds("space.attention", attention_kinds)
+    _check_kinds("space.ffn", ffn_kinds)
     layers = []
-    for block in Architecture.of(config).blocks:
+    for block in parent.blocks:
         attention: list[Variant] = [block.attention]
         ffn: list[Variant] = [block.ffn]
         if isinstance(block.attention, GroupedQuery):
             parent_heads = block.attention.num_kv_heads
-            counts = kv_heads if kv_heads is not None else _halvings(parent_heads)
-            attention += [GroupedQuery(n) for n in counts if n < parent_heads and parent_heads % n == 0]
+            counts = kv_heads if kv_heads is not None else _default_kv_heads(parent_heads)
+            fitting = {count for count in counts if count < parent_heads and parent_heads % count == 0}
+            attention += [GroupedQuery(count) for count in sorted(fitting, reverse=True)]
         if isinstance(block.ffn, GatedFFN):
             parent_width = block.ffn.intermediate_size
             widths = ffn_widths if ffn_widths is not None else _default_widths(parent_width)
             ffn += [GatedFFN(width) for width in sorted(set(widths), reverse=True) if width < parent_width]
-        attention += [kind for kind in (LinearAttention(), NoAttention()) if kind.kind in attention_kinds]
-        ffn += [kind for kind in (LinearFFN(), NoFFN()) if kind.kind in ffn_kinds]
+        if block.attention != NoAttention():
+            attention += [kind for kind in (LinearAttention(), NoAttention()) if kind.kind in attention_kinds]
+        if block.ffn != NoFFN():
+            ffn += [kind for kind in (LinearFFN(), NoFFN()) if kind.kind in ffn_kinds]
         layers.append(LayerSpace(tuple(dict.fromkeys(attention)), tuple(dict.fromkeys(ffn))))
     return Space(tuple(layers))
 
@@ -152,12 +178,42 @@ def hardware_multiple(width: int) -> int:
     return min(256, max(1, 2 ** (width.bit_length() - 5)))
 
 
-def _halvings(count: int) -> list[int]:
-    halvings = []
-    while count % 2 == 0:
-        count //= 2
-        halvings.append(count)
-    return halvings
+def _parse_row(layer: int, row: dict[str, Any]) -> BlockVariant:
+    try:
+        return BlockVariant.parse(f"{row['attention']}+{row['ffn']}")
+    except KeyError as error:
+        raise PuzzleError(f"architecture: layer {layer} has no entry {error}; write its variant's name") from None
+    except PuzzleError as error:
+        raise PuzzleError(f"architecture: layer {layer}: {error}") from None
+
+
+def _check_kv_heads(counts: Sequence[int], parent: Architecture) -> None:
+    own = sorted({block.attention.num_kv_heads for block in parent.blocks if isinstance(block.attention, GroupedQuery)})
+    for count in counts:
+        if count < 1 or not any(heads % count == 0 for heads in own):
+            raise PuzzleError(f"space.kv_heads: {count} divides no layer's number of KV heads {own}; use divisors")
+
+
+def _check_ffn_widths(widths: Sequence[int], parent: Architecture) -> None:
+    own = sorted({block.ffn.intermediate_size for block in parent.blocks if isinstance(block.ffn, GatedFFN)})
+    for width in widths:
+        if width < 1 or not any(width <= parent_width for parent_width in own):
+            raise PuzzleError(f"space.ffn_widths: {width} is not within any layer's width {own}; use smaller ones")
+
+
+def _check_kinds(setting: str, kinds: Sequence[str]) -> None:
+    for kind in kinds:
+        if kind not in ("linear", "none"):
+            raise PuzzleError(f"{setting}: {kind!r} is unknown; use linear, none, or both")
+
+
+def _default_kv_heads(count: int) -> list[int]:
+    """Halved while it can be, then divided by its smallest factor: 8 gives 4, 2, 1, and 6 gives 3, 1."""
+    counts = []
+    while count > 1:
+        count //= next(factor for factor in range(2, count + 1) if count % factor == 0)
+        counts.append(count)
+    return counts
 
 
 def _default_widths(parent_width: int) -> list[int]:

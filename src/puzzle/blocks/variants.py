@@ -1,7 +1,7 @@
 """Variants: the alternatives of a subblock, as small frozen values.
 
 A variant knows its name, the entry it writes into `PuzzleConfig.blocks`, and how its weights start from the parent's
-(`initialise`). Adding one: a subclass in `attention.py` or `ffn.py`, and a line in `REGISTRY` of this room's `__init__`.
+(`initialise`). Adding one: a subclass in `attention.py` or `ffn.py`, and its entry in `registry.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class Variant(ABC):
         """The variant's weights before any training, in the parent's dtype."""
 
     def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
-        """`state` as weights of the larger variant `wider` that computes the same, or None where there is no such form."""
+        """`state` as weights of the larger variant `wider` that computes the same; None where there is no such form."""
         return None
 
     def __str__(self) -> str:

@@ -1,25 +1,18 @@
-"""The heterogeneous model: the two files that also travel inside every checkpoint.
+"""The heterogeneous model, its checkpoints, and the two files that travel inside every one of them.
 
-Importing this package registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained` loads a child without
-`trust_remote_code`.
+Importing this package registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained` loads a
+child without `trust_remote_code`.
 """
-
-from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from puzzle.modeling.checkpoint import REMOTE_CODE, empty_model, finish, save_checkpoint
 from puzzle.modeling.configuration_puzzle import Block, PuzzleConfig
 from puzzle.modeling.modeling_puzzle import FAMILIES, PuzzleDecoderLayer, PuzzleForCausalLM, PuzzleModel
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)
 AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)
-
-REMOTE_CODE = (
-    Path(__file__).with_name("configuration_puzzle.py"),
-    Path(__file__).with_name("modeling_puzzle.py"),
-)
-"""What a checkpoint carries so that it loads without this package."""
 
 __all__ = [
     "FAMILIES",
@@ -29,4 +22,7 @@ __all__ = [
     "PuzzleDecoderLayer",
     "PuzzleForCausalLM",
     "PuzzleModel",
+    "empty_model",
+    "finish",
+    "save_checkpoint",
 ]

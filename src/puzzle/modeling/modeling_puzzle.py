@@ -1,6 +1,7 @@
 """A decoder whose layers differ, made of the parent family's own Hugging Face modules.
 
-This file and `configuration_puzzle.py` travel inside every saved checkpoint, so they import nothing from the `puzzle` package.
+This file and `configuration_puzzle.py` travel inside every saved checkpoint, so they import nothing from the `puzzle`
+package.
 Parameter names are the family's own; a subblock that is `none` has no parameters, its norm included.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
@@ -43,8 +44,12 @@ FAMILIES = {
 }
 
 
-class PuzzleLinearAttention(nn.Module):
-    """One linear map in place of attention: each token attends to itself alone."""
+class PuzzleLinearMixer(nn.Module):
+    """One linear map in place of attention: each token attends to itself alone.
+
+    Its name must not say attention: transformers takes a file with an attention class that does not call the attention
+    interface itself for one whose implementation cannot be set.
+    """
 
     def __init__(self, config: PuzzleConfig) -> None:
         super().__init__()
@@ -73,23 +78,16 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:
         super().__init__()
-        family = FAMILIES[config.base_model_type]
+        norm = FAMILIES[config.base_model_type].norm
         attention, ffn = block["attention"], block["ffn"]
-        if attention["kind"] != "none":
-            self.input_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        if attention["kind"] == "gqa":
-            sized = _sized(config, num_key_value_heads=attention["num_key_value_heads"])
-            self.self_attn = family.attention(sized, cache_index)
-        elif attention["kind"] == "linear":
-            self.self_attn = PuzzleLinearAttention(config)
-        if ffn["kind"] != "none":
-            self.post_attention_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        if ffn["kind"] == "gated":
-            self.mlp = family.mlp(_sized(config, intermediate_size=ffn["intermediate_size"]))
-        elif ffn["kind"] == "linear":
-            self.mlp = PuzzleLinearMLP(config)
         self.has_attention = attention["kind"] != "none"
         self.has_ffn = ffn["kind"] != "none"
+        if self.has_attention:
+            self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+            self.self_attn = _build_attention(config, attention, cache_index)
+        if self.has_ffn:
+            self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = _build_ffn(config, ffn)
 
     def attention_contribution(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
         """What the attention half adds to the residual stream, [B, T, D]; call only if `has_attention`."""
@@ -173,10 +171,15 @@ class PuzzleModel(PuzzlePreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_attentions", None):
+            raise ValueError("output_attentions: a model whose layers differ returns no attention weights")
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         context = self.context(
             hidden_BTD,
             attention_mask=attention_mask,
@@ -193,10 +196,10 @@ class PuzzleModel(PuzzlePreTrainedModel):
             states[-1] = hidden_BTD
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_BTD,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
 
 class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
@@ -231,6 +234,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -244,7 +248,31 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+def _build_attention(config: PuzzleConfig, entry: dict[str, Any], cache_index: int) -> nn.Module:
+    match entry["kind"]:
+        case "gqa":
+            sized = _sized(config, num_key_value_heads=entry["num_key_value_heads"])
+            attention = FAMILIES[config.base_model_type].attention(sized, cache_index)
+            # From here on only the attention implementation is read, and that is set on the whole model.
+            attention.config = config
+            return attention
+        case "linear":
+            return PuzzleLinearMixer(config)
+        case kind:
+            raise ValueError(f"blocks: attention kind {kind!r} is unknown; use gqa, linear or none")
+
+
+def _build_ffn(config: PuzzleConfig, entry: dict[str, Any]) -> nn.Module:
+    match entry["kind"]:
+        case "gated":
+            return FAMILIES[config.base_model_type].mlp(_sized(config, intermediate_size=entry["intermediate_size"]))
+        case "linear":
+            return PuzzleLinearMLP(config)
+        case kind:
+            raise ValueError(f"blocks: ffn kind {kind!r} is unknown; use gated, linear or none")
 
 
 def _sized(config: PuzzleConfig, **sizes: int) -> PuzzleConfig:
@@ -254,6 +282,10 @@ def _sized(config: PuzzleConfig, **sizes: int) -> PuzzleConfig:
     for name, value in sizes.items():
         setattr(layer_config, name, value)
     return layer_config
+
+
+def _wants_dict(asked: bool | None, config: PuzzleConfig) -> bool:
+    return bool(config.return_dict if asked is None else asked)
 
 
 def _numbered(blocks: list[Block]) -> Iterator[tuple[Block, int]]:

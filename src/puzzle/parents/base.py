@@ -1,4 +1,4 @@
-"""The contract of a family adapter: how a family's checkpoint is read as a Puzzle model whose blocks are all the parent's."""
+"""The contract of a family adapter: how a family's checkpoint is read as a Puzzle model of the parent's own blocks."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -16,7 +16,7 @@ class FamilyAdapter(ABC):
 
     @abstractmethod
     def configure(self, config: PreTrainedConfig) -> PuzzleConfig:
-        """The same model as a Puzzle configuration; a `PuzzleError` if it uses what the family's adapter does not carry over."""
+        """The same model as a Puzzle configuration; a `PuzzleError` if it uses what the adapter does not carry over."""
 
     @abstractmethod
     def tensor_name(self, name: str) -> str:

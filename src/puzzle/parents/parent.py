@@ -1,29 +1,29 @@
-"""A parent checkpoint on disk: found, checked, and read tensor by tensor from safetensors."""
+"""A parent: a checkpoint found, checked, and read as a Puzzle model whose blocks are its own."""
 
-import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
+from puzzle.blocks import Architecture
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents.base import FamilyAdapter
+from puzzle.parents.checkpoint import Checkpoint, one_line, open_checkpoint
 from puzzle.parents.llama import LlamaAdapter
-from puzzle.runs import digest, write_json
+from puzzle.parents.puzzle import PuzzleAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTERS: dict[str, FamilyAdapter] = {adapter.model_type: adapter for adapter in (LlamaAdapter(),)}
+ADAPTERS: dict[str, FamilyAdapter] = {adapter.model_type: adapter for adapter in (LlamaAdapter(), PuzzleAdapter())}
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -33,51 +33,57 @@ class Parent:
     path: Path
     config: PuzzleConfig
     adapter: FamilyAdapter
+    checkpoint: Checkpoint
     address: str
     """Hash of its configuration and weights."""
 
     @cached_property
+    def architecture(self) -> Architecture:
+        """Its own blocks."""
+        return Architecture.of(self.config)
+
+    @cached_property
     def num_params(self) -> int:
-        return sum(parameter.numel() for parameter in _on_meta(self.config).parameters())
+        """Parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in empty_model(self.config).parameters())
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise PuzzleError(f"parent: {self.path} has no usable tokenizer: {_first_line(error)}") from None
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:  # whatever a tokenizer library raises, the reader needs one line
+            raise PuzzleError(f"parent: {self.path} has no usable tokenizer ({one_line(error)})") from None
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PuzzleForCausalLM:
-        """The whole parent, for inference."""
-        model = _on_meta(self.config)
-        state = {name: tensor.to(device, dtype) for name, tensor in self._tensors(_parameter_names(model))}
+        """The whole parent, for inference; tensors are read once and cast one by one, so memory is the model's size."""
+        model = empty_model(self.config)
+        state = {name: tensor.to(device, dtype) for name, tensor in self._tensors(self._names)}
         model.load_state_dict(state, strict=False, assign=True)
+        if (self.path / "generation_config.json").exists():
+            model.generation_config = _generation_config(self.path)
         return finish(model, device)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """One layer's tensors in float32 by their names within the layer."""
+        """One layer's tensors in float32 by their names within the layer; no others are read."""
         prefix = f"model.layers.{layer}."
-        names = [name for name in _parameter_names(_on_meta(self.config)) if name.startswith(prefix)]
+        names = [name for name in self._names if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor.float() for name, tensor in self._tensors(names)}
 
-    def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._files[self.adapter.tensor_name(name)], []).append(name)
-        for file, wanted in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                for name in wanted:
-                    tensor = handle.get_tensor(self.adapter.tensor_name(name))
-                    if not tensor.isfinite().all():
-                        raise PuzzleError(
-                            f"parent: {file.name} holds NaN or infinity in {name}; get a sound checkpoint"
-                        )
-                    yield name, tensor
+    def outer_state(self) -> dict[str, Tensor]:
+        """What belongs to no layer (embeddings, final norm, untied head) in float32, by its names in the model."""
+        names = [name for name in self._names if not name.startswith("model.layers.")]
+        return {name: tensor.float() for name, tensor in self._tensors(names)}
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        return _tensor_files(self.path)
+    def _names(self) -> list[str]:
+        """Every parameter once, a tied one under the name that checkpoints keep."""
+        return [name for name, _ in empty_model(self.config).named_parameters()]
+
+    def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        by_stored_name = {self.adapter.tensor_name(name): name for name in names}
+        for stored_name, tensor in self.checkpoint.read(by_stored_name):
+            yield by_stored_name[stored_name], tensor
 
 
 def open_parent(source: str, digests: Path | None = None) -> Parent:
@@ -89,26 +95,38 @@ def open_parent(source: str, digests: Path | None = None) -> Parent:
     """
     path = _locate(source)
     adapter = ADAPTERS[_model_type(path)]
-    parent = Parent(path, adapter.configure(AutoConfig.from_pretrained(path)), adapter, _address(path, digests))
-    _check_tensors(parent)
-    return parent
+    checkpoint = open_checkpoint(path)
+    config = _configure(path, adapter, checkpoint)
+    return Parent(path, config, adapter, checkpoint, checkpoint.address(digests))
 
 
-def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCausalLM:
-    """Tie what is tied and make the buffers that a model built without memory lacks."""
-    model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    return model.eval().requires_grad_(False)
+def _configure(path: Path, adapter: FamilyAdapter, checkpoint: Checkpoint) -> PuzzleConfig:
+    """The configuration, after every parameter that it asks for was found in the checkpoint."""
+    try:
+        config = adapter.configure(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        if config.tie_word_embeddings and _stores_another_head(adapter, checkpoint):
+            config.tie_word_embeddings = False
+        parameters = dict(empty_model(config).named_parameters())
+    except PuzzleError:
+        raise
+    except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
+        raise PuzzleError(
+            f"parent: {path / 'config.json'} does not describe a model ({type(error).__name__}: {one_line(error)})"
+        ) from None
+    if not config.blocks:
+        raise PuzzleError(f"parent: {path / 'config.json'} asks for no layers; num_hidden_layers must be at least 1")
+    for name, parameter in parameters.items():
+        checkpoint.check(adapter.tensor_name(name), parameter.shape)
+    return config
 
 
-def _on_meta(config: PuzzleConfig) -> PuzzleForCausalLM:
-    with torch.device("meta"):
-        return PuzzleForCausalLM(config)
-
-
-def _parameter_names(model: PuzzleForCausalLM) -> list[str]:
-    """Every parameter once: a tied one under the name that checkpoints keep."""
-    return [name for name, _ in model.named_parameters(remove_duplicate=True)]
+def _stores_another_head(adapter: FamilyAdapter, checkpoint: Checkpoint) -> bool:
+    """Whether head and embeddings are both stored and differ; transformers then does not tie them either."""
+    names = [adapter.tensor_name(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    if not all(name in checkpoint.entries for name in names):
+        return False
+    tensors = dict(checkpoint.read(names))
+    return not torch.equal(tensors[names[0]], tensors[names[1]])
 
 
 def _locate(source: str) -> Path:
@@ -116,78 +134,30 @@ def _locate(source: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise PuzzleError(f"parent: {source} is not a folder with a checkpoint")
+        raise PuzzleError(f"parent: {source} is not a folder; give one with config.json and *.safetensors")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
     except Exception as error:  # whatever the hub client raises, the reader needs one line
         raise PuzzleError(
-            f"parent: {source} is neither a folder nor a model the hub gives: {_first_line(error)}"
+            f"parent: {source} is neither a folder nor a model that the hub gives ({one_line(error)})"
         ) from None
 
 
 def _model_type(path: Path) -> str:
     try:
-        found = json.loads((path / "config.json").read_text()).get("model_type")
+        config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise PuzzleError(f"parent: {path / 'config.json'} cannot be read: {_first_line(error)}") from None
+        raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
     if found not in ADAPTERS:
         raise PuzzleError(f"parent: model_type {found!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}")
     return str(found)
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor, from the index or from the only file."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = path / "model.safetensors"
-    if not single.exists():
-        raise PuzzleError(f"parent: {path} has no model.safetensors (pickled weights are not read; convert them)")
-    return dict.fromkeys(_header(single), single)
-
-
-def _header(file: Path) -> dict[str, list[int]]:
-    """Shapes by tensor name; a PuzzleError if the file is missing, truncated or not safetensors."""
-    if not file.exists():
-        raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
+def _generation_config(path: Path) -> GenerationConfig:
     try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_slice(name).get_shape() for name in handle.keys()}
-    except (SafetensorError, struct.error, OSError) as error:
-        raise PuzzleError(f"parent: {file} is truncated or damaged: {_first_line(error)}") from None
-
-
-def _check_tensors(parent: Parent) -> None:
-    """Every parameter there, with the shape that the configuration asks for."""
-    files = parent._files
-    headers: dict[Path, dict[str, list[int]]] = {file: _header(file) for file in sorted(set(files.values()))}
-    for name, parameter in _on_meta(parent.config).named_parameters(remove_duplicate=True):
-        stored = parent.adapter.tensor_name(name)
-        if stored not in files or stored not in headers[files[stored]]:
-            raise PuzzleError(f"parent: {parent.path} lacks the tensor {stored}; get the whole checkpoint")
-        found, wanted = headers[files[stored]][stored], list(parameter.shape)
-        if found != wanted:
-            raise PuzzleError(f"parent: {stored} has shape {found}, its config.json asks for {wanted}")
-
-
-def _address(path: Path, digests: Path | None) -> str:
-    known: dict[str, str] = json.loads(digests.read_text()) if digests is not None and digests.exists() else {}
-    hashes = [hashlib.sha256((path / "config.json").read_bytes()).hexdigest()]
-    for file in sorted(set(_tensor_files(path).values())):
-        if not file.exists():
-            raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
-        stat = file.stat()
-        key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in known:
-            with file.open("rb") as handle:
-                known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
-        hashes.append(known[key])
-    if digests is not None:
-        write_json(digests, known)
-    return digest(hashes)
-
-
-def _first_line(error: Any) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PuzzleError(f"parent: {path / 'generation_config.json'} cannot be read ({one_line(error)})") from None

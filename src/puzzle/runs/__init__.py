@@ -1,8 +1,10 @@
 """Run folders: stages addressed by what they depend on, atomic files, one process at a time, progress."""
 
-from puzzle.runs.files import read_tensors, write_json, write_tensors, write_text
+from puzzle.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, Stage, create_folder, digest, is_run_folder, open_run
+from puzzle.runs.run import Run, create_folder, is_run_folder, open_run
+from puzzle.runs.stage import Stage, digest
+from puzzle.runs.status import status
 
 __all__ = [
     "Progress",
@@ -13,7 +15,10 @@ __all__ = [
     "is_run_folder",
     "open_run",
     "progress",
+    "read_json",
     "read_tensors",
+    "status",
+    "write_atomically",
     "write_json",
     "write_tensors",
     "write_text",

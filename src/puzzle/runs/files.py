@@ -4,9 +4,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from puzzle.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -26,15 +29,29 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(folder)
 
 
+def remove_temporary(folder: Path) -> None:
+    """Delete what killed processes left half written, anywhere below `folder`; none may be writing there now."""
+    for leftover in folder.rglob(".*.[0-9]*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def read_json(path: Path) -> Any:
+    """A JSON file of a run folder; a PuzzleError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise _lost(path, error) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file; tensors are made contiguous and moved to the CPU."""
     from safetensors.torch import save_file
 
@@ -42,7 +59,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> "dict[str, Tensor]":
+    """All tensors of a safetensors file; a PuzzleError if it is missing or damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise _lost(path, error) from None
+    return tensors
+
+
+def _lost(path: Path, error: Exception) -> PuzzleError:
+    found = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+    stage = next((parent for parent in path.parents if parent.parent.name == "stages"), None)
+    cure = f"delete {stage or path}, and only that" if stage or found == "is damaged" else "put it back"
+    return PuzzleError(f"{path} {found}; {cure}, and run the same command again")

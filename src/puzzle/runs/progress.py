@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from puzzle.units import format_seconds
+
 _PLAIN_INTERVAL_S = 15.0
 
 
@@ -36,7 +38,8 @@ class _PlainProgress:
             return
         self._last = now
         left_s = (now - self._start) * (self._total - self._done) / max(self._done - self._first, 1e-9)
-        print(f"{self._description}: {self._done / self._total:.0%}, {left_s:.0f} s left{_format(numbers)}", flush=True)
+        share = self._done / self._total if self._total else 1.0
+        print(f"{self._description}: {share:.0%}, {format_seconds(left_s)} left{_format(numbers)}", flush=True)
 
 
 @contextmanager

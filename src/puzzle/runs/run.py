@@ -5,56 +5,33 @@
     DIR/stages/NAME-ADDRESS/     a stage's files; `manifest.json`, written last, says it is finished
     DIR/architecture.json, summary.json, report.html, log.txt
 
-An address is the hash of the stage's name, its code version, the settings that change its meaning, and the addresses of its
-inputs.
+An address is the hash of the stage's name, its code version, the settings that change its meaning, and the addresses
+of its inputs.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
-from puzzle.runs.files import write_json, write_text
+from puzzle.runs.files import remove_temporary, write_json, write_text
+from puzzle.runs.stage import Stage, open_stage
+
+if TYPE_CHECKING:
+    import torch
 
 _MARK = "puzzle.json"
+_LOCK = ".lock"
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage's folder, found by its address; files in it are kept from one start to the next."""
-
-    name: str
-    address: str
-    path: Path
-
-    @property
-    def done(self) -> bool:
-        return self._manifest.exists()
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the stage wrote into its manifest."""
-        facts: dict[str, Any] = json.loads(self._manifest.read_text())["facts"]
-        return facts
-
-    def commit(self, **facts: Any) -> None:
-        """Mark the stage as finished; every file of it must be on disk."""
-        write_json(self._manifest, {"stage": self.name, "address": self.address, "facts": facts})
-
-    @property
-    def _manifest(self) -> Path:
-        return self.path / "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -63,9 +40,12 @@ class Run:
 
     path: Path
     recipe: Recipe
+    _opened_ns: int = field(default_factory=time.time_ns, compare=False)
+    _used: dict[str, Stage] = field(default_factory=dict, compare=False)
+    """The stages that were asked for, by address."""
 
     def stage(self, name: str, *, version: int, settings: BaseModel | dict[str, Any], inputs: Sequence[str]) -> Stage:
-        """The stage's folder for these settings and inputs, made if it is not there.
+        """The stage's folder for these settings and inputs, made if it is not there; its clock starts.
 
         Args:
             version: of the stage's code; raise it when the same settings would now give other results.
@@ -73,54 +53,77 @@ class Run:
             inputs: addresses of the artefacts it reads.
         """
         plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
-        address = digest({"stage": name, "version": version, "settings": plain, "inputs": list(inputs)})
-        path = self.path / "stages" / f"{name}-{address[:12]}"
-        path.mkdir(parents=True, exist_ok=True)
-        return Stage(name, address, path)
+        identity = {"stage": name, "version": version, "settings": plain, "inputs": list(inputs)}
+        stage = open_stage(self.path / "stages", name, identity, self._opened_ns)
+        return self._used.setdefault(stage.address, stage)
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent, over all attempts, on each stage that this command used and that is finished."""
+        spent: dict[str, float] = {}
+        for stage in self._used.values():
+            if stage.done:
+                spent[stage.name] = spent.get(stage.name, 0.0) + stage.seconds
+        return spent
+
+    @property
+    def device(self) -> "torch.device":
+        """`execution.device`; `auto` is the GPU if there is one."""
+        import torch
+
+        wanted = self.recipe.execution.device
+        if wanted == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(wanted)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
+        return device
+
+    def apply_threads(self) -> None:
+        """Let torch use `execution.threads` CPU threads, if given."""
+        if self.recipe.execution.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.recipe.execution.threads)
 
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""
         print(line, flush=True)
-        with (self.path / "log.txt").open("a") as file:
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def log_warning(self, line: str) -> None:
         self.log(f"warning: {line}")
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def is_run_folder(path: Path) -> bool:
     return (path / _MARK).exists()
 
 
-def create_folder(path: Path, recipe: Recipe) -> None:
-    """Make `path` a run folder of `recipe`; a folder that is one already takes over the recipe."""
-    if path.exists() and not is_run_folder(path) and (not path.is_dir() or any(path.iterdir())):
+def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
+    """Make `path` a run folder of `recipe`; a folder that is one already takes over the recipe.
+
+    Args:
+        text: the recipe as the person wrote it, comments and all; without it only the settings are kept.
+    """
+    if is_run_folder(path):
+        check_folder(path)
+    elif path.exists() and (not path.is_dir() or not _is_blank(path)):
         raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / _MARK, {"format": _FORMAT})
-    write_text(path / "recipe.yaml", recipe.to_yaml())
+    with _locked(path):
+        write_json(path / _MARK, {"format": _FORMAT})
+        write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
 
 
 @contextmanager
 def open_run(path: Path) -> Iterator[Run]:
     """The run in `path`, locked against other processes until the end of the block."""
     check_folder(path)
-    with (path / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise PuzzleError(
-                f"{path} is in use by process {lock.read().strip() or 'unknown'}; wait for it, or name another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+    with _locked(path):
+        remove_temporary(path)
         yield Run(path, Recipe.read(path / "recipe.yaml"))
 
 
@@ -128,9 +131,46 @@ def check_folder(path: Path) -> None:
     """Refuse what is not a run folder, or one of a format this version cannot read."""
     if not is_run_folder(path):
         raise PuzzleError(f"{path} is not a run folder of puzzle; make one with `puzzle run RECIPE --out {path}`")
+    mark = json.dumps({"format": _FORMAT})
     try:
-        found = json.loads((path / _MARK).read_text())["format"]
+        found = json.loads((path / _MARK).read_text(encoding="utf-8"))["format"]
     except (ValueError, KeyError, TypeError):
-        raise PuzzleError(f"{path / _MARK} is damaged; delete that folder or name another one") from None
+        raise PuzzleError(f"{path / _MARK} is damaged; write {mark} into it, or name another folder") from None
     if found != _FORMAT:
         raise PuzzleError(f"{path} has run-folder format {found}, this version reads {_FORMAT}; name a new folder")
+
+
+def process_in(path: Path) -> int | None:
+    """The process that has the run folder open, as far as that can be seen without asking for the lock."""
+    try:
+        process = int((path / _LOCK).read_text())
+        os.kill(process, 0)
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return None
+    except PermissionError:
+        pass  # another user's, so it lives
+    return process
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with (path / _LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise PuzzleError(
+                f"{path} is in use by process {lock.read().strip() or 'unknown'}; wait for it, or name another folder"
+            ) from None
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def _is_blank(path: Path) -> bool:
+    """Nothing there but what a start that was cut off at once leaves."""
+    return all(entry.name == _LOCK or entry.name.startswith(f".{_MARK}.") for entry in path.iterdir())

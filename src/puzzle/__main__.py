@@ -1,0 +1,7 @@
+"""`python -m puzzle`."""
+
+import sys
+
+from puzzle.cli import main
+
+sys.exit(main())

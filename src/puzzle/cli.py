@@ -1,0 +1,231 @@
+"""The commands. Thin, and quick to start: what a command needs is imported when it runs."""
+
+import argparse
+import difflib
+import errno
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from puzzle.errors import PuzzleError
+
+STAGES = {
+    "data": "Tokenise the text, split it and pack it.",
+    "calibrate": "Collect statistics of the parent's activations.",
+    "library": "Build and train every variant of every layer (BLD).",
+    "cost": "Measure what every variant costs on the engine.",
+    "score": "Score every block alone in the parent (replace-1-block).",
+    "search": "Choose the best architecture within the target (MIP).",
+    "realise": "Put the chosen child together.",
+    "distil": "Train the child as a whole (GKD).",
+    "evaluate": "Compare child and parent, in quality and speed.",
+    "export": "Write the child as a checkpoint for other programs.",
+    "report": "Write the report.",
+}
+"""The commands that run one stage, in order."""
+
+_PIPELINE_NAMES = {"cost": "costs"}
+_DISK_FULL = "No space left on device"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 when done, 2 after an error that a person can mend (one line), 130 when stopped."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with _sigterm_as_interrupt():
+            arguments.function(arguments)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on where it stood", 130)
+    except BrokenPipeError:  # the reader of a pipe had enough
+        sys.stdout = None  # nothing more to flush at exit
+        return 0
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        return _fail(line, 2)
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Go the whole way from a recipe to a report, or go on where that stopped."""
+    from puzzle.recipe import Recipe, parse_overrides
+    from puzzle.runs import create_folder, open_run
+
+    path: Path = arguments.recipe
+    overrides = parse_overrides(arguments.set)
+    recipe = Recipe.read(path, overrides)
+    out = arguments.out or _default_folder(path)
+    create_folder(out, recipe, None if overrides else path.read_text(encoding="utf-8"))
+    with open_run(out) as opened:
+        from puzzle.pipeline import plan, run_stage
+
+        for line in plan(opened):
+            opened.log(line)
+        run_stage(opened, "report")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Train a tiny parent here and now, and make it cheaper: the whole method in minutes, on a laptop, offline."""
+    from puzzle.demo import demo
+
+    demo(arguments.out, arguments.minutes)
+
+
+def init(arguments: argparse.Namespace) -> None:
+    """Write a commented recipe for a model, from its config.json."""
+    from puzzle.init import init_recipe
+
+    out: Path | None = arguments.out
+    if out is not None and out.exists():
+        raise PuzzleError(f"--out: {out} exists; name a new file")
+    text = init_recipe(arguments.model)
+    if out is None:
+        print(text, end="")
+        return
+    from puzzle.runs import write_text
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    print(f"wrote {out}; set data.source and look through it, then: puzzle run {out}")
+
+
+def stage(arguments: argparse.Namespace) -> None:
+    """Run one stage, and what is missing before it."""
+    from puzzle.runs import open_run
+
+    with open_run(arguments.folder) as opened:
+        from puzzle.pipeline import run_stage
+
+        run_stage(opened, _PIPELINE_NAMES.get(arguments.command, arguments.command))
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Show which stages are done, where an unfinished one stands, and what is next."""
+    from puzzle.runs import status
+
+    names = [_PIPELINE_NAMES.get(name, name) for name in STAGES if name != "report"]
+    print("\n".join(status(arguments.folder, names)))
+
+
+def explain_recipe(arguments: argparse.Namespace) -> None:
+    """List every setting of a recipe, with its default."""
+    from puzzle.explain import describe
+    from puzzle.recipe import Recipe
+
+    print(describe(Recipe), end="")
+
+
+def version(arguments: argparse.Namespace) -> None:
+    """Show the version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"puzzle {version('puzzle-llm')}")
+    except PackageNotFoundError:
+        raise PuzzleError("puzzle runs from its source without being installed; `pip install -e .` there") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, with the command that was probably meant."""
+        if match := re.search(r"argument COMMAND: invalid choice: '(.*?)'", message):
+            near = difflib.get_close_matches(match[1], _COMMANDS | STAGES, n=1)
+            message = f"{match[1]} is no command" + (f"; did you mean {near[0]}?" if near else "")
+        sys.exit(_fail(f"{message}; `{self.prog} --help` shows what there is", 2))
+
+
+_Command = Callable[[argparse.Namespace], None]
+_COMMANDS: dict[str, _Command] = {"run": run, "demo": demo, "init": init, "status": status, "help": explain_recipe}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="puzzle", description="Make a language model cheaper to serve.", allow_abbrev=False)
+    parser.add_argument("--version", action="store_const", dest="function", const=version, help="show the version")
+    parser.set_defaults(function=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+
+    def add(name: str, function: _Command, help_text: str | None = None) -> argparse.ArgumentParser:
+        text = help_text or (function.__doc__ or "").strip()
+        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    added = {name: add(name, function) for name, function in _COMMANDS.items()}
+    added["run"].add_argument("recipe", type=Path, help="a YAML file; `puzzle init` writes one")
+    added["run"].add_argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name")
+    added["run"].add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as target.throughput=2x"
+    )
+    added["demo"].add_argument("--out", type=Path, help="the run folder")
+    added["demo"].add_argument("--minutes", type=_positive, default=10.0, help="about how long; default: 10")
+    added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
+    added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
+    added["status"].add_argument("folder", type=Path, help="a run folder")
+    added["help"].add_argument("topic", choices=["recipe"], help="what to explain")
+    for name, text in STAGES.items():
+        add(name, stage, text).add_argument("folder", type=Path, help="a run folder")
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}; must be a number above 0")
+    return value
+
+
+def _default_folder(recipe: Path) -> Path:
+    """Beside the recipe if that is a run folder's own, else runs/NAME."""
+    from puzzle.runs import is_run_folder
+
+    return recipe.parent if is_run_folder(recipe.parent) else Path("runs") / recipe.stem
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A clean stop, as with Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"puzzle: {line}", file=sys.stderr)
+    return code
+
+
+def _explain(error: BaseException) -> str | None:
+    """What a person can mend, in one line; None for a bug."""
+    from pydantic import ValidationError
+
+    if isinstance(error, PuzzleError):
+        return str(error)
+    if isinstance(error, ValidationError):
+        from puzzle.explain import explain
+        from puzzle.recipe import Recipe
+
+        return explain(error, Recipe)
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in text:
+        place = getattr(error, "filename", None) or "while writing"
+        return f"disk full: {place}; free some space and run the same command again; nothing computed is lost"
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return "out of memory; lower data.sequence_length, or the batch size of the stage that stopped, and run again"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None

@@ -1,0 +1,73 @@
+"""What an engine gives to the measurement, and what is made of repeated figures."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from puzzle.blocks import BlockVariant
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One measurement of one model: a prefill of the whole prompt, and a decode step at the middle context length."""
+
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """A model's times over all rounds: lower quartiles, and half the distance between the quartiles."""
+
+    prefill_ms: float
+    decode_ms: float
+    prefill_ms_spread: float
+    decode_ms_spread: float
+
+
+class Engine(Protocol):
+    """Something that can run and time a stack of blocks between the parent's embeddings and head."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Versions, device name, threads: what a figure must be quoted with."""
+
+    def conditions(self) -> AbstractContextManager[None]:
+        """What must hold around all measurements that are compared."""
+
+    def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
+        """Time these blocks once; a `PuzzleError` where they do not fit into the device's memory."""
+
+
+def summarise(samples: Sequence[Sample]) -> Times:
+    """The times of one model from its samples, one a round."""
+    prefills, decodes = [s.prefill_ms for s in samples], [s.decode_ms for s in samples]
+    return Times(
+        prefill_ms=typical(prefills),
+        decode_ms=typical(decodes),
+        prefill_ms_spread=spread(prefills),
+        decode_ms_spread=spread(decodes),
+    )
+
+
+def typical(values: Sequence[float]) -> float:
+    """The lower quartile: other programs only ever add time, and the minimum is what a server hardly ever sees.
+
+    It predicted whole models best together with the minimum (docs/numbers.md).
+    """
+    return _quartiles(values)[0]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the quartiles."""
+    lower, upper = _quartiles(values)
+    return (upper - lower) / 2
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return lower, upper

@@ -1,0 +1,94 @@
+"""From times of stacks to costs of subblocks: the slope between two depths inside a real model.
+
+A module timed alone finds its weights in the cache, which the same module inside a model does not; so every variant is
+timed as copies of its half between two of the parent's own blocks (the pads), and what the copies add to the two pads
+is divided by their number. The pads take the place of the first and last layer, which engines may treat in their own
+way.
+
+Every layer is there in every child, if only as an empty one, so the time of an empty layer belongs to what is fixed,
+and `none` costs nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from puzzle.artefacts.costs import Part
+from puzzle.blocks import BlockVariant, NoAttention, NoFFN, Space, Variant, num_params
+from puzzle.modeling import PuzzleConfig
+
+COPIES = 6
+"""Of the half that is measured: the stack is then as deep as a small model, and their share of its time is large."""
+EMPTY_LAYERS = 64
+"""An empty layer takes microseconds: so many cost nothing, and its time comes out well."""
+
+_EMPTY = BlockVariant(NoAttention(), NoFFN())
+_PADS, _EMPTY_MODEL, _DEEPER_EMPTY_MODEL = "pads", "empty", "empty, deeper"
+
+Stack = tuple[BlockVariant, ...]
+StackTimes = Mapping[str, float]
+"""Milliseconds by the name of the stack: those of one round, or the typical ones."""
+PartName = tuple[Part, str]
+"""As in `CostRow`: `("attention", "kv2")`, `("ffn", "none")`, `("fixed", "")`."""
+FIXED: PartName = ("fixed", "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which stacks are measured for a space, and how costs follow from their times."""
+
+    num_layers: int
+    pad: BlockVariant
+    variants: tuple[Variant, ...]
+    """The distinct ones of all layers: layers share the measurement of a shape."""
+
+    @classmethod
+    def of(cls, space: Space, config: PuzzleConfig) -> "Plan":
+        """The plan for a space; the pad is the largest of the parent's own blocks."""
+        pad = max(
+            (layer.parent for layer in space.layers),
+            key=lambda block: num_params(block.attention, config) + num_params(block.ffn, config),
+        )
+        variants = (variant for layer in space.layers for variant in (*layer.attention, *layer.ffn))
+        return cls(len(space.layers), pad, tuple(dict.fromkeys(variants)))
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """What to measure, by name."""
+        stacks: dict[str, Stack] = {
+            _PADS: (self.pad, self.pad),
+            _EMPTY_MODEL: (_EMPTY,) * self.num_layers,
+            _DEEPER_EMPTY_MODEL: (_EMPTY,) * (self.num_layers + EMPTY_LAYERS),
+        }
+        for variant in self.variants:
+            if variant.kind != "none":
+                stacks[_stack_name(variant)] = (self.pad, *(_alone(variant),) * COPIES, self.pad)
+        return stacks
+
+    def costs(self, stack_ms: StackTimes) -> dict[PartName, float]:
+        """What every part adds to a model's time; noise can make it negative."""
+        empty_layer_ms = (stack_ms[_DEEPER_EMPTY_MODEL] - stack_ms[_EMPTY_MODEL]) / EMPTY_LAYERS
+        costs = {
+            part_name(variant): (stack_ms[_stack_name(variant)] - stack_ms[_PADS]) / COPIES - empty_layer_ms
+            if variant.kind != "none"
+            else 0.0
+            for variant in self.variants
+        }
+        pad_ms = costs[part_name(self.pad.attention)] + costs[part_name(self.pad.ffn)]
+        costs[FIXED] = stack_ms[_PADS] - 2 * pad_ms + (self.num_layers - 2) * empty_layer_ms
+        return costs
+
+    def least(self, stack_ms: StackTimes, part: PartName) -> float:
+        """What the part cannot fall below: nothing, or for the fixed part the measured model of empty layers."""
+        return stack_ms[_EMPTY_MODEL] if part == FIXED else 0.0
+
+
+def part_name(variant: Variant) -> PartName:
+    return variant.half, variant.name
+
+
+def _stack_name(variant: Variant) -> str:
+    return f"{variant.half} {variant.name}"
+
+
+def _alone(variant: Variant) -> BlockVariant:
+    return BlockVariant(variant, NoFFN()) if variant.half == "attention" else BlockVariant(NoAttention(), variant)

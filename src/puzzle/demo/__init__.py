@@ -1,0 +1,58 @@
+"""`puzzle demo`: the whole method on a small real model, on the CPU, in minutes, without a network."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from puzzle.demo.pretrain import demo_data, demo_parent
+from puzzle.pipeline import plan, run_stage
+from puzzle.recipe import Recipe
+from puzzle.report import final_table
+from puzzle.runs import create_folder, is_run_folder, open_run
+
+# How the time is divided. What is left goes to start-up, measuring and the report.
+_PARENT_SHARE, _LIBRARY_SHARE, _SCORE_SHARE, _DISTIL_SHARE = 0.35, 0.09, 0.08, 0.12
+
+# Tokens per second of each step, relative to training the parent (measured at the demo's sizes).
+_LIBRARY_SPEED, _SCORE_SPEED, _DISTIL_SPEED = 0.30, 0.017, 0.80
+
+
+def demo(out: Path | None, minutes: float) -> None:
+    """Train a small parent if there is none yet, then make a child of twice its generation throughput."""
+    folder = out or Path("runs") / "demo"
+    seconds = 60 * minutes
+    print("parent: a Llama of 2M parameters, trained on the source of this Python's standard library", flush=True)
+    parent, corpus, speed = demo_parent(_PARENT_SHARE * seconds)
+    if not is_run_folder(folder):
+        create_folder(folder, demo_recipe(parent, corpus, seconds, speed))
+    with open_run(folder) as run:
+        for line in plan(run):
+            run.log(line)
+        pipeline = run_stage(run, "report")
+        Console().print(final_table(pipeline.rows))
+        print(f"report: {pipeline.report}\nchild: {pipeline.exported}\nsummary: {folder / 'summary.json'}")
+
+
+def demo_recipe(parent: Path, corpus: Path, seconds: float, speed: float) -> Recipe:
+    """The recipe that fits the time.
+
+    Args:
+        speed: tokens per second at which this machine trains the parent.
+    """
+
+    def tokens(share: float, relative_speed: float) -> int:
+        return max(4096, round(seconds * share * speed * relative_speed))
+
+    return Recipe.model_validate(
+        {
+            "parent": str(parent),
+            "data": demo_data(corpus).model_dump(exclude_unset=True),
+            "calibration": {"tokens": 65_536},
+            "library": {"tokens": tokens(_LIBRARY_SHARE, _LIBRARY_SPEED), "learning_rate": 2e-3},
+            "score": {"tokens": tokens(_SCORE_SHARE, _SCORE_SPEED)},
+            "scenario": {"batch_sizes": [64], "prompt_tokens": 256, "generated_tokens": 64},
+            "target": {"throughput": "2x"},
+            "distil": {"tokens": tokens(_DISTIL_SHARE, _DISTIL_SPEED), "learning_rate": 1e-3},
+            "evaluate": {"tokens": 65_536},
+        }
+    )

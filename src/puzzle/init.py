@@ -1,0 +1,118 @@
+"""A recipe for a model: what a person would otherwise look up in its config.json, chosen and explained."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from puzzle.blocks import Space, derive_space
+from puzzle.errors import PuzzleError
+from puzzle.explain import describe
+from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.recipe import Recipe
+
+_LARGE_PARAMS = 500_000_000
+"""From here on: bfloat16 where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def init_recipe(model: str) -> str:
+    """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read."""
+    folder = _folder(model)
+    raw = _read_config(folder)
+    config = _configure(folder, raw)
+    space = derive_space(config)
+    num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    title = [
+        f"# {model}: {len(space.layers)} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
+        f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads, "
+        f"{num_params / 1e6:,.0f}M parameters, {dtype}.",
+        f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
+        "# Before `puzzle run` with this file: set data.source, scenario and target.",
+        "# Every other setting and its default: `puzzle help recipe`.",
+    ]
+    return "\n".join(title) + "\n\n" + describe(Recipe, _choose(model, config, space, num_params, dtype))
+
+
+def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dtype: str) -> dict[str, Any]:
+    """Values by path. Those for large models lean on the paper's and its reference code's, cut to one machine."""
+    large = num_params >= _LARGE_PARAMS
+    longest = config.max_position_embeddings
+    served = dtype if large and dtype in _DTYPES else "float32"
+    return {
+        "parent": model,
+        "data.source": "text",
+        "data.sequence_length": min(2048 if large else 512, longest),
+        "precision": "bfloat16" if served == "bfloat16" else "float32",
+        **_sizes(space),
+        "library.tokens": "20M" if large else "1M",
+        "library.learning_rate": 1e-4 if large else 1e-3,
+        "score.tokens": "128k" if large else "64k",
+        "scenario.engine": "torch",
+        "scenario.dtype": served,
+        "scenario.batch_sizes": [16, 64] if large else [8],
+        "scenario.prompt_tokens": min(1024, longest * 3 // 4),
+        "scenario.generated_tokens": min(256, longest // 4),
+        "target.throughput": "2x",
+        "distil.tokens": "100M" if large else "10M",
+        "distil.learning_rate": 5e-5 if large else 3e-4,
+    }
+
+
+def _sizes(space: Space) -> dict[str, list[int]]:
+    """The sizes that `derive_space` gives; nothing for a parent whose layers differ, where each layer has its own."""
+    if len(set(space.layers)) > 1:
+        return {}
+    layer = space.layers[0]
+    entries = {"kv_heads": layer.attention[1:], "ffn_widths": layer.ffn[1:]}
+    return {
+        f"space.{name}": [
+            size for variant in variants for key, size in variant.module_config().items() if key != "kind"
+        ]
+        for name, variants in entries.items()
+    }
+
+
+def _folder(model: str) -> Path:
+    """Where the model's config.json is."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise PuzzleError(f"{model} is not a folder; give one with config.json, or a hub name such as org/model")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except Exception as error:  # whatever the hub client raises, the reader needs one line
+        reason = str(error).strip().partition("\n")[0]
+        raise PuzzleError(f"{model} is neither a folder nor a model that the hub gives ({reason})") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PuzzleError(f"{file} cannot be read ({error}); name the folder of a Hugging Face checkpoint") from None
+    if not isinstance(raw, dict):
+        raise PuzzleError(f"{file} does not describe a model")
+    return raw
+
+
+def _configure(folder: Path, raw: dict[str, Any]) -> PuzzleConfig:
+    from transformers import AutoConfig
+
+    from puzzle.parents import ADAPTERS
+
+    family = raw.get("model_type")
+    if family not in ADAPTERS:
+        raise PuzzleError(f"{folder}: model_type {family!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}")
+    try:
+        return ADAPTERS[family].configure(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except PuzzleError:
+        raise
+    except Exception as error:  # a wrong value can surface anywhere in the library's validation
+        reason = str(error).strip().partition("\n")[0]
+        raise PuzzleError(f"{folder / 'config.json'} does not describe a model ({reason})") from None

@@ -1,0 +1,94 @@
+"""Models made without memory first, and checkpoints that also load where this package is not installed."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from puzzle.modeling.configuration_puzzle import PuzzleConfig
+from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM
+
+REMOTE_CODE = (
+    Path(__file__).with_name("configuration_puzzle.py"),
+    Path(__file__).with_name("modeling_puzzle.py"),
+)
+"""What a checkpoint carries so that it loads without this package."""
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_puzzle.PuzzleConfig",
+    "AutoModel": "modeling_puzzle.PuzzleModel",
+    "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
+}
+_EXTRA_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",  # sentencepiece
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",  # the parent's terms hold for the child's weights
+    "NOTICE*",
+)
+
+
+def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
+    """The model without memory, on `meta`: give it weights by `load_state_dict(..., assign=True)`, then `finish` it."""
+    with torch.device("meta"):
+        return PuzzleForCausalLM(config)
+
+
+def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCausalLM:
+    """Make a model that was built without memory and given its weights ready for inference on `device`.
+
+    Ties what is tied and makes the buffers that no checkpoint holds: the rotary frequencies, in float32 whatever the
+    weights' dtype, by the rotary module's own constructor, so that any scaling starts as in a model built with memory.
+    """
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    lacking = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not lacking, f"no weights were given for {', '.join(lacking[:4])}"
+    return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path | None) -> None:
+    """Write a Hugging Face checkpoint that loads after `import puzzle.modeling`, or by `trust_remote_code=True` alone.
+
+    Args:
+        path: a folder, made if it is not there; everything in it is on disk when this returns.
+        extra_files_from: the folder, the parent's, whose tokenizer, chat template, generation defaults and license are
+            copied; None copies nothing.
+    """
+    extra_files = [] if extra_files_from is None else _extra_files(extra_files_from)
+    generation_config = model.generation_config
+    if any(file.name == "generation_config.json" for file in extra_files):
+        # The parent's file is copied as it is; transformers refuses to write some that it reads.
+        model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(path)
+    finally:
+        model.generation_config = generation_config
+    config = copy.deepcopy(model.config)
+    config.auto_map = dict(_AUTO_MAP)
+    config.save_pretrained(path)
+    for file in (*REMOTE_CODE, *extra_files):
+        shutil.copyfile(file, path / file.name)
+    _flush(path)
+
+
+def _extra_files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _EXTRA_FILES for file in folder.glob(pattern) if file.is_file()})
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files of `folder` and their names are on disk, so that a manifest written later is true."""
+    for place in (*folder.iterdir(), folder):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,109 @@
+"""A folder of safetensors files: which tensor is where, of what shape, and its values. Nothing is ever unpickled."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from puzzle.errors import PuzzleError
+from puzzle.runs import digest, write_json
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+"""As safetensors names them; anything else is quantised, and its scales would be lost."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's files, their headers read and checked, no weights loaded."""
+
+    path: Path
+    entries: dict[str, Entry]
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """A `PuzzleError` unless the tensor is there, in floating point, with this shape."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise PuzzleError(f"parent: {self.path} lacks the tensor {name}; get the whole checkpoint")
+        if entry.dtype not in _DTYPES:
+            raise PuzzleError(f"parent: {name} is stored as {entry.dtype}; get a checkpoint that is not quantised")
+        if entry.shape != tuple(shape):
+            raise PuzzleError(f"parent: {name} has shape {list(entry.shape)}, its config.json asks for {list(shape)}")
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as handle:
+                for name in wanted:
+                    tensor = handle.get_tensor(name)
+                    if not tensor.isfinite().all():
+                        raise PuzzleError(
+                            f"parent: {file.name} holds NaN or infinity in {name}; get a sound checkpoint"
+                        )
+                    yield name, tensor
+
+    def address(self, digests: Path | None) -> str:
+        """Hash of the configuration and the weights.
+
+        Args:
+            digests: file in which the weights' hashes are remembered by size and time of change.
+        """
+        known: dict[str, str] = json.loads(digests.read_text()) if digests is not None and digests.exists() else {}
+        hashes = [hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()]
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            stat = file.stat()
+            key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+            if key not in known:
+                with file.open("rb") as handle:
+                    known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+            hashes.append(known[key])
+        if digests is not None:
+            write_json(digests, known)
+        return digest(hashes)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return Checkpoint(path, _header(single))
+    if not index.exists():
+        raise PuzzleError(f"parent: {path} has no model.safetensors; pickled weights are not read, convert them")
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files = {name: path / file for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PuzzleError(f"parent: {index} cannot be read ({one_line(error)}); get the whole checkpoint") from None
+    headers = {file: _header(file) for file in sorted(set(files.values()))}
+    return Checkpoint(path, {name: headers[file][name] for name, file in files.items() if name in headers[file]})
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks, at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    if not file.exists():
+        raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            return {name: Entry(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise PuzzleError(f"parent: {file} is truncated or damaged ({one_line(error)}); get it again") from None

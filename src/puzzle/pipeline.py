@@ -1,0 +1,203 @@
+"""The whole method on one page, in the paper's order.
+
+    recipe -> parent -> data -> calibrate -> library -> score --\\
+                 \\-> costs ------------------------------------ search -> realise -> distil -> evaluate -> export -> report
+
+Every property of `Pipeline` is a stage: done when it is first asked for, read back from the run folder when neither its settings nor
+its inputs have changed.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
+from puzzle.blocks import Space, derive_space
+from puzzle.child import Child, realise
+from puzzle.costs import measure_costs
+from puzzle.data import TokenData, prepare_data
+from puzzle.distill import distil, distillation_curve
+from puzzle.evaluate import evaluate, measure_speed, table_row
+from puzzle.export import export_hf
+from puzzle.library import Library, Statistics, build_library, calibrate
+from puzzle.parents import Parent, open_parent
+from puzzle.plan import estimate
+from puzzle.report import ReportData, model_card, summary, versions, write_report
+from puzzle.runs import Run, digest, write_json, write_text
+from puzzle.scores import score
+from puzzle.search import frontier, search, uniform_solution
+
+
+class Pipeline:
+    """One run of the method."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        run.apply_threads()
+        disable_progress_bar()  # transformers' own, of loading and saving; ours tell of the long steps
+
+    @cached_property
+    def parent(self) -> Parent:
+        """The model we start from, found and checked."""
+        return open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
+
+    @cached_property
+    def space(self) -> Space:
+        """Which variants each layer may take."""
+        settings = self.run.recipe.space
+        return derive_space(
+            self.parent.config,
+            kv_heads=settings.kv_heads,
+            ffn_widths=settings.ffn_widths,
+            attention_kinds=settings.attention,
+            ffn_kinds=settings.ffn,
+        )
+
+    @cached_property
+    def data(self) -> TokenData:
+        """The text, as packed tokens in disjoint ranges."""
+        return prepare_data(self.run, self.parent)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments of the parent's activations."""
+        return calibrate(self.run, self.parent, self.data)
+
+    @cached_property
+    def library(self) -> Library:
+        """Every variant of every layer, initialised and trained (BLD)."""
+        return build_library(self.run, self.parent, self.data, self.statistics, self.space)
+
+    @cached_property
+    def scores(self) -> ScoreTable:
+        """Replace-1-block KL of every composed block."""
+        return score(self.run, self.parent, self.data, self.library, self.space)
+
+    @cached_property
+    def costs(self) -> CostTable:
+        """Memory and time of every variant on the engine."""
+        return measure_costs(self.run, self.parent, self.space)
+
+    @cached_property
+    def solution(self) -> Solution:
+        """The best architecture within the bounds, with its proof."""
+        inputs = (digest(self.scores.to_json()), digest(self.costs.to_json()))
+        return search(self.run, self.scores, self.costs, inputs)
+
+    @cached_property
+    def child_before(self) -> Child:
+        """That architecture with the library's weights."""
+        return realise(self.run, self.parent, self.library, self.solution.blocks)
+
+    @cached_property
+    def child(self) -> Child:
+        """The child after global distillation (GKD)."""
+        return distil(self.run, self.parent, self.child_before, self.data)
+
+    @cached_property
+    def uniform(self) -> tuple[Solution, Child] | None:
+        """The honest baseline: all layers alike, the same bounds, the same distillation."""
+        if not self.run.recipe.evaluate.uniform_baseline:
+            return None
+        influence = self.statistics.influence(len(self.space.layers))
+        batch_size = self.solution.batch_size
+        solution = uniform_solution(self.scores, self.costs, self.solution.bounds, batch_size, influence)
+        before = realise(self.run, self.parent, self.library, solution.blocks)
+        return solution, distil(self.run, self.parent, before, self.data, label="uniform child")
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The final comparison: quality on test text, sizes, predicted and measured speed of every model."""
+        models: dict[str, Parent | Child] = {
+            "parent": self.parent,
+            "child_before": self.child_before,
+            "child": self.child,
+        }
+        if self.uniform is not None:
+            models["uniform"] = self.uniform[1]
+        qualities = {
+            name: evaluate(self.run, self.parent, model if isinstance(model, Child) else None, self.data, name)
+            for name, model in models.items()
+        }
+        measured = measure_speed(self.run, models, self.costs, self.solution.batch_size)
+        return {
+            name: table_row(qualities[name], self._predicted(model), measured[name]) for name, model in models.items()
+        }
+
+    @cached_property
+    def exported(self) -> Path:
+        """The child as a Hugging Face checkpoint."""
+        return export_hf(self.run, self.child, model_card(self._report_data()))
+
+    @cached_property
+    def report(self) -> Path:
+        """The page that shows it all, with `summary.json` and `architecture.json` beside it."""
+        write_text(self.run.path / "architecture.json", self.child.architecture.to_json())
+        write_json(self.run.path / "summary.json", summary(self._target, self.rows))
+        path = self.run.path / "report.html"
+        write_report(path, self._report_data())
+        self.run.log(f"child {self.exported}, report {path}")
+        return path
+
+    @property
+    def _target(self) -> str:
+        """The target as it was asked for, with the scenario."""
+        asked = self.run.recipe.target.model_dump(mode="json", exclude_none=True)
+        bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
+        return f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
+
+    def _predicted(self, model: Parent | Child) -> Totals:
+        blocks = [block.name for block in model.architecture.blocks]
+        return self.costs.totals(blocks, self.solution.batch_size)
+
+    def _report_data(self) -> ReportData:
+        target, settings = self.run.recipe.target, self.run.recipe.search
+        curves = {"child": distillation_curve(self.child)}
+        if self.uniform is not None:
+            curves["uniform"] = distillation_curve(self.uniform[1])
+        return ReportData(
+            title=f"Puzzle: {self.parent.path.name}",
+            recipe_yaml=self.run.recipe.to_yaml(),
+            parent=self.run.recipe.parent,
+            rows=self.rows,
+            solution=self.solution,
+            uniform=self.uniform[0] if self.uniform is not None else None,
+            frontier=frontier(self.scores, self.costs, target, settings),
+            scores=self.scores,
+            costs=self.costs,
+            library=self.library.index,
+            curves=curves,
+            seconds=self.run.seconds(),
+            versions=versions(),
+        )
+
+
+_STAGES = {
+    "data": "data",
+    "calibrate": "statistics",
+    "library": "library",
+    "costs": "costs",
+    "score": "scores",
+    "search": "solution",
+    "realise": "child_before",
+    "distil": "child",
+    "evaluate": "rows",
+    "export": "exported",
+    "report": "report",
+}
+STAGES = tuple(_STAGES)
+"""The stages by the names of their commands, in order."""
+
+
+def plan(run: Run) -> list[str]:
+    """What follows from the recipe, in lines for a person: space, disk, time per stage."""
+    pipeline = Pipeline(run)
+    return estimate(run.recipe, pipeline.parent, pipeline.space, run.device)
+
+
+def run_stage(run: Run, name: str) -> Pipeline:
+    """Do stage `name`, and what is missing before it; `report` is the whole method."""
+    pipeline = Pipeline(run)
+    getattr(pipeline, _STAGES[name])
+    return pipeline

@@ -1,0 +1,50 @@
+"""What each step of one quantity costs in score: the exact frontier."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from puzzle.artefacts import CostTable, ScoreTable, Solution
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search.bounds import QUANTITIES, resolve_bounds
+from puzzle.search.exact import Instance, best_architecture, best_value
+from puzzle.search.explain import explain
+
+
+def frontier(
+    scores: ScoreTable,
+    costs: CostTable,
+    target: TargetSettings,
+    settings: SearchSettings,
+    quantity: str = "throughput_tok_s",
+    points: int = 12,
+) -> list[Solution]:
+    """Exact solutions at `points` bounds on `quantity`, evenly spaced from the parent's value to the best reachable.
+
+    The target's other bounds are kept. Where these already force a value no better than the parent's, there is one
+    point: the best reachable. Each solution's `bounds` say which bound it was found for.
+
+    Raises:
+        PuzzleError: the other bounds cannot be met.
+    """
+    instance = Instance.of(scores, costs)
+    others = replace(resolve_bounds(target, instance.parent), **{quantity: None})
+    best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
+    if best is None:
+        raise explain(instance, target, others, settings)
+    better = QUANTITIES[quantity].best([best, parent]) != parent
+    values = np.linspace(parent, best, points).tolist() if better else [best]
+    solutions: list[Solution] = []
+    for value in values:
+        bounds = replace(others, **{quantity: value})
+        solution = _still_best(solutions, quantity, value) or best_architecture(instance, bounds, settings)
+        assert solution is not None, f"{quantity} {value} was reached before"
+        solutions.append(replace(solution, bounds=bounds))
+    return solutions
+
+
+def _still_best(solutions: list[Solution], quantity: str, value: float) -> Solution | None:
+    """The last solution, where it meets the tighter bound too: then nothing else can be better there."""
+    if solutions and QUANTITIES[quantity].best([value, solutions[-1].predicted[quantity]]) != value:
+        return solutions[-1]
+    return None

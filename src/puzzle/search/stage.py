@@ -1,0 +1,44 @@
+"""The stage: a solution in the run folder."""
+
+from collections.abc import Sequence
+
+from puzzle.artefacts import CostTable, ScoreTable, Solution
+from puzzle.runs import Run, write_text
+from puzzle.search.solve import solve
+
+_VERSION = 1
+
+
+def search(run: Run, scores: ScoreTable, costs: CostTable, inputs: Sequence[str]) -> Solution:
+    """The recipe's search, kept as solution.json.
+
+    Args:
+        inputs: addresses of the stages that made the two tables.
+    """
+    recipe = run.recipe
+    settings = {
+        "target": recipe.target.model_dump(mode="json"),
+        "search": recipe.search.model_dump(mode="json"),
+        "batch_sizes": list(costs.batch_sizes),
+    }
+    stage = run.stage("search", version=_VERSION, settings=settings, inputs=inputs)
+    path = stage.path / "solution.json"
+    if stage.done:
+        return Solution.from_json(path.read_text())
+    solution = solve(scores, costs, recipe.target, recipe.search)
+    write_text(path, solution.to_json())
+    stage.commit()
+    run.log(f"search: {describe(solution)}")
+    return solution
+
+
+def describe(solution: Solution) -> str:
+    """A solution in one line."""
+    predicted, parent, proof = solution.predicted, solution.parent, solution.proof
+    speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
+    proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s" if proof else "a baseline"
+    return (
+        f"summed KL {solution.score:.4g} ({proven}) at batch size {solution.batch_size}; predicted {speed:.4g} "
+        f"generated tok/s ({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights "
+        f"and KV cache ({memory / parent['memory_bytes']:.2f}x)"
+    )

@@ -1,0 +1,89 @@
+"""What BLD and GKD share: the learning-rate schedule, and training state that survives a kill."""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from puzzle.runs import read_tensors, write_tensors
+
+CHECKPOINT_INTERVAL_S = 30.0
+"""Work lost at most when a training is killed."""
+
+BETAS = (0.9, 0.95)
+"""Of AdamW, as usual for language models (paper gives none; Puzzletron's default)."""
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class TrainingState:
+    """Parameters, optimiser moments and the number of steps done, in one safetensors file.
+
+    Written every `CHECKPOINT_INTERVAL_S`; a training that goes on from it ends with the weights of one left alone.
+    """
+
+    def __init__(self, path: Path, parameters: Mapping[str, Tensor], *optimizers: Optimizer) -> None:
+        self._path = path
+        self._parameters = parameters
+        self._optimizers = optimizers
+        self._last_save = time.monotonic()
+
+    def restore(self) -> int:
+        """Put the saved state back, if there is one; returns the number of steps done."""
+        if not self._path.exists():
+            return 0
+        tensors = read_tensors(self._path)
+        steps = int(tensors.pop("steps"))
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(tensors.pop(f"parameter.{name}"))
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter] = {}
+        for full_name, value in tensors.items():
+            key, _, name = full_name.partition(".")
+            parameter = self._parameters[name]
+            # AdamW keeps its step counters on the CPU.
+            moved = value if key == "step" else value.to(parameter.device)
+            self._state(parameter)[key] = moved
+        return steps
+
+    def save_if_due(self, steps: int) -> None:
+        if time.monotonic() - self._last_save >= CHECKPOINT_INTERVAL_S:
+            self.save(steps)
+
+    def save(self, steps: int) -> None:
+        tensors = {"steps": torch.tensor(steps)}
+        for name, parameter in self._parameters.items():
+            tensors[f"parameter.{name}"] = parameter
+            for key, value in self._state(parameter).items():
+                tensors[f"{key}.{name}"] = value
+        write_tensors(self._path, tensors)
+        self._last_save = time.monotonic()
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = next(
+            optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state
+        )
+        return state
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Matrix products in bfloat16 if that is the precision asked for; weights and moments stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,101 @@
+"""The decision as a file: one line a layer, back again, and what is wrong with it in one line."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.blocks import Architecture, BlockVariant
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleForCausalLM
+from tests.blocks.test_variants import ATTENTION, FFN
+from tests.conftest import pico_puzzle, random_tokens
+
+BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
+
+
+def architecture(*names: str) -> Architecture:
+    return Architecture(tuple(map(BlockVariant.parse, names)))
+
+
+def test_a_person_can_read_it() -> None:
+    assert architecture("kv2+w512", "none+linear").to_json() == (
+        "{\n"
+        '  "blocks": [\n'
+        '    {"layer": 0, "attention": "kv2", "ffn": "w512"},\n'
+        '    {"layer": 1, "attention": "none", "ffn": "linear"}\n'
+        "  ]\n"
+        "}\n"
+    )
+
+
+@given(st.lists(st.builds(BlockVariant, ATTENTION, FFN), min_size=1, max_size=12), st.randoms())
+def test_the_round_trip(blocks: list[BlockVariant], random: st.random_module) -> None:
+    """Also with the rows in another order."""
+    found = Architecture(tuple(blocks))
+    assert Architecture.from_json(found.to_json()) == found
+    rows = json.loads(found.to_json())["blocks"]
+    random.shuffle(rows)
+    assert Architecture.from_json(json.dumps({"blocks": rows})) == found
+
+
+GOOD = {"layer": 0, "attention": "kv2", "ffn": "w512"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "architecture: not of the form"),
+        ("{", "architecture: not of the form"),
+        ("[]", "architecture: not of the form"),
+        ({}, "architecture: not of the form"),
+        ({"blocks": 3}, "architecture: not of the form"),
+        ({"blocks": {"0": GOOD}}, "architecture: not of the form"),
+        ({"blocks": ["kv2+w512"]}, "architecture: not of the form"),
+        ({"blocks": [{"attention": "kv2", "ffn": "w512"}]}, "architecture: not of the form"),
+        ({"blocks": []}, "architecture: layers must be numbered from 0, each once; found "),
+        ({"blocks": [GOOD, GOOD]}, "architecture: layers must be numbered from 0, each once; found 0, 0"),
+        ({"blocks": [GOOD, GOOD | {"layer": 2}]}, "architecture: layers must be numbered from 0, each once; found 0, 2"),
+        ({"blocks": [GOOD | {"layer": "0"}]}, "architecture: layers must be numbered from 0"),
+        ({"blocks": [GOOD, {"layer": 1, "ffn": "w8"}]}, "architecture: layer 1 has no entry 'attention'"),
+        ({"blocks": [GOOD, GOOD | {"layer": 1, "ffn": "x9"}]}, "architecture: layer 1: ffn variant 'x9' is unknown"),
+        ({"blocks": [GOOD | {"attention": None}]}, "architecture: layer 0: attention variant 'None' is unknown"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_wrong(content: object, message: str) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    with pytest.raises(PuzzleError) as caught:
+        Architecture.from_json(text)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_models_own_architecture() -> None:
+    assert Architecture.of(pico_puzzle(*BLOCKS).config) == architecture(*BLOCKS)
+
+
+@torch.no_grad()
+def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
+    """From a parent whose layers differ, with everything but the blocks carried over."""
+    rope = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    parent = pico_puzzle(*BLOCKS, rope_parameters=rope, attention_bias=True).config
+    parent._attn_implementation = "eager"
+    config = architecture("kv2+w16", "none+w48").configure(parent)
+    assert Architecture.of(config) == architecture("kv2+w16", "none+w48")
+    assert config.num_hidden_layers == 1
+    assert config._attn_implementation == "eager"
+    changed = {"blocks", "num_hidden_layers", "per_layer_config"}
+    before, after = parent.to_dict(), config.to_dict()
+    assert {name for name in before if before[name] != after.get(name)} <= changed
+    assert Architecture.of(parent) == architecture(*BLOCKS)
+    PuzzleForCausalLM(config)(random_tokens(2, 5))
+    back = architecture(*BLOCKS).configure(config)
+    assert back.to_dict() == before
+
+
+def test_kv_heads_that_the_attention_heads_cannot_share() -> None:
+    with pytest.raises(PuzzleError, match=r"architecture: layer 1 has kv3, which does not divide the parent's 4 attention"):
+        architecture("kv4+w48", "kv3+w48").configure(pico_puzzle(*BLOCKS).config)

@@ -1,0 +1,122 @@
+"""The space that a model's own sizes give, and sizes from a recipe that do not fit."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.blocks import GatedFFN, GroupedQuery, derive_space
+from puzzle.blocks.space import hardware_multiple
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
+from tests.conftest import pico_puzzle
+
+
+def config(heads: int = 8, kv_heads: int = 8, width: int = 512, layers: int = 2) -> PuzzleConfig:
+    return PuzzleConfig(
+        hidden_size=16 * heads,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+    )
+
+
+def names(config: PuzzleConfig, layer: int = 0, **sizes: object) -> tuple[list[str], list[str]]:
+    space = derive_space(config, **sizes).layers[layer]
+    return [variant.name for variant in space.attention], [variant.name for variant in space.ffn]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "expected"),
+    [
+        (8, 8, ["kv8", "kv4", "kv2", "kv1"]),
+        (8, 2, ["kv2", "kv1"]),
+        (8, 1, ["kv1"]),
+        (6, 6, ["kv6", "kv3", "kv1"]),
+        (15, 15, ["kv15", "kv5", "kv1"]),
+        (14, 7, ["kv7", "kv1"]),
+        (40, 10, ["kv10", "kv5", "kv1"]),
+    ],
+)
+def test_kv_heads(heads: int, kv_heads: int, expected: list[str]) -> None:
+    assert names(config(heads, kv_heads))[0] == [*expected, "linear", "none"]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (14336, [12544, 10752, 7168, 3584, 2816, 1536]),  # Llama 3 8B, in steps of 256
+        (512, [448, 384, 256, 128, 96, 64]),
+        (50, [44, 38, 24, 12, 10, 4]),
+        (3, [2, 1]),
+        (1, []),
+    ],
+)
+def test_ffn_widths(width: int, expected: list[int]) -> None:
+    assert names(config(width=width))[1] == [f"w{width}", *(f"w{size}" for size in expected), "linear", "none"]
+
+
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 70_000))
+def test_every_size_fits(kv_heads: int, queries: int, width: int) -> None:
+    multiple = hardware_multiple(width)
+    space = derive_space(config(kv_heads * queries, kv_heads, width, layers=1)).layers[0]
+    counts = [variant.num_kv_heads for variant in space.attention if isinstance(variant, GroupedQuery)]
+    widths = [variant.intermediate_size for variant in space.ffn if isinstance(variant, GatedFFN)]
+    assert (counts[0], widths[0]) == (kv_heads, width)
+    assert counts[-1] == 1
+    assert all(larger % smaller == 0 and larger > smaller for larger, smaller in zip(counts, counts[1:], strict=False))
+    assert all(larger > smaller > 0 for larger, smaller in zip(widths, widths[1:], strict=False))
+    assert all(size % multiple == 0 for size in widths[1:])
+
+
+def test_the_multiple_is_256_for_real_models() -> None:
+    assert [hardware_multiple(width) for width in (53248, 14336, 4096, 512, 48, 7, 1)] == [256, 256, 256, 32, 2, 1, 1]
+
+
+def test_given_sizes_and_kinds() -> None:
+    found = names(config(), kv_heads=[2, 4, 2, 8], ffn_widths=[100, 512, 300], attention_kinds=["none"], ffn_kinds=[])
+    assert found == (["kv8", "kv4", "kv2", "none"], ["w512", "w300", "w100"])
+    assert names(config(), kv_heads=[], ffn_widths=[], attention_kinds=[]) == (["kv8"], ["w512", "linear", "none"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"kv_heads": [4, 3]}, r"space\.kv_heads: 3 divides no layer's number of KV heads \[8\]; use divisors"),
+        ({"kv_heads": [16]}, r"space\.kv_heads: 16 divides no"),
+        ({"kv_heads": [0]}, r"space\.kv_heads: 0 divides no"),
+        ({"kv_heads": [-2]}, r"space\.kv_heads: -2 divides no"),
+        ({"ffn_widths": [256, 513]}, r"space\.ffn_widths: 513 is not within any layer's width \[512\]; use smaller"),
+        ({"ffn_widths": [0]}, r"space\.ffn_widths: 0 is not"),
+        ({"ffn_widths": [-1]}, r"space\.ffn_widths: -1 is not"),
+        ({"attention_kinds": ["mamba"]}, r"space\.attention: 'mamba' is unknown; use linear, none, or both"),
+        ({"ffn_kinds": ["moe"]}, r"space\.ffn: 'moe' is unknown"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, object], message: str) -> None:
+    with pytest.raises(PuzzleError, match=message):
+        derive_space(config(), **sizes)
+
+
+def test_layers_that_differ_get_what_is_below_their_own() -> None:
+    parent = pico_puzzle("kv4+w48", "kv2+w16", "linear+linear", "none+none").config
+    assert names(parent, 0) == (
+        ["kv4", "kv2", "kv1", "linear", "none"],
+        ["w48", "w42", "w36", "w24", "w12", "w10", "w4", "linear", "none"],
+    )
+    assert names(parent, 1, ffn_widths=[24, 8]) == (["kv2", "kv1", "linear", "none"], ["w16", "w8", "linear", "none"])
+    assert names(parent, 2) == (["linear", "none"], ["linear", "none"])
+    assert names(parent, 3) == (["none"], ["none"])
+    assert names(parent, 1, kv_heads=[4])[0] == ["kv2", "linear", "none"]
+    with pytest.raises(PuzzleError, match=r"space\.kv_heads: 3 divides no layer's number of KV heads \[2, 4\]"):
+        derive_space(parent, kv_heads=[3])
+
+
+def test_the_parents_own_comes_first_and_all_are_counted() -> None:
+    space = derive_space(pico_puzzle("kv4+w48", "none+w16").config, ffn_widths=[8])
+    blocks = [layer.blocks() for layer in space.layers]
+    assert [layer[0].name for layer in blocks] == ["kv4+w48", "none+w16"]
+    assert blocks[0][0] == space.layers[0].parent
+    assert [len(set(layer)) for layer in blocks] == [5 * 4, 1 * 4]
+    assert space.num_architectures == 20 * 4

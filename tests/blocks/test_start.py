@@ -1,0 +1,199 @@
+"""How variants start, against plain references in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from puzzle.blocks import GatedFFN, GroupedQuery, LinearAttention, LinearFFN, NoAttention, NoFFN, build_subblock
+from puzzle.blocks.ffn import channel_ranking
+from puzzle.blocks.linear import RIDGE, damping, refit, ridge
+from tests.blocks.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_merged_kv_heads_are_means(heads: int, bias: bool) -> None:
+    parent = subblock(pico_parent(attention_bias=bias), "attention", {})
+    start = GroupedQuery(heads).initialise(parent)
+    assert start.keys() == parent.state.keys()
+    for name, tensor in parent.state.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            old = tensor.numpy().reshape(4, 12, *tensor.shape[1:])
+            group = 4 // heads
+            merged = np.stack([old[head * group : (head + 1) * group].mean(0) for head in range(heads)])
+            np.testing.assert_allclose(start[name].numpy(), merged.reshape(heads * 12, *tensor.shape[1:]), atol=1e-15)
+        else:
+            assert torch.equal(start[name], tensor)
+
+
+def test_equal_kv_heads_merge_without_loss() -> None:
+    """The mean goes to the queries that read the merged heads: nothing changes if these were equal."""
+    model = pico_parent()
+    attention = model.model.layers[1].self_attn
+    for projection in (attention.k_proj, attention.v_proj):
+        heads = projection.weight.data.view(2, 2, 12, 32)
+        heads[:, 1] = heads[:, 0]
+    parent = subblock(model, "attention", {})
+    hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
+    context = model.model.context(hidden_BTD)
+    merged = build_subblock(GroupedQuery(2), model.config, GroupedQuery(2).initialise(parent))
+    expected_BTD = model.model.layers[1].attention_contribution(hidden_BTD, **context)
+    torch.testing.assert_close(merged.attention_contribution(hidden_BTD, **context), expected_BTD)
+
+
+def test_channels_are_ranked_by_their_contribution() -> None:
+    activation_NI = spread_activations(48)
+    parent = subblock(pico_parent(), "ffn", activation_moments(activation_NI))
+    down = parent.state["mlp.down_proj.weight"].numpy()
+    contribution = np.abs(activation_NI.numpy()).mean(0) * np.sqrt((down**2).sum(0))
+    assert channel_ranking(parent).tolist() == np.argsort(-contribution, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 16, 47])
+def test_a_narrower_ffn_keeps_the_best_channels_and_refits(width: int, bias: bool) -> None:
+    activation_NI = spread_activations(48)
+    parent = subblock(pico_parent(mlp_bias=bias), "ffn", activation_moments(activation_NI))
+    start = GatedFFN(width).initialise(parent)
+    kept = sorted(channel_ranking(parent)[:width].tolist())
+    assert start.keys() == parent.state.keys()
+    for name, tensor in parent.state.items():
+        if ".gate_proj." in name or ".up_proj." in name:
+            assert torch.equal(start[name], tensor[kept])
+        elif name != "mlp.down_proj.weight":
+            assert torch.equal(start[name], tensor)
+    weight = parent.state["mlp.down_proj.weight"].numpy()
+    np.testing.assert_allclose(
+        start["mlp.down_proj.weight"].numpy(), _lstsq_refit(weight, activation_NI.numpy(), kept), rtol=1e-6, atol=1e-9
+    )
+    build_subblock(GatedFFN(width), parent.config, start)
+
+
+def _lstsq_refit(weight: np.ndarray, activation: np.ndarray, kept: list[int]) -> np.ndarray:
+    """Least squares on the activations, with one row more a channel: its damping, drawing to the parent's weight."""
+    rows = np.diag(np.sqrt(RIDGE * (activation**2).sum(0)))[:, kept]
+    inputs = np.concatenate([activation[:, kept], rows])
+    wanted = np.concatenate([activation @ weight.T, rows @ weight[:, kept].T])
+    return np.linalg.lstsq(inputs, wanted, rcond=None)[0].T
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_maps_are_damped_least_squares(bias: bool) -> None:
+    input_ND = spread_activations(6)
+    output_ND = spread_activations(5).tanh() + input_ND @ torch.randn(6, 5, dtype=torch.float64)
+    state = ridge(moments(input_ND, output_ND), "map", bias=bias, dtype=torch.float64)
+    inputs, outputs = input_ND.numpy(), output_ND.numpy()
+    if bias:
+        inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
+    rows = np.diag(np.sqrt(RIDGE * (inputs**2).sum(0)))
+    weight = np.linalg.lstsq(
+        np.concatenate([inputs, rows]), np.concatenate([outputs, np.zeros((6, 5))]), rcond=None
+    )[0].T
+    np.testing.assert_allclose(state["map.weight"].numpy(), weight, rtol=1e-6, atol=1e-9)
+    assert ("map.bias" in state) is bias
+    if bias:
+        expected = output_ND.numpy().mean(0) - weight @ input_ND.numpy().mean(0)
+        np.testing.assert_allclose(state["map.bias"].numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("variant", [LinearAttention(), LinearFFN()], ids=lambda variant: variant.half)
+def test_linear_variants_recover_a_linear_subblock(variant: LinearAttention | LinearFFN, bias: bool) -> None:
+    """Within the damping; as a module, norm included."""
+    model = pico_parent(attention_bias=bias, mlp_bias=bias)
+    input_ND = torch.randn(4000, 32, dtype=torch.float64) + 0.5
+    true_weight = torch.randn(32, 32, dtype=torch.float64)
+    offset = 1.0 if bias else 0.0
+    parent = subblock(model, variant.half, moments(input_ND, input_ND @ true_weight.T + offset))
+    layer = build_subblock(variant, model.config, variant.initialise(parent))
+    hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
+    norm = layer.input_layernorm if variant.half == "attention" else layer.post_attention_layernorm
+    expected_BTD = hidden_BTD + norm(hidden_BTD) @ true_weight.T + offset
+    error = (layer(hidden_BTD) - expected_BTD).norm() / (expected_BTD - hidden_BTD).norm()
+    assert error < 5 * RIDGE
+
+
+def test_nothing_starts_with_nothing() -> None:
+    assert NoAttention().initialise(subblock(pico_parent(), "attention", {})) == {}
+    assert NoFFN().initialise(subblock(pico_parent(), "ffn", {})) == {}
+
+
+def test_the_dtype_is_the_parents() -> None:
+    model = pico_parent().to(torch.bfloat16)
+    ffn = subblock(model, "ffn", activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32)))
+    attention = subblock(model, "attention", moments(*torch.randn(2, 90, 32)))
+    starts = [GatedFFN(16).initialise(ffn), LinearFFN().initialise(ffn)]
+    starts += [GroupedQuery(2).initialise(attention), LinearAttention().initialise(attention)]
+    assert {tensor.dtype for start in starts for tensor in start.values()} == {torch.bfloat16}
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), tokens=st.integers(1, 40), dead=st.integers(0, 3))
+def test_a_wider_refit_is_never_worse(seed: int, tokens: int, dead: int) -> None:
+    """Whatever calibration saw: fewer tokens than channels, scales far apart, channels that are never active."""
+    channels = 12
+    generator = torch.Generator().manual_seed(seed)
+    scales = 10 ** (6 * torch.rand(channels, generator=generator, dtype=torch.float64) - 3)
+    activation_NI = torch.randn(tokens, channels, generator=generator, dtype=torch.float64) * scales
+    activation_NI[:, :dead] = 0
+    weight = torch.randn(5, channels, generator=generator, dtype=torch.float64)
+    second_moment = activation_NI.T @ activation_NI / tokens
+    damped = second_moment + torch.diag(damping(second_moment))
+    ranking = torch.randperm(channels, generator=generator)
+
+    nothing_kept = _error(weight, second_moment)
+    previous = _error(weight, damped)
+    for width in range(1, channels + 1):
+        kept = ranking[:width]
+        left = weight.clone()
+        left[:, kept] -= refit(weight, second_moment, kept)
+        # The refit is the optimum under the damped moment; there, more channels can only help.
+        error = _error(left, damped)
+        assert error <= previous + 1e-9 * nothing_kept
+        previous = error
+        # On the moments themselves, what damping costs is never more than what plain slicing would.
+        sliced = weight.clone()
+        sliced[:, kept] = 0
+        assert _error(left, second_moment) <= _error(sliced, second_moment) + 1e-9 * nothing_kept
+    assert torch.equal(left, torch.zeros_like(left))
+
+
+def test_the_error_on_the_calibration_moments_falls_with_the_width() -> None:
+    parent = subblock(pico_parent(), "ffn", activation_moments(spread_activations(48)))
+    weight, second_moment = parent.state["mlp.down_proj.weight"], parent.statistics["activation_second_moment"]
+    ranking = channel_ranking(parent)
+    errors = []
+    for width in range(0, 49, 4):
+        left = weight.clone()
+        left[:, ranking[:width]] -= refit(weight, second_moment, ranking[:width])
+        errors.append(_error(left, second_moment))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+
+
+def _error(left: Tensor, second_moment: Tensor) -> float:
+    """E||left a||^2."""
+    return float(torch.trace(left @ second_moment @ left.T))
+
+
+def test_an_input_that_is_never_active_gets_no_weight() -> None:
+    input_ND = spread_activations(6)
+    input_ND[:, 2] = 0
+    state = ridge(moments(input_ND, spread_activations(5)), "map", bias=False, dtype=torch.float64)
+    assert state["map.weight"].isfinite().all()
+    assert state["map.weight"][:, 2].abs().max() == 0
+    nothing = ridge(moments(torch.zeros(9, 6), torch.zeros(9, 5)), "map", bias=True, dtype=torch.float64)
+    assert nothing["map.weight"].abs().max() == 0
+
+
+def test_an_input_that_is_constant_leaves_its_work_to_the_bias() -> None:
+    """Centring leaves nothing of it but rounding error, from which no weight must come."""
+    input_ND = spread_activations(6).float()
+    input_ND[:, 2] = 1234.5
+    output_ND = spread_activations(5).float()
+    state = ridge(moments(input_ND, output_ND), "map", bias=True, dtype=torch.float64)
+    largest = (state["map.weight"][:, 2] * 1234.5).abs().max()
+    assert largest < 0.1 * output_ND.abs().max()

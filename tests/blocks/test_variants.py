@@ -1,0 +1,147 @@
+"""Names, configuration entries, and what a variant weighs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from puzzle.blocks import (
+    REGISTRY,
+    Architecture,
+    BlockVariant,
+    GatedFFN,
+    GroupedQuery,
+    Half,
+    LinearAttention,
+    LinearFFN,
+    NoAttention,
+    NoFFN,
+    Variant,
+    build_subblock,
+    num_params,
+    parse_variant,
+    split_state,
+    variant_from_config,
+    weight_bytes,
+)
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from tests.conftest import pico_llama, pico_puzzle
+
+ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))
+FFN = st.one_of(st.builds(GatedFFN, st.integers(1, 10**6)), st.sampled_from([LinearFFN(), NoFFN()]))
+
+
+@given(st.one_of(ATTENTION, FFN))
+def test_a_variant_from_its_name_and_from_its_entry(variant: Variant) -> None:
+    assert parse_variant(variant.half, variant.name) == variant
+    assert variant_from_config(variant.half, variant.module_config()) == variant
+    assert str(variant) == variant.name
+
+
+@given(st.builds(BlockVariant, ATTENTION, FFN))
+def test_a_block_from_its_name(block: BlockVariant) -> None:
+    assert BlockVariant.parse(block.name) == block
+    assert (block.half("attention"), block.half("ffn")) == (block.attention, block.ffn)
+
+
+@given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvw0123456789linearone+ -", max_size=7))
+def test_no_other_name_is_taken(half: Half, name: str) -> None:
+    try:
+        assert parse_variant(half, name).name == name
+    except PuzzleError as error:
+        assert f"{half} variant {name!r} is unknown" in str(error)
+
+
+@pytest.mark.parametrize("name", ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²"])
+def test_a_wrong_name_says_what_is_right(name: str) -> None:
+    with pytest.raises(PuzzleError, match=r"use kv<number>, linear, none$"):
+        parse_variant("attention", name)
+
+
+@pytest.mark.parametrize("name", ["kv2", "kv2-w8", "", "kv2w8"])
+def test_a_block_needs_both_halves(name: str) -> None:
+    with pytest.raises(PuzzleError, match="not of the form attention"):
+        BlockVariant.parse(name)
+
+
+def test_kinds_are_registered_by_their_names() -> None:
+    for half, kinds in REGISTRY.items():
+        assert all(kind.half == half and kind.kind == name for name, kind in kinds.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"head_dim": None},
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> None:
+    """The halves of a model and what lies outside its layers are the whole, and a layer is Llama's own."""
+    model = pico_puzzle("kv2+w48", "kv1+w5", "linear+linear", "none+none", **overrides)
+    architecture = Architecture.of(model.config)
+    counts = [
+        num_params(variant, model.config) for block in architecture.blocks for variant in (block.attention, block.ffn)
+    ]
+    for layer, block in zip(model.model.layers, architecture.blocks, strict=True):
+        state = layer.state_dict()
+        for half in ("attention", "ffn"):
+            expected = sum(tensor.numel() for tensor in split_state(state, half).values())
+            assert num_params(block.half(half), model.config) == expected
+            assert weight_bytes(block.half(half), model.config, torch.bfloat16) == 2 * expected
+    outer = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
+    outer += 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
+    assert sum(counts) + outer == model.num_parameters()
+    llama = pico_llama(**overrides | {"num_key_value_heads": 2})
+    assert counts[0] + counts[1] == sum(parameter.numel() for parameter in llama.model.layers[0].parameters())
+
+
+def test_sizes_are_those_of_the_configuration_not_derived() -> None:
+    """Llama 3.2 1B's layer has 60.8 M parameters; with an explicit head size it has others."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    attention, ffn = GroupedQuery(8), GatedFFN(8192)
+    config = PuzzleConfig(**sizes, num_hidden_layers=1)
+    assert num_params(attention, config) == 2 * 2048 * 2048 + 2 * 512 * 2048 + 2048
+    assert num_params(ffn, config) == 3 * 2048 * 8192 + 2048
+    config = PuzzleConfig(**sizes, num_hidden_layers=1, head_dim=128)
+    assert num_params(attention, config) == 2 * 4096 * 2048 + 2 * 1024 * 2048 + 2048
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, head_dim=128, vocab_size=8))
+    expected = sum(parameter.numel() for parameter in llama.model.layers[0].parameters())
+    assert num_params(attention, config) + num_params(ffn, config) == expected
+
+
+def test_a_subblock_shares_the_given_weights_and_allocates_none() -> None:
+    model = pico_puzzle("kv4+w48")
+    state = split_state(model.model.layers[0].state_dict(), "ffn")
+    layer = build_subblock(GatedFFN(48), model.config, state)
+    assert layer.mlp.down_proj.weight.data_ptr() == state["mlp.down_proj.weight"].data_ptr()
+    assert not layer.has_attention
+    assert not layer.training
+    assert all(parameter.is_meta for parameter in build_subblock(GatedFFN(48), model.config).parameters())
+
+
+@torch.no_grad()
+def test_two_subblocks_are_one_layer() -> None:
+    model = pico_puzzle("kv4+w48", "kv2+w16")
+    hidden_BTD = torch.randn(2, 5, 32)
+    context = model.model.context(hidden_BTD)
+    layer = model.model.layers[1]
+    attention = build_subblock(GroupedQuery(2), model.config, split_state(layer.state_dict(), "attention"))
+    ffn = build_subblock(GatedFFN(16), model.config, split_state(layer.state_dict(), "ffn"))
+    assert torch.equal(ffn(attention(hidden_BTD, **context), **context), layer(hidden_BTD, **context))
+
+
+def test_a_subblock_asks_for_a_configuration_whose_masks_are_settled() -> None:
+    """Without an implementation, attention would run without a causal mask, silently."""
+    state = split_state(pico_puzzle("kv4+w48").model.layers[0].state_dict(), "attention")
+    config = PuzzleConfig(hidden_size=32, num_attention_heads=4, head_dim=12, num_hidden_layers=1)
+    with pytest.raises(AssertionError, match="build a model with this configuration first"):
+        build_subblock(GroupedQuery(4), config, state)
+    PuzzleForCausalLM(config)
+    build_subblock(GroupedQuery(4), config, state)

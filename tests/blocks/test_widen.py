@@ -1,0 +1,56 @@
+"""`widen` writes the weights of a small variant as those of a larger one, which then computes the same."""
+
+import pytest
+import torch
+
+from puzzle.blocks import (
+    GatedFFN,
+    GroupedQuery,
+    LinearAttention,
+    LinearFFN,
+    NoAttention,
+    NoFFN,
+    Variant,
+    build_subblock,
+)
+from tests.blocks.conftest import activation_moments, pico_parent, spread_activations, subblock
+
+PAIRS = [
+    *((GroupedQuery(small), GroupedQuery(large)) for small, large in [(1, 1), (1, 2), (1, 4), (2, 4)]),
+    *((GatedFFN(small), GatedFFN(large)) for small, large in [(5, 5), (5, 16), (16, 48)]),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("narrow", "wide"), PAIRS, ids=str)
+def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: bool) -> None:
+    model = pico_parent(attention_bias=bias, mlp_bias=bias)
+    start = narrow.initialise(subblock(model, narrow.half, activation_moments(spread_activations(48))))
+    before = {name: tensor.clone() for name, tensor in start.items()}
+    widened = narrow.widen(start, wide, model.config)
+    assert widened is not None
+    hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
+    context = model.model.context(hidden_BTD)
+    expected_BTD = build_subblock(narrow, model.config, start)(hidden_BTD, **context)
+    torch.testing.assert_close(build_subblock(wide, model.config, widened)(hidden_BTD, **context), expected_BTD)
+    assert all(torch.equal(start[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (GroupedQuery(4), GroupedQuery(2)),
+        (GroupedQuery(2), GroupedQuery(3)),
+        (GroupedQuery(2), NoAttention()),
+        (LinearAttention(), GroupedQuery(4)),
+        (NoAttention(), GroupedQuery(4)),
+        (GatedFFN(16), GatedFFN(8)),
+        (GatedFFN(16), LinearFFN()),
+        (LinearFFN(), GatedFFN(16)),
+        (NoFFN(), GatedFFN(16)),
+    ],
+    ids=str,
+)
+def test_where_there_is_no_such_form(narrow: Variant, wide: Variant) -> None:
+    model = pico_parent()
+    assert narrow.widen({}, wide, model.config) is None

@@ -1,0 +1,35 @@
+"""GKD brings a damaged child closer to its parent, and leaves an undamaged one where it is."""
+
+import pytest
+
+from puzzle.child import realise
+from puzzle.data import TokenData
+from puzzle.distill import distil, distillation_curve
+from puzzle.library import Library
+from puzzle.parents import Parent
+from puzzle.runs import Run
+
+BLOCKS = ("kv1+w8", "kv4+w16", "none+w64", "kv2+linear")
+
+
+def test_distillation_lowers_the_held_out_kl(
+    pico_run: Run, pico_parent: Parent, pico_library: Library, pico_data: TokenData
+) -> None:
+    child = realise(pico_run, pico_parent, pico_library, BLOCKS)
+    distilled = distil(pico_run, pico_parent, child, pico_data)
+    curve = distillation_curve(distilled)
+    assert curve[0]["step"] == 0
+    assert curve[-1]["tokens"] >= pico_run.recipe.distil.tokens
+    assert curve[-1]["validation_kl"] < 0.9 * curve[0]["validation_kl"]
+    assert distilled.architecture == child.architecture
+    assert distilled.address != child.address
+
+
+def test_the_parent_itself_starts_without_a_loss(
+    pico_run: Run, pico_parent: Parent, pico_library: Library, pico_data: TokenData
+) -> None:
+    own = tuple(block.name for block in pico_parent.architecture.blocks)
+    distilled = distil(pico_run, pico_parent, realise(pico_run, pico_parent, pico_library, own), pico_data)
+    start = distillation_curve(distilled)[0]
+    assert start["validation_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert start["loss"] == pytest.approx(0.0, abs=1e-5)

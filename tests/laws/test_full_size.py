@@ -1,0 +1,52 @@
+"""Law 3: a width equal to the parent's, and a KV-head count equal to the parent's, change nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import pico_llama
+from torch import Tensor
+
+from puzzle.blocks import GatedFFN, GroupedQuery, ParentSubblock, Variant, build_subblock, split_state
+from puzzle.blocks.attention import merge_heads
+from puzzle.blocks.linear import refit
+from puzzle.parents import open_parent
+
+OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
+
+
+@pytest.mark.parametrize("variant", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_own_variant_starts_as_the_parents_subblock(variant: Variant, bias: bool, tmp_path: Path) -> None:
+    pico_llama(attention_bias=bias, mlp_bias=bias).save_pretrained(tmp_path)
+    parent = open_parent(str(tmp_path))
+    state = split_state(parent.layer_state(2), variant.half)
+    start = variant.initialise(ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}))
+    assert start.keys() == state.keys()
+    assert all(torch.equal(start[name], state[name]) for name in state)
+
+    model = parent.load()
+    hidden_BTD = torch.randn(2, 7, 32)
+    context = model.model.context(hidden_BTD)
+    contribution = {
+        "attention": lambda layer: layer.attention_contribution(hidden_BTD, **context),
+        "ffn": lambda layer: layer.ffn_contribution(hidden_BTD),
+    }[variant.half]
+    built = build_subblock(variant, parent.config, start)
+    assert torch.equal(contribution(built), contribution(model.model.layers[2]))
+
+
+def test_merging_into_as_many_heads_changes_nothing() -> None:
+    projection = torch.randn(48, 32)
+    assert torch.equal(merge_heads(projection, 4, 4), projection)
+
+
+def test_refitting_to_all_channels_changes_nothing() -> None:
+    """Also where calibration saw nothing: damping draws to the parent's weights, not to zero."""
+    weight = torch.randn(8, 6, dtype=torch.float64)
+    for activations in (torch.randn(20, 6, dtype=torch.float64), torch.zeros(20, 6, dtype=torch.float64)):
+        assert torch.equal(refit(weight, _second_moment(activations), torch.arange(6)), weight)
+
+
+def _second_moment(activations: Tensor) -> Tensor:
+    return activations.T @ activations / len(activations)

@@ -1,0 +1,89 @@
+"""Law 11: a run killed at any moments and resumed ends with the architecture and the weights of one left alone."""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from puzzle.runs import Run
+
+# State is saved after every step, so that a kill can fall between any two.
+RUN_TO_THE_END = """
+import sys
+from pathlib import Path
+import torch
+import puzzle.library.statistics
+import puzzle.training
+torch.set_num_threads(1)
+puzzle.training.CHECKPOINT_INTERVAL_S = puzzle.library.statistics.CHECKPOINT_INTERVAL_S = 0.0
+from puzzle.pipeline import run_stage
+from puzzle.runs import open_run
+with open_run(Path(sys.argv[1])) as run:
+    run_stage(run, "distil")
+"""
+KILLS = 6
+
+
+def test_a_killed_run_ends_like_one_left_alone(pico_run: Run, tmp_path: Path) -> None:
+    undisturbed = _fresh_copy(pico_run, tmp_path / "undisturbed")
+    began = time.monotonic()
+    _run(undisturbed).wait()
+    seconds = time.monotonic() - began
+    disturbed = _fresh_copy(pico_run, tmp_path / "disturbed")
+    # Costs are measurements, no function of their inputs: both runs search on the same ones.
+    for costs in undisturbed.glob("stages/costs-*"):
+        shutil.copytree(costs, disturbed / "stages" / costs.name)
+    kills = 0
+    moments = random.Random(11)
+    while kills < KILLS:
+        process = _run(disturbed)
+        try:
+            process.wait(moments.uniform(0.3, 1.0) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    process = _run(disturbed)
+    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
+    assert kills > 0
+    for pattern in ("stages/library-*/*.safetensors", "stages/distil-*/checkpoint/*.safetensors"):
+        expected, found = _files(undisturbed, pattern), _files(disturbed, pattern)
+        assert found.keys() == expected.keys()
+        assert expected
+        for name in expected:
+            _equal(expected[name], found[name])
+    for pattern in ("stages/search-*/solution.json", "stages/score-*/scores.json"):
+        assert len(_files(undisturbed, pattern)) == 1
+    expected_blocks = next(undisturbed.glob("stages/realise-*/architecture.json")).read_text()
+    assert next(disturbed.glob("stages/realise-*/architecture.json")).read_text() == expected_blocks
+
+
+def _fresh_copy(run: Run, folder: Path) -> Path:
+    """A run folder of the same recipe with nothing done."""
+    folder.mkdir()
+    for name in ("puzzle.json", "recipe.yaml"):
+        shutil.copy(run.path / name, folder / name)
+    (folder / "stages").mkdir()
+    return folder
+
+
+def _run(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN_TO_THE_END, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _files(folder: Path, pattern: str) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.glob(pattern)}
+
+
+def _equal(expected: Path, found: Path) -> None:
+    tensors, others = load_file(expected), load_file(found)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors), expected

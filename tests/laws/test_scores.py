@@ -1,0 +1,61 @@
+"""Law 9: a score by suffix recomputation equals the score by a full forward."""
+
+import pytest
+from torch.nn.functional import kl_div, log_softmax
+
+from puzzle.artefacts import ScoreTable
+from puzzle.blocks import Architecture, BlockVariant, Space
+from puzzle.child import assemble
+from puzzle.data import TokenData
+from puzzle.library import Library
+from puzzle.parents import Parent
+from puzzle.runs import Run
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_score_equals_a_full_forward_of_the_replaced_model(
+    layer: int,
+    pico_run: Run,
+    pico_parent: Parent,
+    pico_library: Library,
+    pico_space: Space,
+    pico_data: TokenData,
+    pico_scores: ScoreTable,
+) -> None:
+    parent = pico_parent.load()
+    (sequences,) = pico_data.batches("scoring", 1000, pico_run.recipe.score.tokens)
+    tokens_BT, targets_BT = sequences[:, :-1], sequences[:, 1:]
+    parent_logp = log_softmax(parent(tokens_BT).logits.double(), -1)
+    for block in pico_space.layers[layer].blocks()[1::5]:
+        blocks = list(pico_parent.architecture.blocks)
+        blocks[layer] = block
+        logits = assemble(pico_parent, pico_library, Architecture(tuple(blocks)))(tokens_BT).logits.double()
+        logp = log_softmax(logits, -1)
+        kl_B = kl_div(logp, parent_logp, log_target=True, reduction="none").sum(-1).mean(-1)
+        row = pico_scores.row(layer, block.name)
+        assert row.kl == pytest.approx(float(kl_B.mean()), rel=1e-3, abs=1e-6)
+        assert row.kl_se == pytest.approx(float(kl_B.std() / len(kl_B) ** 0.5), rel=1e-3, abs=1e-6)
+        assert row.lm_loss == pytest.approx(float(-logp.gather(-1, targets_BT.unsqueeze(-1)).mean()), rel=1e-4)
+        agreement = (logp.argmax(-1) == parent_logp.argmax(-1)).double().mean()
+        assert row.top1_agreement == pytest.approx(float(agreement), abs=2e-3)
+
+
+def test_every_block_of_every_layer_has_a_score(pico_scores: ScoreTable, pico_space: Space) -> None:
+    expected = [(i, block.name) for i, layer in enumerate(pico_space.layers) for block in layer.blocks()]
+    assert [(row.layer, row.block) for row in pico_scores.rows] == expected
+
+
+def test_the_parents_own_blocks_score_zero(pico_scores: ScoreTable, pico_parent: Parent) -> None:
+    names = [block.name for block in pico_parent.architecture.blocks]
+    assert pico_scores.total(names) == 0.0
+    assert all(pico_scores.row(i, name).top1_agreement == 1.0 for i, name in enumerate(names))
+
+
+def test_removing_more_is_worse(pico_scores: ScoreTable) -> None:
+    for layer in range(pico_scores.num_layers):
+        ffn = [pico_scores.row(layer, f"kv4+{name}").kl for name in ("w56", "w16", "none")]
+        assert ffn == sorted(ffn)
+
+
+def test_block_names_are_parsed_back() -> None:
+    assert BlockVariant.parse("kv2+none").name == "kv2+none"

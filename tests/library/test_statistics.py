@@ -1,0 +1,45 @@
+"""Calibration moments against a plain computation in float64, with hooks on the original modules."""
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from puzzle.data import TokenData
+from puzzle.library import Statistics
+from puzzle.parents import Parent
+from puzzle.runs import Run
+
+
+def test_moments_equal_a_plain_computation(
+    pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico_parent.path).double()
+    layer = model.model.layers[2]
+    seen: dict[str, Tensor] = {}
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.update(h_attention=args[0]))
+    layer.self_attn.register_forward_hook(lambda _, __, output: seen.update(y_attention=output[0]))
+    layer.mlp.register_forward_hook(lambda _, args, output: seen.update(h_ffn=args[0], y_ffn=output))
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(a=args[0]))
+    layer.register_forward_hook(lambda _, args, output: seen.update(entered=args[0], left=output))
+    (sequences,) = pico_data.batches("calibration", 10_000, pico_run.recipe.calibration.tokens)
+    with torch.no_grad():
+        model(sequences[:, :-1])
+    flat = {name: value.flatten(0, 1) for name, value in seen.items()}
+    n = len(flat["a"])
+    for half in ("attention", "ffn"):
+        h, y = flat[f"h_{half}"], flat[f"y_{half}"]
+        moments = pico_statistics.half(2, half)  # type: ignore[arg-type]
+        _close(moments["input_mean"], h.mean(0))
+        _close(moments["input_second_moment"], h.T @ h / n)
+        _close(moments["output_mean"], y.mean(0))
+        _close(moments["cross_moment"], y.T @ h / n)
+        _close(moments["output_power"], y.square().mean())
+    ffn = pico_statistics.half(2, "ffn")
+    _close(ffn["activation_mean_abs"], flat["a"].abs().mean(0))
+    _close(ffn["activation_second_moment"], flat["a"].T @ flat["a"] / n)
+    influence = 1 - torch.cosine_similarity(flat["entered"], flat["left"], dim=-1).mean()
+    assert abs(pico_statistics.influence(4)[2] - float(influence)) < 1e-5
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)

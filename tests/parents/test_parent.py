@@ -1,0 +1,143 @@
+"""Reading a parent: whole, by layer, by what belongs to no layer; its address; a child as a parent."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.conftest import pico_llama, pico_puzzle, random_tokens
+from transformers import LlamaForCausalLM
+
+from puzzle.blocks import Architecture, ParentSubblock, derive_space, num_params, split_state
+from puzzle.modeling import save_checkpoint
+from puzzle.parents import Parent, open_parent
+
+BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Parent:
+    path = tmp_path_factory.mktemp("sharded")
+    pico_llama(tie_word_embeddings=False, attention_bias=True).to(torch.bfloat16).save_pretrained(
+        path, max_shard_size="20KB"
+    )
+    return open_parent(str(path))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors that are read, as they are read."""
+    names: list[str] = []
+
+    class Counted:
+        def __init__(self, handle: Any) -> None:
+            self.handle = handle
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            names.append(name)
+            return self.handle.get_tensor(name)
+
+    @contextmanager
+    def counted(file: Path, framework: str) -> Iterator[Counted]:
+        with safe_open(file, framework=framework) as handle:
+            yield Counted(handle)
+
+    monkeypatch.setattr("puzzle.parents.checkpoint.safe_open", counted)
+    return names
+
+
+def original(parent: Parent) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(parent.path, dtype=torch.float32)
+
+
+def test_loading_reads_each_tensor_once(parent: Parent, reads: list[str]) -> None:
+    parent.load()
+    assert sorted(reads) == sorted(original(parent).state_dict())
+
+
+def test_a_layers_state_is_that_layer_alone(parent: Parent, reads: list[str]) -> None:
+    for layer in range(4):
+        reads.clear()
+        found = parent.layer_state(layer)
+        expected = original(parent).model.layers[layer].state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert sorted(reads) == sorted(f"model.layers.{layer}.{name}" for name in expected)
+
+
+def test_layers_and_the_rest_are_everything(parent: Parent) -> None:
+    found = parent.outer_state()
+    assert set(found) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer in range(4):
+        found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parent.layer_state(layer).items()}
+    expected = original(parent).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_tied_head_is_read_and_counted_once(tmp_path: Path) -> None:
+    pico_llama().save_pretrained(tmp_path)
+    parent = open_parent(str(tmp_path))
+    assert set(parent.outer_state()) == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert parent.num_params == pico_llama().num_parameters()
+
+
+def test_the_facts(parent: Parent) -> None:
+    assert parent.num_params == original(parent).num_parameters()
+    assert [block.name for block in parent.architecture.blocks] == ["kv4+w48"] * 4
+    # Subblocks built from the configuration take the masks of the model: both must name the same implementation.
+    assert parent.config._attn_implementation == parent.load().config._attn_implementation == "sdpa"
+
+
+def test_the_address_is_that_of_the_content(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "copy", "other weights", "other config")]
+    for folder in folders:
+        pico_llama(rms_norm_eps=1e-5 if folder.name == "other config" else 1e-6).save_pretrained(folder)
+    model = pico_llama()
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(folders[2])
+    addresses = [open_parent(str(folder)).address for folder in folders]
+    assert addresses[0] == addresses[1]
+    assert len(set(addresses)) == 3
+
+
+def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    hashed: list[str] = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or file_digest(file, name))
+    pico_llama().save_pretrained(tmp_path / "parent")
+    digests = tmp_path / "digests.json"
+    first = [open_parent(str(tmp_path / "parent"), digests).address for _ in range(2)]
+    assert first[0] == first[1]
+    assert len(hashed) == 1
+    pico_llama(initializer_range=0.1).save_pretrained(tmp_path / "parent")
+    assert open_parent(str(tmp_path / "parent"), digests).address != first[0]
+    assert len(hashed) == 2
+
+
+@torch.no_grad()
+def test_a_child_can_be_the_next_parent(tmp_path: Path) -> None:
+    """Everything works on a parent whose layers differ."""
+    model = pico_puzzle(*BLOCKS)
+    save_checkpoint(model, tmp_path, None)
+    parent = open_parent(str(tmp_path))
+    assert torch.equal(parent.load()(random_tokens(2, 9)).logits, model(random_tokens(2, 9)).logits)
+    assert [block.name for block in parent.architecture.blocks] == list(BLOCKS)
+    assert parent.num_params == model.num_parameters()
+    assert parent.layer_state(4) == {}
+    space = derive_space(parent.config)
+    for layer, own in enumerate(parent.architecture.blocks):
+        assert space.layers[layer].parent == own
+        for variant in (own.attention, own.ffn):
+            state = split_state(parent.layer_state(layer), variant.half)
+            assert num_params(variant, parent.config) == sum(tensor.numel() for tensor in state.values())
+            subblock = ParentSubblock(config=parent.config, variant=variant, state=state, statistics={})
+            assert variant.initialise(subblock).keys() == state.keys()
+    smaller = Architecture((space.layers[3].blocks()[-1], *parent.architecture.blocks[1:]))
+    assert smaller.configure(parent.config).num_hidden_layers == 2

@@ -1,0 +1,66 @@
+"""The frontier against enumeration."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.search.conftest import BOUNDS, cost_row, cost_table, everything, score_table, tables, within
+
+from puzzle.artefacts import CostTable, ScoreTable
+from puzzle.errors import PuzzleError
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search import frontier, parent_totals
+from puzzle.search.bounds import QUANTITIES
+
+SETTINGS = SearchSettings(gap=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables(), st.sampled_from(BOUNDS))
+def test_every_point_is_the_best_at_its_bound(case: tuple[ScoreTable, CostTable], quantity: str) -> None:
+    scores, costs = case
+    models = everything(scores, costs)
+    points = frontier(scores, costs, TargetSettings(), SETTINGS, quantity, points=4)
+    values = [totals.as_dict()[quantity] for _, totals in models]
+    best = max(values) if QUANTITIES[quantity].at_least else min(values)
+    assert points[-1].bounds.given()[quantity] == pytest.approx(best)
+    for point in points:
+        assert point.score == pytest.approx(min(score for score, totals in models if within(totals, point.bounds)))
+    for easier, harder in pairwise(points):
+        assert easier.score <= harder.score + 1e-9
+    if best != parent_totals(scores, costs)[quantity]:
+        assert len(points) == 4
+        assert points[0].bounds.given()[quantity] == parent_totals(scores, costs)[quantity]
+
+
+def one_layer() -> tuple[ScoreTable, CostTable]:
+    """The smaller the faster; at batch size 2 everything is as fast, and so twice as much comes out."""
+    rows = []
+    for batch_size in (1, 2):
+        rows += [cost_row(-1, "fixed", "", batch_size, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", batch_size)]
+        rows += [
+            cost_row(0, "attention", f"kv{k}", batch_size, params=100 * k, kv=100, decode=float(k)) for k in (8, 4, 2)
+        ]
+    return score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.25), ("kv2+w64", 1.0)]]), cost_table(rows, (1, 2))
+
+
+def test_other_bounds_are_kept_and_the_quantitys_own_is_not() -> None:
+    points = frontier(*one_layer(), TargetSettings(parameters="400", throughput="1000x"), SETTINGS, points=5)
+    assert [point.blocks for point in points] == [("kv4+w64",)] * 2 + [("kv2+w64",)] * 3
+    assert {point.bounds.params for point in points} == {400}
+
+
+def test_one_point_where_other_bounds_allow_nothing_better_than_the_parent() -> None:
+    scores, costs = one_layer()
+    smallest_batch = TargetSettings(memory="1700B")
+    only_parent = replace(scores, rows=scores.rows[:1])
+    points = frontier(only_parent, costs, smallest_batch, SETTINGS, points=5)
+    assert [(point.blocks, point.batch_size) for point in points] == [(("kv8+w64",), 1)]
+    assert len(frontier(scores, costs, smallest_batch, SETTINGS, points=5)) == 5
+
+
+def test_other_bounds_out_of_reach_are_explained() -> None:
+    with pytest.raises(PuzzleError, match=r"target.parameters: 100 asked; reachable 800 \(parent\) to 200"):
+        frontier(*one_layer(), TargetSettings(parameters="100", throughput="2x"), SETTINGS)

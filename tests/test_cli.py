@@ -1,0 +1,304 @@
+"""The commands: quick to start, thin, and one line instead of a traceback for what a person can mend."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+from puzzle.cli import STAGES, main
+from puzzle.errors import PuzzleError
+from puzzle.recipe import Recipe
+from puzzle.runs import Run, is_run_folder, open_run
+
+RECIPE = "parent: model  # a comment\ndata: {source: text}\n"
+
+
+class Pipeline:
+    """Stands in for the real one: notes what is asked of it, and raises `error` if given one."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Path, str]] = []
+        self.recipe: Recipe | None = None
+        self.error: BaseException | None = None
+
+    def run_stage(self, run: Run, name: str) -> None:
+        self.asked.append((run.path, name))
+        self.recipe = run.recipe
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    module, pipeline = ModuleType("puzzle.pipeline"), Pipeline()
+    vars(module).update(plan=lambda recipe: [f"plan for {recipe.parent}"], run_stage=pipeline.run_stage)
+    monkeypatch.setitem(sys.modules, "puzzle.pipeline", module)
+    return pipeline
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *command: str, code: int = 2) -> str:
+    """The one line on stderr with which a command fails."""
+    try:
+        returned: Any = main(command)
+    except SystemExit as exit_:
+        returned = exit_.code
+    line = capsys.readouterr().err
+    assert returned == code
+    assert line.startswith("puzzle: ")
+    assert line.count("\n") == 1
+    return line
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_help_starts_at_once() -> None:
+    start = time.perf_counter()
+    started = python("-X", "importtime", "-m", "puzzle", "--help")
+    assert time.perf_counter() - start < 2  # 0.2 s alone; others may be at work
+    assert all(name in started.stdout for name in ("run", "demo", "init", "status", *STAGES))
+    imported = {line.rpartition("|")[2].strip() for line in started.stderr.splitlines()}
+    assert "puzzle.cli" in imported
+    assert imported.isdisjoint({"torch", "transformers", "pydantic", "yaml", "numpy", "rich"})
+
+
+def test_status_needs_no_model(pipeline: Pipeline) -> None:
+    assert main(["run", "recipe.yaml", "--out", "out"]) == 0
+    started = python("-X", "importtime", "-m", "puzzle", "status", "out")
+    assert "next: data; " in started.stdout
+    imported = {line.rpartition("|")[2].strip() for line in started.stderr.splitlines()}
+    assert imported.isdisjoint({"torch", "transformers", "numpy"})
+
+
+def test_run_makes_a_folder_plans_and_goes_the_whole_way(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "recipe.yaml"]) == 0
+    folder = Path("runs/recipe")
+    assert pipeline.asked == [(folder, "report")]
+    assert capsys.readouterr().out == "plan for model\n"
+    assert (folder / "recipe.yaml").read_text() == RECIPE
+
+
+def test_run_takes_other_values_and_other_recipes_into_the_same_folder(pipeline: Pipeline) -> None:
+    assert main(["run", "recipe.yaml", "--out", "out", "--set", "seed=3", "--set", "target.throughput=2x"]) == 0
+    assert pipeline.recipe is not None
+    assert pipeline.recipe.seed == 3
+    assert Recipe.read(Path("out/recipe.yaml")) == pipeline.recipe
+    assert main(["run", "recipe.yaml", "--out", "out"]) == 0
+    assert pipeline.recipe.seed == 0
+
+
+def test_a_run_folders_own_recipe_goes_on_there(pipeline: Pipeline) -> None:
+    assert main(["run", "recipe.yaml", "--out", "out"]) == 0
+    edited = Path("out/recipe.yaml")
+    edited.write_text(RECIPE + "seed: 5\n")
+    assert main(["run", str(edited)]) == 0
+    assert pipeline.asked[-1] == (Path("out"), "report")
+    assert pipeline.recipe is not None
+    assert pipeline.recipe.seed == 5
+    assert edited.read_text() == RECIPE + "seed: 5\n"
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_every_stage_has_a_command(pipeline: Pipeline, command: str) -> None:
+    main(["run", "recipe.yaml", "--out", "out"])
+    assert main([command, "out"]) == 0
+    assert pipeline.asked[-1] == (Path("out"), {"cost": "costs"}.get(command, command))
+
+
+def test_the_commands_are_the_pipelines_stages() -> None:
+    from puzzle import pipeline
+
+    assert tuple({"cost": "costs"}.get(command, command) for command in STAGES) == tuple(pipeline.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["serch", "out"], "serch is no command; did you mean search?"),
+        (["xyzzy"], "xyzzy is no command"),
+        (["run"], "the following arguments are required: recipe"),
+        (["run", "recipe.yaml", "--fast"], "unrecognized arguments: --fast"),
+        (["run", "none.yaml"], "recipe none.yaml does not exist"),
+        (["run", "."], ". is a folder, not a recipe"),
+        (["run", "recipe.yaml", "--set", "sed=3"], "sed is not a setting; did you mean seed?"),
+        (["run", "recipe.yaml", "--set", "seed"], "--set seed: expected key=value"),
+        (["run", "recipe.yaml", "--out", "recipe.yaml"], "--out: recipe.yaml exists and is not a run folder"),
+        (["run", "recipe.yaml", "--out", "recipe.yaml/out"], "recipe.yaml/out: Not a directory"),
+        (
+            ["search", "nowhere"],
+            "nowhere is not a run folder of puzzle; make one with `puzzle run RECIPE --out nowhere`",
+        ),
+        (["status", "nowhere"], "nowhere is not a run folder"),
+        (["demo", "--minutes", "0"], "--minutes: found 0; must be a number above 0"),
+        (["demo", "--minutes", "soon"], "--minutes: found soon; must be"),
+        (["init", "nowhere/at/all"], "nowhere/at/all is not a folder"),
+        (["init", ".", "--out", "recipe.yaml"], "--out: recipe.yaml exists"),
+        (["help", "search"], "invalid choice: 'search'"),
+    ],
+)
+def test_what_a_person_can_get_wrong(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str], command: list[str], expected: str
+) -> None:
+    assert expected in complaint(capsys, *command)
+    assert pipeline.asked == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "code"),
+    [
+        (PuzzleError("target: too much"), "puzzle: target: too much\n", 2),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "disk full: /x; free some space and run the same", 2),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "disk full: ", 2),
+        (RuntimeError("[enforce fail] unexpected pos 64: No space left on device"), "disk full: ", 2),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "out of memory; lower data.sequence_length",
+            2,
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory; ", 2),
+        (MemoryError(), "out of memory; ", 2),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "puzzle: /x: Permission denied\n", 2),
+        (KeyboardInterrupt(), "puzzle: stopped; the same command goes on where it stood\n", 130),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str], error: BaseException, expected: str, code: int
+) -> None:
+    pipeline.error = error
+    assert expected in complaint(capsys, "run", "recipe.yaml", code=code)
+
+
+def test_a_wrong_value_given_from_python_is_one_line_too(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="seed") as caught:
+        Recipe.model_validate({"parent": "m", "data": {"source": "t"}, "seed": -1})
+    pipeline.error = caught.value
+    assert complaint(capsys, "run", "recipe.yaml") == "puzzle: seed: found -1; must be at least 0\n"
+
+
+def test_a_bug_keeps_its_traceback(pipeline: Pipeline) -> None:
+    pipeline.error = KeyError("layer")
+    with pytest.raises(KeyError):
+        main(["run", "recipe.yaml"])
+
+
+def test_sigterm_stops_cleanly_and_the_folder_is_free_again(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from types import ModuleType
+from puzzle.cli import main
+pipeline = sys.modules["puzzle.pipeline"] = ModuleType("puzzle.pipeline")
+pipeline.plan = lambda recipe: ["begun"]
+pipeline.run_stage = lambda run, name: time.sleep(60)
+sys.exit(main(sys.argv[1:]))
+"""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [sys.executable, "-c", program, "run", "recipe.yaml", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None
+        assert stopped.stdout.readline() == "begun\n"
+        stopped.terminate()
+        _, line = stopped.communicate()
+    assert (stopped.returncode, line) == (130, "puzzle: stopped; the same command goes on where it stood\n")
+    with open_run(tmp_path / "out"):
+        pass
+
+
+def test_signals_are_left_as_they_were(pipeline: Pipeline) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    main(["run", "recipe.yaml"])
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_reader_that_had_enough_is_no_error() -> None:
+    program = "import sys; from puzzle.cli import main; sys.exit(main(['help', 'recipe']))"
+    read, write = os.pipe()
+    os.close(read)
+    started = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (started.returncode, started.stderr) == (0, "")
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "recipe"]) == 0
+    assert "sequence_length: 2048  # Tokens a sequence." in capsys.readouterr().out
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_init_writes_a_recipe_that_holds_for_the_model(
+    pico_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from puzzle.blocks import derive_space
+    from puzzle.parents import open_parent
+
+    file = tmp_path / "new" / "recipe.yaml"
+    assert main(["init", str(pico_checkpoint), "--out", str(file)]) == 0
+    assert str(file) in capsys.readouterr().out
+    recipe, config = Recipe.read(file), open_parent(str(pico_checkpoint)).config
+    assert recipe.target.throughput is not None
+    assert recipe.target.throughput.text == "2x"
+    given = derive_space(config, kv_heads=recipe.space.kv_heads, ffn_widths=recipe.space.ffn_widths)
+    assert given == derive_space(config)
+    assert recipe.data.sequence_length <= config.max_position_embeddings
+    assert recipe.scenario.prompt_tokens + recipe.scenario.generated_tokens <= config.max_position_embeddings
+
+    assert main(["init", str(pico_checkpoint)]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "does not describe a model"),
+        ('{"model_type": "bert"}', "model_type 'bert' has no"),
+    ],
+)
+def test_init_refuses_what_is_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert expected in complaint(capsys, "init", str(tmp_path))
+
+
+def test_a_version_or_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["--version"])
+    shown = capsys.readouterr()
+    assert (code, shown.out[:8]) == (0, "puzzle 0") or (code == 2 and "pip install -e ." in shown.err)
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[Path | None, float]] = []
+    module = ModuleType("puzzle.demo")
+    vars(module).update(demo=lambda out, minutes: asked.append((out, minutes)))
+    monkeypatch.setitem(sys.modules, "puzzle.demo", module)
+    assert main(["demo", "--out", str(tmp_path), "--minutes", "2.5"]) == 0
+    assert main(["demo"]) == 0
+    assert asked == [(tmp_path, 2.5), (None, 10.0)]
+    assert not is_run_folder(tmp_path)
+
+
+def test_the_recipe_is_checked_before_a_folder_is_made(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yaml").write_text(yaml.safe_dump({"parent": "m"}))
+    assert "data is missing" in complaint(capsys, "run", "recipe.yaml")
+    assert not Path("runs").exists()

@@ -1,0 +1,170 @@
+"""What a person writes, and what they are told when it is wrong."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from puzzle.errors import PuzzleError
+from puzzle.explain import describe, settings
+from puzzle.recipe import Recipe, parse_overrides
+
+MINIMAL: dict[str, Any] = {"parent": "model", "data": {"source": "text"}}
+
+
+def read(tmp_path: Path, text: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return Recipe.read(file, overrides)
+
+
+def complaint(tmp_path: Path, text: str, overrides: dict[str, Any] | None = None) -> str:
+    with pytest.raises(PuzzleError) as caught:
+        read(tmp_path, text, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_units_and_defaults(tmp_path: Path) -> None:
+    recipe = read(
+        tmp_path,
+        "parent: model\ndata: {source: [a, b], sequence_length: 1k, test: 5%}\n"
+        "library: {tokens: 1.5M, learning_rate: 1e-3}\ntarget: {throughput: 2x, memory: 24GB, latency: 0.2s}\n",
+    )
+    assert (recipe.data.source, recipe.data.sequence_length, recipe.data.test) == (["a", "b"], 1000, 0.05)
+    assert (recipe.library.tokens, recipe.library.learning_rate) == (1_500_000, 1e-3)
+    assert recipe.target.throughput is not None
+    assert recipe.target.throughput.resolve(100.0) == 200.0
+    assert recipe.target.memory is not None
+    assert recipe.target.memory.value == 24e9
+    assert recipe.target.latency is not None
+    assert recipe.target.latency.value == 200.0
+    assert recipe.scenario == Recipe.model_validate(MINIMAL).scenario
+
+
+def test_a_section_with_all_lines_commented_out_is_its_defaults(tmp_path: Path) -> None:
+    recipe = read(tmp_path, "parent: model\ndata:\n  source: text\nlibrary:\n#  tokens: 1M\n")
+    assert recipe.library == Recipe.model_validate(MINIMAL).library
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {source: t}", "parent is missing; give: Folder of a Hugging Face checkpoint"),
+        ("parent: m", "data is missing"),
+        ("parent: m\ndata:", "data.source is missing; give: Files or folders"),
+        ("parent: ''\ndata: {source: t}", "parent: found ''; must not be empty"),
+        ("parent: m\ndata: {source: []}", "data.source: found []; needs at least 1 entry"),
+        ("parent: m\ndata: {source: t, sequence_lenght: 3}", "did you mean data.sequence_length?"),
+        (
+            "parent: m\ndata: {source: t}\nthroughput: 2x",
+            "throughput is not a setting; did you mean target.throughput?",
+        ),
+        ("parent: m\ndata: {source: t}\nlibary: {tokens: 3}", "libary is not a setting; did you mean library?"),
+        ("parent: m\ndata: {source: t}\nscore: {zzz: 3}", "score.zzz is not a setting; allowed here: tokens"),
+        ("parent: m\ndata: {source: t}\nscore: 3", "score: found 3; must be a section"),
+        ("parent: m\ndata: {source: t, sequence_length: 1}", "data.sequence_length: found 1; must be at least 2"),
+        ("parent: m\ndata: {source: t, test: 1.5}", "data.test: found 1.5; must be below 1"),
+        ("parent: m\ndata: {source: t, test: 0}", "data.test: found 0; must be above 0"),
+        (
+            "parent: m\ndata: {source: t, test: 60%, scoring: 50%}",
+            "data: calibration, validation, scoring and test add",
+        ),
+        ("parent: m\ndata: {source: t}\nprecision: int4", "precision: found 'int4'; must be 'float32' or 'bfloat16'"),
+        ("parent: m\ndata: {source: t}\nlibrary: {tokens: 0}", "library.tokens: found 0; must be at least 1"),
+        ("parent: m\ndata: {source: t}\nlibrary: {tokens: many}", "library.tokens: expected a number such as 512k"),
+        ("parent: m\ndata: {source: t}\nlibrary: {batch_size: 1.5}", "library.batch_size: found 1.5; must be a whole"),
+        ("parent: m\ndata: {source: t}\nlibrary: {learning_rate: fast}", "found 'fast'; must be a number"),
+        ("parent: m\ndata: {source: t}\nlibrary: {learning_rate: .nan}", "found nan; must be a finite number"),
+        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: []}", "needs at least 1 entry"),
+        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: [1, 0]}", "scenario.batch_sizes[1]: found 0"),
+        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: 8}", "found 8; must be a list"),
+        ("parent: m\ndata: {source: t}\nscenario: {generated_tokens: 0}", "scenario.generated_tokens: found 0"),
+        (
+            "parent: m\ndata: {source: t}\nspace: {ffn: [tiny]}",
+            "space.ffn[0]: found 'tiny'; must be 'linear' or 'none'",
+        ),
+        ("parent: m\ndata: {source: t}\ntarget: {memory: 24}", "target.memory: expected a number such as 24GB"),
+        (
+            "parent: m\ndata: {source: t}\ntarget: {throughput: -2x}",
+            "target.throughput: expected a number such as 5500",
+        ),
+        ("parent: m\ndata: {source: t}\ndistil: {cosine_weight: 0, kl_weight: 0}", "nothing would be learned"),
+        ("parent: m\ndata: {source: t}\ndistil: {learning_rate: 0}", "found 0; must be above 0"),
+        ("parent: m\ndata: {source: t}\nexecution: {threads: 0}", "execution.threads: found 0; must be at least 1"),
+        ("parent: m\ndata: {source: 3}", "data.source: found 3; must be text"),
+        ("parent: m\ndata: {source: t}\nseed: -1", "seed: found -1; must be at least 0"),
+        ("parent: [\ndata: 3", "is not valid YAML: line 2, column"),
+        ("parent: m\nparent: n", "is not valid YAML: line 2, column 1: parent is given twice"),
+        ("parent: \x00", "is not valid YAML"),
+        ("", "is empty"),
+        ("- a", "holds list, not settings"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in complaint(tmp_path, text)
+
+
+def test_further_problems_are_named_once(tmp_path: Path) -> None:
+    line = complaint(tmp_path, "parent: m\ndata: {source: 3}\nlibrary: {tokens: 0}\nsed: 1")
+    assert line.endswith("(and 2 more: library.tokens, sed)")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(PuzzleError, match="does not exist; `puzzle init"):
+        Recipe.read(tmp_path / "none.yaml")
+    with pytest.raises(PuzzleError, match="is a folder, not a recipe"):
+        Recipe.read(tmp_path)
+
+
+def test_overrides_go_in_before_validation(tmp_path: Path) -> None:
+    given = parse_overrides(
+        ["target.throughput=2x", "scenario.batch_sizes=[1, 8]", "library.learning_rate=1e-4", "seed=3"]
+    )
+    recipe = read(tmp_path, yaml.safe_dump(MINIMAL | {"scenario": {"batch_sizes": [4], "prompt_tokens": 9}}), given)
+    assert recipe.scenario.batch_sizes == [1, 8]
+    assert recipe.scenario.prompt_tokens == 9
+    assert (recipe.library.learning_rate, recipe.seed) == (1e-4, 3)
+    assert recipe.target.throughput is not None
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("target.througput=2x", "did you mean target.throughput?"),
+        ("tokens=3", "tokens is not a setting; did you mean calibration.tokens or library.tokens or"),
+        ("parent.name=x", "--set parent.name: parent is a setting itself"),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, assignment: str, expected: str) -> None:
+    assert expected in complaint(tmp_path, yaml.safe_dump(MINIMAL), parse_overrides([assignment]))
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=3", "seed=[", ""])
+def test_what_is_no_override(assignment: str) -> None:
+    with pytest.raises(PuzzleError, match=re.escape(f"--set {assignment}:")):
+        parse_overrides([assignment])
+
+
+def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path) -> None:
+    values = MINIMAL | {"target": {"throughput": "2x", "memory": "80%"}, "library": {"tokens": "1M"}}
+    recipe = Recipe.model_validate(values)
+    text = recipe.to_yaml()
+    assert read(tmp_path, text) == recipe
+    assert "distil" not in text
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe.model_validate(MINIMAL).seed = 3
+
+
+def test_every_setting_has_help_and_its_default_in_the_help() -> None:
+    assert [path for path, field in settings(Recipe) if not field.description and "." in path] == []
+    described = yaml.safe_load(describe(Recipe))
+    described["parent"], described["data"]["source"] = "model", "text"
+    assert Recipe.model_validate(described) == Recipe.model_validate(MINIMAL)

@@ -1,0 +1,26 @@
+"""Rooms are entered by their public faces: `from puzzle.library import Library`, never `puzzle.library.bld`."""
+
+import ast
+from pathlib import Path
+
+import puzzle
+
+ROOT = Path(puzzle.__path__[0])
+ROOMS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {
+    "artefacts"
+}  # plain data, all open
+
+
+def test_no_room_imports_the_internals_of_another() -> None:
+    assert {"library", "runs", "search"} <= ROOMS
+    trespasses = []
+    for file in ROOT.rglob("*.py"):
+        own = file.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                package, *rest = name.split(".")
+                if package == "puzzle" and len(rest) > 1 and rest[0] in ROOMS - {own}:
+                    trespasses.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert trespasses == []
