@@ -43,7 +43,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     module, pipeline = ModuleType("puzzle.pipeline"), Pipeline()
-    vars(module).update(plan=lambda recipe: [f"plan for {recipe.parent}"], run_stage=pipeline.run_stage)
+    vars(module).update(plan=lambda run: [f"plan for {run.recipe.parent}"], run_stage=pipeline.run_stage)
     monkeypatch.setitem(sys.modules, "puzzle.pipeline", module)
     return pipeline
 
@@ -202,9 +202,10 @@ def test_sigterm_stops_cleanly_and_the_folder_is_free_again(tmp_path: Path) -> N
     program = """
 import sys, time
 from types import ModuleType
+sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.cli import main
 pipeline = sys.modules["puzzle.pipeline"] = ModuleType("puzzle.pipeline")
-pipeline.plan = lambda recipe: ["begun"]
+pipeline.plan = lambda run: ["begun"]
 pipeline.run_stage = lambda run, name: time.sleep(60)
 sys.exit(main(sys.argv[1:]))
 """
@@ -227,10 +228,11 @@ def test_signals_are_left_as_they_were(pipeline: Pipeline) -> None:
 
 
 def test_a_reader_that_had_enough_is_no_error() -> None:
-    program = "import sys; from puzzle.cli import main; sys.exit(main(['help', 'recipe']))"
     read, write = os.pipe()
     os.close(read)
-    started = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True)
+    started = subprocess.run(
+        [sys.executable, "-m", "puzzle", "help", "recipe"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
     os.close(write)
     assert (started.returncode, started.stderr) == (0, "")
 

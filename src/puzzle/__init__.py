@@ -1,0 +1,74 @@
+"""Puzzle: from a trained language model, a machine, an engine and a target, a child that is cheaper to serve.
+
+Importing it also registers the child's model class with transformers.
+"""
+
+import sys
+from pathlib import Path
+
+# The command line (`puzzle`, `python -m puzzle`) starts in a fraction of a second and imports what each command needs.
+if Path(sys.argv[0]).name not in ("puzzle", "-m"):
+    from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
+    from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
+    from puzzle.child import Child, realise
+    from puzzle.costs import measure_costs, measure_models
+    from puzzle.data import TokenData, prepare_data
+    from puzzle.distill import distil
+    from puzzle.errors import PuzzleError
+    from puzzle.evaluate import Quality, evaluate, measure_speed
+    from puzzle.export import export_hf
+    from puzzle.library import Library, Statistics, build_library, calibrate
+    from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+    from puzzle.parents import Parent, open_parent
+    from puzzle.pipeline import Pipeline, plan, run_stage
+    from puzzle.recipe import Recipe
+    from puzzle.runs import Run, create_folder, open_run
+    from puzzle.scores import score
+    from puzzle.search import frontier, search, solve, uniform_solution
+
+    __all__ = [
+        "Architecture",
+        "BlockVariant",
+        "Bounds",
+        "Child",
+        "Cost",
+        "CostTable",
+        "Library",
+        "LibraryIndex",
+        "Parent",
+        "Pipeline",
+        "PuzzleConfig",
+        "PuzzleError",
+        "PuzzleForCausalLM",
+        "Quality",
+        "Recipe",
+        "Run",
+        "Scenario",
+        "ScoreTable",
+        "Solution",
+        "Space",
+        "Statistics",
+        "TokenData",
+        "Totals",
+        "build_library",
+        "calibrate",
+        "create_folder",
+        "derive_space",
+        "distil",
+        "evaluate",
+        "export_hf",
+        "frontier",
+        "measure_costs",
+        "measure_models",
+        "measure_speed",
+        "open_parent",
+        "open_run",
+        "plan",
+        "prepare_data",
+        "realise",
+        "run_stage",
+        "score",
+        "search",
+        "solve",
+        "uniform_solution",
+    ]

@@ -29,9 +29,7 @@ _FOUND_MAX = 60
 def explain(error: ValidationError, schema: Schema) -> str:
     """The first problem by its key, with what was found and what is allowed, and the keys of the other problems."""
     problems: dict[str, str] = {}
-    vague: set[str] = (
-        set()
-    )  # of a setting of several types, a problem with the contents says more than one with the type
+    vague: set[str] = set()  # of a setting of several types, what is wrong with its contents says more than its type
     for detail in error.errors(include_url=False):
         path, section = _locate(schema, detail["loc"])
         about_type = detail["type"].endswith("_type")

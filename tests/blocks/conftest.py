@@ -1,11 +1,11 @@
 """Subblocks of a pico parent with what calibration would have seen of them, and plain references."""
 
 import torch
+from tests.conftest import pico_puzzle
 from torch import Tensor
 
 from puzzle.blocks import GatedFFN, GroupedQuery, Half, ParentSubblock, State, split_state
 from puzzle.modeling import PuzzleForCausalLM
-from tests.conftest import pico_puzzle
 
 TOKENS = 200
 

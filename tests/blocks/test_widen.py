@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.blocks.conftest import activation_moments, pico_parent, spread_activations, subblock
 
 from puzzle.blocks import (
     GatedFFN,
@@ -13,7 +14,6 @@ from puzzle.blocks import (
     Variant,
     build_subblock,
 )
-from tests.blocks.conftest import activation_moments, pico_parent, spread_activations, subblock
 
 PAIRS = [
     *((GroupedQuery(small), GroupedQuery(large)) for small, large in [(1, 1), (1, 2), (1, 4), (2, 4)]),

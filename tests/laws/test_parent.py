@@ -53,7 +53,7 @@ def original(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM
 
 @torch.no_grad()
 def assert_same(path: Path) -> None:
-    """Same logits with and without padding, and the same greedy text. Dynamic scaling meets short after long sequences."""
+    """Same logits with and without padding, same greedy text; dynamic scaling meets short after long sequences."""
     expected, found = original(path), open_parent(str(path)).load()
     for length in (8, 24, 8):
         tokens_BT = random_tokens(2, length)

@@ -97,16 +97,17 @@ def test_what_belongs_to_the_parent_comes_along(tmp_path: Path) -> None:
     assert {file.name for file in child.iterdir()} == copied | written
 
 
-def test_generation_defaults_that_transformers_will_not_write(tmp_path: Path) -> None:
-    """Published parents have such: a temperature, but no sampling."""
+def test_generation_defaults_that_contradict_themselves(tmp_path: Path) -> None:
+    """Published parents have such: a temperature, but no sampling. transformers does not write them; they travel on."""
     (tmp_path / "parent").mkdir()
     defaults = {"temperature": 0.6, "top_p": 0.9, "do_sample": False}
     (tmp_path / "parent" / "generation_config.json").write_text(json.dumps(defaults))
     save_checkpoint(pico_puzzle(*BLOCKS), tmp_path / "child", tmp_path / "parent")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child")
+    model.generation_config.max_new_tokens = 5
     save_checkpoint(model, tmp_path / "distilled", tmp_path / "parent")
     assert json.loads((tmp_path / "distilled" / "generation_config.json").read_text()) == defaults
-    assert model.generation_config.temperature == 0.6
+    assert model.generation_config.max_new_tokens == 5
 
 
 def test_saving_changes_nothing_in_memory(tmp_path: Path) -> None:

@@ -25,13 +25,17 @@ def folder(tmp_path: Path) -> Path:
 def refusal(source: Path | str, *, load: bool = False) -> str:
     """The message of the error, which is one line."""
     with pytest.raises(PuzzleError) as caught:
-        parent = open_parent(str(source))
-        if load:
-            parent.load()
+        _open(str(source), load=load)
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("parent: ")
     return message
+
+
+def _open(source: str, *, load: bool) -> None:
+    parent = open_parent(source)
+    if load:
+        parent.load()
 
 
 def edit_config(folder: Path, **changes: object) -> None:

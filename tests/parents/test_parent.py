@@ -69,6 +69,13 @@ def test_a_layers_state_is_that_layer_alone(parent: Parent, reads: list[str]) ->
         assert sorted(reads) == sorted(f"model.layers.{layer}.{name}" for name in expected)
 
 
+def test_a_layers_number_is_not_the_beginning_of_another(tmp_path: Path) -> None:
+    model = pico_llama(num_hidden_layers=12)
+    model.save_pretrained(tmp_path)
+    found = open_parent(str(tmp_path)).layer_state(1)
+    assert found.keys() == model.model.layers[1].state_dict().keys()
+
+
 def test_layers_and_the_rest_are_everything(parent: Parent) -> None:
     found = parent.outer_state()
     assert set(found) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}

@@ -15,6 +15,7 @@ from puzzle.runs import open_run, read_json, read_tensors, write_atomically, wri
 _WRITE_ON_AND_ON = """
 import itertools, sys
 from pathlib import Path
+sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.runs import write_text
 for number in itertools.count():
     write_text(Path(sys.argv[1]), str(number % 10) * 4_000_000)
@@ -23,6 +24,7 @@ for number in itertools.count():
 _DIE_HALF_WAY = """
 import os, signal, sys
 from pathlib import Path
+sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.runs import write_atomically
 def write(path):
     path.write_text("half")

@@ -17,6 +17,7 @@ from puzzle.runs import Run, create_folder, digest, open_run
 _HOLD = """
 import sys, time
 from pathlib import Path
+sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.runs import open_run
 with open_run(Path(sys.argv[1])):
     print("open", flush=True)

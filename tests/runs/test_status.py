@@ -1,5 +1,6 @@
 """Where a run stands, while another process may be at work."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,12 @@ def test_what_is_done_where_it_stands_and_what_is_next(folder: Path) -> None:
         begin(run, "data").commit()
         score = begin(run, "score")
         write_text(score.path / "rows", "x" * 2000)
+        (score.path / ".table.1.tmp").touch()  # being written
         lines = status(folder, STAGES)
     assert "at work" in lines[0]
     assert "nobody" not in lines[0]
     assert lines[1].startswith("  data         done in 0 s, ")
-    assert lines[2].startswith("  score        unfinished: 1 files, 2.")
+    assert lines[2].startswith("  score        unfinished: 1 file, 2.")
     assert lines[2].endswith("the last written 0 s ago")
     assert lines[-1].startswith("next: score; ")
 
@@ -44,6 +46,8 @@ def test_everything_done_only_with_a_report_that_is_newer(folder: Path, recipe: 
     assert status(folder, STAGES)[-1].startswith("next: report; ")
     write_text(folder / "report.html", "page")
     assert status(folder, STAGES)[-1] == f"everything is done; see {folder / 'report.html'}"
+    os.utime(folder / "report.html", (1, 1))
+    assert status(folder, STAGES)[-1].startswith("next: report; ")
 
 
 def test_stages_of_earlier_settings_are_counted_apart(folder: Path, recipe: Recipe) -> None:

@@ -61,6 +61,16 @@ def test_one_point_where_other_bounds_allow_nothing_better_than_the_parent() -> 
     assert len(frontier(scores, costs, smallest_batch, SETTINGS, points=5)) == 5
 
 
+def test_a_model_that_takes_no_time_is_noise() -> None:
+    rows = [cost_row(-1, "fixed", "", 1, prefill=-2.0), cost_row(0, "ffn", "w64", 1)]
+    rows += [cost_row(0, "attention", "kv8", 1, prefill=9.0), cost_row(0, "attention", "kv4", 1, prefill=1.0)]
+    scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 1.0)]])
+    with pytest.raises(
+        PuzzleError, match=r"cost: a model is predicted to take -1 ms, which is noise; raise cost.repeats"
+    ):
+        frontier(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS)
+
+
 def test_other_bounds_out_of_reach_are_explained() -> None:
     with pytest.raises(PuzzleError, match=r"target.parameters: 100 asked; reachable 800 \(parent\) to 200"):
         frontier(*one_layer(), TargetSettings(parameters="100", throughput="2x"), SETTINGS)

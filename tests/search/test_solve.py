@@ -23,7 +23,7 @@ from puzzle.search import evaluate_blocks, parent_totals, resolve_bounds, solve
 from puzzle.search.bounds import excesses
 from puzzle.search.exact import Instance, best_architecture, best_value
 from puzzle.search.highs import Outcome, minimise
-from puzzle.search.problem import Program
+from puzzle.search.problem import Program, build_program, tabulate
 
 SETTINGS = SearchSettings(gap=1e-9)
 examples = settings(max_examples=60, deadline=None)  # a busy machine is no error
@@ -143,6 +143,32 @@ def test_bytes_beyond_the_solvers_precision_are_counted_exactly() -> None:
     assert solution.blocks == ("kv2+w64",)
 
 
+def test_a_byte_is_not_lost_to_rounding() -> None:
+    scores, costs = two_batches()
+    assert 0.29 * 100 < 29
+    assert resolve_bounds(TargetSettings(parameters="29%"), parent_totals(scores, costs) | {"params": 100}).params == 29
+
+
+def test_dominated_blocks_are_left_out_and_of_equals_the_fastest_stays() -> None:
+    names = {
+        "kv8": (100, 5.0, 0.0),
+        "kv4": (50, 3.0, 0.5),
+        "kv3": (50, 2.0, 0.5),
+        "kv2": (50, 2.0, 0.5),
+        "kv1": (60, 1, 0.6),
+    }
+    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
+    rows += [cost_row(0, "attention", name, 1, params=p, decode=decode) for name, (p, decode, _) in names.items()]
+    scores = score_table([[(f"{name}+w64", kl) for name, (_, _, kl) in names.items()]])
+    (choices,) = tabulate(scores, cost_table(rows, (1,)))
+
+    def kept(bounds: Bounds) -> list[str]:
+        return [choices.blocks[entry] for entry in build_program(choices, choices.scores, bounds).entries]
+
+    assert kept(Bounds(params=70)) == ["kv8+w64", "kv3+w64"]
+    assert kept(Bounds(params=70, decode_ms=3.0)) == ["kv8+w64", "kv3+w64", "kv1+w64"]
+
+
 def test_a_block_without_a_score_is_not_chosen() -> None:
     scores, costs = two_batches()
     without = replace(scores, rows=scores.rows[:1])
@@ -159,7 +185,9 @@ def test_nothing_found_in_time_is_said() -> None:
     scores = score_table([[(f"kv{k}+w64", (8 - k) * (1 + layer / 3)) for k in range(8, -1, -1)] for layer in range(40)])
     costs = cost_table(rows, (1,))
     target = TargetSettings(parameters="31%", throughput="1.7x")
-    assert solve(scores, costs, target, SETTINGS).proof.status == "optimal"  # type: ignore[union-attr]
+    proof = solve(scores, costs, target, SETTINGS).proof
+    assert proof is not None
+    assert (proof.status, proof.gap) == ("optimal", pytest.approx(0, abs=1e-9))
     with pytest.raises(PuzzleError, match=r"search.time_limit_s: 0 s were over before any"):
         solve(scores, costs, target, SearchSettings.model_construct(gap=1e-6, time_limit_s=0.0))
 

@@ -72,10 +72,8 @@ class Architecture:
                     f"architecture: layer {layer} has {block.attention}, which does not divide the parent's "
                     f"{parent.num_attention_heads} attention heads; use a divisor"
                 )
-        fields = parent.to_dict()
-        for derived in ("blocks", "num_hidden_layers", "per_layer_config"):
-            fields.pop(derived, None)
-        config = PuzzleConfig(**fields, blocks=[block.module_config() for block in self.blocks])
+        blocks = [block.module_config() for block in self.blocks]
+        config = PuzzleConfig(**parent.to_dict() | {"blocks": blocks})
         config._attn_implementation = parent._attn_implementation
         return config
 

@@ -10,9 +10,10 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
-_NEVER_TRIM, _TRIM_BYTES = -1, 64 * 2**20  # what glibc's own moving threshold comes to at most
-_NO_MMAP, _MMAP_MAX = 0, 65536  # glibc's default
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from malloc.h
+_KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
+# Once set, the thresholds no longer move by themselves; these are where glibc's own end up with large tensors.
+_GIVE_BACK = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 64 * 2**20, _M_MMAP_THRESHOLD: 32 * 2**20}
 
 
 @contextmanager
@@ -21,16 +22,18 @@ def freed_memory_kept() -> Iterator[None]:
     if not is_glibc():
         yield
         return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, _NO_MMAP)
-    libc.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
+    _set(_KEEP)
     try:
         yield
     finally:
-        libc.mallopt(_M_MMAP_MAX, _MMAP_MAX)
-        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
-        libc.malloc_trim(ctypes.c_size_t(0))
+        _set(_GIVE_BACK)
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def is_glibc() -> bool:
     return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+
+
+def _set(options: dict[int, int]) -> None:
+    for option, value in options.items():
+        ctypes.CDLL(None).mallopt(option, value)

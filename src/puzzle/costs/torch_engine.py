@@ -51,7 +51,7 @@ class TorchEngine:
         return _conditions(self._device)
 
     def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
-        """Time these blocks once; before the first, an uncounted run starts threads and heap, on a GPU every shape's."""
+        """Time these blocks once; before the first, an uncounted run starts threads and heap (a GPU: per shape)."""
         model = self._build(blocks)
         shape = () if self._device.type == "cpu" else tuple(blocks)
         if (shape, batch_size) not in self._warm:

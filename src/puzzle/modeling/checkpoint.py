@@ -66,7 +66,7 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
     extra_files = [] if extra_files_from is None else _extra_files(extra_files_from)
     generation_config = model.generation_config
     if any(file.name == "generation_config.json" for file in extra_files):
-        # The parent's file is copied as it is; transformers refuses to write some that it reads.
+        # The parent's file is copied as it is: transformers reads some that it refuses to write.
         model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(path)

@@ -64,7 +64,9 @@ def _line(folder: _Folder) -> str:
         manifest = read_json(folder.manifest)
         return f"  {folder.name:<12} done in {format_seconds(manifest['seconds'])}, {size}, {manifest['finished']}"
     age = format_seconds(time.time() - last_written(folder.path))
-    return f"  {folder.name:<12} unfinished: {_count(folder.path)} files, {size}, the last written {age} ago"
+    count = _count(folder.path)
+    plural = "" if count == 1 else "s"
+    return f"  {folder.name:<12} unfinished: {count} file{plural}, {size}, the last written {age} ago"
 
 
 def _next(path: Path, stages: Sequence[str], current: list[_Folder]) -> str:

@@ -28,17 +28,17 @@ def search(run: Run, scores: ScoreTable, costs: CostTable, inputs: Sequence[str]
     solution = solve(scores, costs, recipe.target, recipe.search)
     write_text(path, solution.to_json())
     stage.commit()
-    run.log(f"search: {describe(solution)}")
+    run.log(f"search: {_describe(solution)}")
     return solution
 
 
-def describe(solution: Solution) -> str:
-    """A solution in one line."""
+def _describe(solution: Solution) -> str:
+    """The solution in one line."""
     predicted, parent, proof = solution.predicted, solution.parent, solution.proof
     speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
-    proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s" if proof else "a baseline"
+    assert proof is not None, "a searched solution has a proof"
     return (
-        f"summed KL {solution.score:.4g} ({proven}) at batch size {solution.batch_size}; predicted {speed:.4g} "
-        f"generated tok/s ({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights "
-        f"and KV cache ({memory / parent['memory_bytes']:.2f}x)"
+        f"summed KL {solution.score:.4g} ({proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s) at batch size "
+        f"{solution.batch_size}; predicted {speed:.4g} generated tok/s ({speed / parent['throughput_tok_s']:.2f}x the "
+        f"parent's), {memory / 1e9:.4g} GB of weights and KV cache ({memory / parent['memory_bytes']:.2f}x)"
     )
