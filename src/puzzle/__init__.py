@@ -24,7 +24,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
     from puzzle.recipe import Recipe
     from puzzle.runs import Run, create_folder, open_run
     from puzzle.scores import score
-    from puzzle.search import frontier, search, solve, uniform_solution
+    from puzzle.search import frontier, solve, uniform_solution
 
     __all__ = [
         "Architecture",
@@ -68,7 +68,6 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "realise",
         "run_stage",
         "score",
-        "search",
         "solve",
         "uniform_solution",
     ]

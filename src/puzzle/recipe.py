@@ -71,7 +71,7 @@ class SpaceSettings(Section):
     """Which alternatives are built. Sizes left out are derived from the model."""
 
     kv_heads: list[PositiveInt] | None = None
-    """Numbers of KV heads below the parent's; default: halvings."""
+    """Numbers of KV heads below the parent's; default: halved down to 1."""
     ffn_widths: list[PositiveInt] | None = None
     """Intermediate sizes below the parent's; default: 87, 75, 50, 25, 20 and 10 %, rounded."""
     attention: list[Literal["linear", "none"]] = ["linear", "none"]
@@ -151,6 +151,8 @@ class SearchSettings(Section):
 
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     """Relative gap at which a solution counts as optimal."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share by which predicted speeds and times must be better than asked, so that measured ones meet the target."""
     time_limit_s: PositiveFloat = 60.0
     """Seconds after which the best solution so far is taken, for each batch size."""
 

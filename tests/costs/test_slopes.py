@@ -24,6 +24,12 @@ def test_planted_costs_are_recovered_exactly(parent: Parent, space: Space) -> No
     assert times[FIXED].prefill_ms == pytest.approx(FIXED_MS + len(space.layers) * EMPTY_LAYER_MS)
 
 
+def test_what_is_fixed_follows_from_the_pads_without_its_lower_bound(parent: Parent, space: Space) -> None:
+    plan = Plan.of(space, parent.config)
+    stack_ms = {name: sample.prefill_ms for name, sample in rounds_of(plan, FakeEngine(), 1)[0].items()}
+    assert plan.costs(stack_ms)[FIXED] == pytest.approx(FIXED_MS + len(space.layers) * EMPTY_LAYER_MS)
+
+
 def test_layers_that_differ_share_what_they_have_in_common(parent: Parent) -> None:
     small, large = BlockVariant.parse("none+w16"), BlockVariant.parse("kv4+w48")
     layers = tuple(LayerSpace((block.attention,), (block.ffn,)) for block in (small, large, large))

@@ -53,7 +53,7 @@ def test_a_short_answer_is_measured_right_after_the_prompt() -> None:
 
 
 def test_the_median_step_counts_and_warm_up_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    step_s = [7.0] + [50.0] * WARM_UP_STEPS + [2.0] * (DECODE_STEPS - 3) + [90.0] * 3
+    step_s = [7.0] + [50.0] * WARM_UP_STEPS + [2.0] * (DECODE_STEPS - 7) + [90.0] * 7
     readings = itertools.accumulate(itertools.chain.from_iterable((1.0, seconds) for seconds in step_s))
     monkeypatch.setattr(engine_module, "_now", lambda device: next(readings))
     sample = engine_module.time_model(pico_puzzle("kv4+w16"), scenario(), batch_size=1)

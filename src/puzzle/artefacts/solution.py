@@ -55,7 +55,10 @@ class Solution:
     """`Totals.as_dict` at `batch_size`."""
     parent: dict[str, float]
     """The parent's predicted totals that relative targets refer to."""
+    asked: Bounds
+    """The target in absolute numbers: what measurements should meet."""
     bounds: Bounds
+    """What the predicted totals had to meet: the target with the search's margin."""
     proof: Proof | None
     """None for a baseline that proves nothing."""
 
@@ -66,6 +69,7 @@ class Solution:
     def from_json(cls, text: str) -> "Solution":
         values = json.loads(text)
         values["blocks"] = tuple(values["blocks"])
-        values["bounds"] = Bounds(**values["bounds"])
+        for name in ("asked", "bounds"):
+            values[name] = Bounds(**values[name])
         values["proof"] = Proof(**values["proof"]) if values["proof"] else None
         return cls(**values)

@@ -140,7 +140,7 @@ def derive_space(
     attention_kinds: Sequence[str] = ("linear", "none"),
     ffn_kinds: Sequence[str] = ("linear", "none"),
 ) -> Space:
-    """The space of a model: KV heads by halvings and the paper's widths unless given, and the kinds without sizes.
+    """The space of a model: KV heads halved down to 1 and the paper's widths unless given, and the kinds without sizes.
 
     A layer gets what is smaller than its own: of the sizes those below its own, where a KV-head count must also divide
     it; no map in place of nothing. A size that applies to no layer, and an unknown kind, is a `PuzzleError`.

@@ -127,13 +127,14 @@ def _train_layers(
     label = f"BLD of layers {layers[0]}-{layers[-1]}"
     _train(run, stage, model, trained, data, label)
     final = _held_out_losses(model, students, data, settings)
-    for student in students:
-        # Law 4: training that did not help is thrown away.
-        if not final[student.name] <= initial[student.name]:
-            assert student.variant.trained, f"layer {student.layer} {student.variant} changed without training"
-            run.log(f"BLD made layer {student.layer} {student.variant} no better; its start is kept")
-            student.module.load_state_dict(starts[student.name], assign=True)
-            final[student.name] = initial[student.name]
+    # Law 4: training that did not help is thrown away.
+    worse = [student for student in students if not final[student.name] <= initial[student.name]]
+    for student in worse:
+        assert student.variant.trained, f"{student.name} changed without training"
+        student.module.load_state_dict(starts[student.name], assign=True)
+        final[student.name] = initial[student.name]
+    if worse:
+        run.log(f"{label}: {len(worse)} of {len(trained)} variants became no better and keep their start")
     states = {student.name: student.state() for student in students}
     _enforce_nesting(parent, students, states, final)
     for layer in layers:

@@ -264,7 +264,7 @@ def _point(data: ReportData, solution: Solution) -> str:
 
 def _verticals(data: ReportData) -> dict[str, Any]:
     lines = [("parent", data.solution.parent["throughput_tok_s"], "right", theme.MODEL_COLOURS["parent"])]
-    if target := data.solution.bounds.throughput_tok_s:
+    if target := data.solution.asked.throughput_tok_s:
         lines.append(("target", target, "left", theme.OUTLINE))
     shapes = [
         {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": colour, "dash": "dash"}}

@@ -115,7 +115,7 @@ _COUNTED = ("memory_bytes", "params")
 
 def checks(data: ReportData) -> list[Check]:
     """The target bound by bound."""
-    bounds = data.solution.bounds.given()
+    bounds = data.solution.asked.given()
     return [_check(data, name, bounds[name]) for name in _BOUNDED if name in bounds]
 
 

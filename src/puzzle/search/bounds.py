@@ -43,6 +43,18 @@ class Quantity:
             )
         return 1e3 * batch_size * generated_tokens / value
 
+    def tightened(self, bound: float, margin: float) -> float:
+        """The bound on predictions that leaves room for measurements to be worse by the share `margin`."""
+        if self.whole:
+            return bound
+        return bound * (1 + margin) if self.at_least else bound / (1 + margin)
+
+    def promised(self, predicted: float, margin: float) -> float:
+        """What a target may ask for when `predicted` is reached: the inverse of `tightened`."""
+        if self.whole:
+            return predicted
+        return predicted / (1 + margin) if self.at_least else predicted * (1 + margin)
+
     def best(self, values: Sequence[float]) -> float | None:
         """The best of the values of several models; None of none."""
         return max(values, default=None) if self.at_least else min(values, default=None)
@@ -92,8 +104,12 @@ def _parent_block(scores: ScoreTable, layer: int) -> str:
     )
 
 
-def resolve_bounds(target: TargetSettings, parent: Mapping[str, float]) -> Bounds:
-    """The target's bounds as absolute values; `2x` and `80%` are of `parent`, see `parent_totals`."""
+def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: float = 0.0) -> Bounds:
+    """The target's bounds as absolute values; `2x` and `80%` are of `parent`, see `parent_totals`.
+
+    Args:
+        margin: share by which speeds and times are bounded tighter, since their predictions have errors.
+    """
     bounds: dict[str, float] = {}
     for quantity in QUANTITIES.values():
         amount = getattr(target, quantity.setting)
@@ -101,7 +117,7 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float]) -> Bound
             continue
         value = amount.resolve(parent[quantity.name])
         # 1.234 * 1e9 must not end one byte short of 1234000000.
-        bounds[quantity.name] = math.floor(value + 1e-3) if quantity.whole else value
+        bounds[quantity.name] = math.floor(value + 1e-3) if quantity.whole else quantity.tightened(value, margin)
         if bounds[quantity.name] <= 0:
             raise PuzzleError(f"target.{quantity.setting}: {amount.text} is {value:g}; set more than that")
     return Bounds(**bounds)

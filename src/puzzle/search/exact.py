@@ -53,6 +53,7 @@ class Candidate:
             score=self.score,
             predicted=dict(self.totals.as_dict()),
             parent=parent,
+            asked=bounds,
             bounds=bounds,
             proof=proof,
         )

@@ -33,9 +33,9 @@ def explain(instance: Instance, target: TargetSettings, bounds: Bounds, settings
     """
     given = bounds.given()
     names = [name for name in QUANTITIES if name in given]
-    asked = {name: _asked(QUANTITIES[name], target, given[name]) for name in names}
+    asked = {name: _asked(QUANTITIES[name], target, given[name], settings.margin) for name in names}
     beyond = [name for name in names if not _within_reach(instance, name, given[name])]
-    ranges = [f"{asked[name]} asked; reachable {_range(instance, name)}" for name in beyond]
+    ranges = [f"{asked[name]} asked; reachable {_range(instance, name, settings.margin)}" for name in beyond]
     if len(beyond) > 1:
         return PuzzleError(f"{'; '.join(ranges)}; set each within its range")
     nearest = _nearest(instance, beyond or names, target, bounds, settings)
@@ -51,8 +51,8 @@ def _within_reach(instance: Instance, name: str, bound: float) -> bool:
     return any(choices.cheapest(name) <= largest_sum(choices, name, bound) for choices in instance.choices)
 
 
-def _range(instance: Instance, name: str) -> str:
-    """`2480 tok/s (parent) to 9120 tok/s (3.68x)`."""
+def _range(instance: Instance, name: str, margin: float) -> str:
+    """`2480 tok/s (parent) to 9120 tok/s (3.68x)`, the best with the margin taken off."""
     quantity, parent = QUANTITIES[name], instance.parent[name]
     best = quantity.best(
         [
@@ -61,6 +61,7 @@ def _range(instance: Instance, name: str) -> str:
         ]
     )
     assert best is not None, "no batch sizes"
+    best = quantity.promised(best, margin)
     side = _reachable_side(quantity)
     start, end = _absolute(name, parent, ROUND_HALF_EVEN), _absolute(name, best, side)
     return f"{start} (parent) to {end} ({_digits(best / parent, side)}x)"
@@ -73,14 +74,14 @@ def _nearest(
     for name in names:
         best = best_value(instance, name, replace(bounds, **{name: None}), settings)
         if best is not None:
-            setting = QUANTITIES[name].setting
-            return f"target.{setting}", _in_terms_of(getattr(target, setting), name, best, instance.parent[name])
+            setting, nearest = QUANTITIES[name].setting, QUANTITIES[name].promised(best, settings.margin)
+            return f"target.{setting}", _in_terms_of(getattr(target, setting), name, nearest, instance.parent[name])
     return None
 
 
-def _asked(quantity: Quantity, target: TargetSettings, bound: float) -> str:
+def _asked(quantity: Quantity, target: TargetSettings, bound: float, margin: float) -> str:
     amount: Amount = getattr(target, quantity.setting)
-    absolute = _absolute(quantity.name, bound, ROUND_HALF_EVEN)
+    absolute = _absolute(quantity.name, quantity.promised(bound, margin), ROUND_HALF_EVEN)
     return f"target.{quantity.setting}: " + (f"{amount.text} ({absolute})" if amount.relative else absolute)
 
 

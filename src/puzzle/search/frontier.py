@@ -28,7 +28,7 @@ def frontier(
         PuzzleError: the other bounds cannot be met.
     """
     instance = Instance.of(scores, costs)
-    others = replace(resolve_bounds(target, instance.parent), **{quantity: None})
+    others = replace(resolve_bounds(target, instance.parent, settings.margin), **{quantity: None})
     best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
     if best is None:
         raise explain(instance, target, others, settings)
@@ -39,7 +39,7 @@ def frontier(
         bounds = replace(others, **{quantity: value})
         solution = _still_best(solutions, quantity, value) or best_architecture(instance, bounds, settings)
         assert solution is not None, f"{quantity} {value} was reached before"
-        solutions.append(replace(solution, bounds=bounds))
+        solutions.append(replace(solution, asked=bounds, bounds=bounds))
     return solutions
 
 
