@@ -24,7 +24,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
     from puzzle.recipe import Recipe
     from puzzle.runs import Run, create_folder, open_run
     from puzzle.scores import score
-    from puzzle.search import frontier, solve, uniform_solution
+    from puzzle.search import frontier, solve
 
     __all__ = [
         "Architecture",
@@ -69,5 +69,4 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "run_stage",
         "score",
         "solve",
-        "uniform_solution",
     ]

@@ -1,18 +1,20 @@
-"""The whole method on one page, in the paper's order.
+r"""The whole method on one page, in the paper's order.
 
-    recipe -> parent -> data -> calibrate -> library -> score --\\
-                 \\-> costs ------------------------------------ search -> realise -> distil -> evaluate -> export -> report
+    recipe -> parent -> data -> calibrate -> library -> score --\
+                 \-> costs --------------------------------- search -> realise -> distil -> evaluate -> export -> report
 
-Every property of `Pipeline` is a stage: done when it is first asked for, read back from the run folder when neither its settings nor
-its inputs have changed.
+Every property of `Pipeline` is a stage: done when it is first asked for, read back from the run folder when neither its
+settings nor its inputs have changed.
 """
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
+from puzzle.baseline import uniform_architecture, uniform_space
 from puzzle.blocks import Space, derive_space
 from puzzle.child import Child, realise
 from puzzle.costs import measure_costs
@@ -26,7 +28,16 @@ from puzzle.plan import estimate
 from puzzle.report import ReportData, model_card, summary, versions, write_report
 from puzzle.runs import Run, digest, write_json, write_text
 from puzzle.scores import score
-from puzzle.search import frontier, search, uniform_solution
+from puzzle.search import frontier, search
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The baseline: what it is, its weights after GKD, and the cost table with its blocks in it."""
+
+    solution: Solution
+    child: Child
+    costs: CostTable
 
 
 class Pipeline:
@@ -96,15 +107,26 @@ class Pipeline:
         return distil(self.run, self.parent, self.child_before, self.data)
 
     @cached_property
-    def uniform(self) -> tuple[Solution, Child] | None:
-        """The honest baseline: all layers alike, the same bounds, the same distillation."""
+    def uniform(self) -> Uniform | None:
+        """The honest baseline: all layers alike, as fast as the child, made and distilled in the same way."""
         if not self.run.recipe.evaluate.uniform_baseline:
             return None
+        run, parent, data, solution = self.run, self.parent, self.data, self.solution
         influence = self.statistics.influence(len(self.space.layers))
-        batch_size = self.solution.batch_size
-        solution = uniform_solution(self.scores, self.costs, self.solution.bounds, batch_size, influence)
-        before = realise(self.run, self.parent, self.library, solution.blocks)
-        return solution, distil(self.run, self.parent, before, self.data, label="uniform child")
+        architecture = uniform_architecture(run, parent, self.space, self.scores, self.costs, influence, solution)
+        space = uniform_space(parent, architecture)
+        library = build_library(run, parent, data, self.statistics, space)
+        blocks = tuple(block.name for block in architecture.blocks)
+        costs = self.costs.extended(measure_costs(run, parent, space))
+        described = replace(
+            solution,
+            blocks=blocks,
+            score=score(run, parent, data, library, space).total(blocks),
+            predicted=dict(costs.totals(blocks, solution.batch_size).as_dict()),
+            proof=None,
+        )
+        child = distil(run, parent, realise(run, parent, library, blocks), data, label="uniform child")
+        return Uniform(described, child, costs)
 
     @cached_property
     def rows(self) -> dict[str, dict[str, float]]:
@@ -115,7 +137,7 @@ class Pipeline:
             "child": self.child,
         }
         if self.uniform is not None:
-            models["uniform"] = self.uniform[1]
+            models["uniform"] = self.uniform.child
         qualities = {
             name: evaluate(self.run, self.parent, model if isinstance(model, Child) else None, self.data, name)
             for name, model in models.items()
@@ -147,25 +169,29 @@ class Pipeline:
         bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
         return f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
 
+    @property
+    def _all_costs(self) -> CostTable:
+        return self.uniform.costs if self.uniform is not None else self.costs
+
     def _predicted(self, model: Parent | Child) -> Totals:
         blocks = [block.name for block in model.architecture.blocks]
-        return self.costs.totals(blocks, self.solution.batch_size)
+        return self._all_costs.totals(blocks, self.solution.batch_size)
 
     def _report_data(self) -> ReportData:
         target, settings = self.run.recipe.target, self.run.recipe.search
         curves = {"child": distillation_curve(self.child)}
         if self.uniform is not None:
-            curves["uniform"] = distillation_curve(self.uniform[1])
+            curves["uniform"] = distillation_curve(self.uniform.child)
         return ReportData(
             title=f"Puzzle: {self.parent.path.name}",
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,
             solution=self.solution,
-            uniform=self.uniform[0] if self.uniform is not None else None,
+            uniform=self.uniform.solution if self.uniform is not None else None,
             frontier=frontier(self.scores, self.costs, target, settings),
             scores=self.scores,
-            costs=self.costs,
+            costs=self._all_costs,
             library=self.library.index,
             curves=curves,
             seconds=self.run.seconds(),

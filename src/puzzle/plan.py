@@ -1,7 +1,7 @@
 """What follows from a recipe, before anything is computed: the space, the disk, and a rough time per stage.
 
-Times come from operation counts and one timed matrix product, so they are right within a factor of two or so; they are there to
-tell minutes from days. P parameters in layers, 2 P operations a token and forward pass, twice that for a backward pass.
+Times come from operation counts and one timed matrix product, so they are right within a factor of two or so; they are
+there to tell minutes from days. A forward pass takes two operations a parameter and token, a backward pass four.
 """
 
 import math

@@ -84,9 +84,7 @@ def test_status_names_the_stages(finished: Path, capsys: pytest.CaptureFixture[s
     assert all(name in shown for name in ("library", "score", "distil"))
 
 
-def test_an_impossible_target_names_the_reachable_range(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_impossible_target_names_the_reachable_range(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = finished / "recipe.yaml"
     text = recipe.read_text()
     recipe.write_text(text.replace("parameters: 70%", "parameters: 1%"))

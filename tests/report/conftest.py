@@ -118,13 +118,15 @@ def _solution(scores: ScoreTable, costs: CostTable, price: float, *, proof: bool
 
         blocks.append(min(rows, key=total).block)
     score = scores.total(blocks)
+    target = Bounds(throughput_tok_s=BOUND * parent["throughput_tok_s"], memory_bytes=0.8 * parent["memory_bytes"])
     return Solution(
         blocks=tuple(blocks),
         batch_size=BATCH,
         score=score,
         predicted=costs.totals(blocks, BATCH).as_dict(),
         parent=parent,
-        bounds=Bounds(throughput_tok_s=BOUND * parent["throughput_tok_s"], memory_bytes=0.8 * parent["memory_bytes"]),
+        asked=target,
+        bounds=target,
         proof=Proof(status="optimal", bound=score * (1 - 1e-7), gap=1e-7, solver="HiGHS 1.12.0", seconds=1.73)
         if proof
         else None,
@@ -140,6 +142,7 @@ def _uniform(child: Solution, scores: ScoreTable, costs: CostTable) -> Solution:
         score=scores.total(blocks),
         predicted=costs.totals(blocks, BATCH).as_dict(),
         parent=child.parent,
+        asked=child.asked,
         bounds=child.bounds,
         proof=None,
     )

@@ -76,7 +76,7 @@ def test_frontier_marks_child_uniform_parent_and_target(data: ReportData) -> Non
 
 
 def test_frontier_of_the_parent_itself_has_a_linear_axis(data: ReportData) -> None:
-    kept = replace(data.solution, score=0.0, bounds=Bounds(memory_bytes=1e12))
+    kept = replace(data.solution, score=0.0, asked=Bounds(memory_bytes=1e12))
     figure = choice.frontier(replace(data, solution=kept))
     assert figure.layout.yaxis.type != "log"
     assert len(figure.layout.shapes) == 1

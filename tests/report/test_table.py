@@ -91,7 +91,7 @@ def test_target_is_judged_by_what_was_measured(
 ) -> None:
     data = make_data(8, partial=True)
     row = {"measured_tok_s": 200.0, "measured_prefill_ms": 150.0, "measured_decode_ms": 2.0}
-    data = replace(data, rows={"child": row}, solution=replace(data.solution, bounds=bounds))
+    data = replace(data, rows={"child": row}, solution=replace(data.solution, asked=bounds))
     (check,) = checks(data)
     assert check.verdict.startswith(verdict)
 

@@ -13,7 +13,7 @@ from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import parent_totals, solve
 from puzzle.search.bounds import QUANTITIES
 
-SETTINGS = SearchSettings(gap=1e-9)
+SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 @pytest.fixture

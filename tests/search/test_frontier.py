@@ -14,7 +14,7 @@ from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import frontier, parent_totals
 from puzzle.search.bounds import QUANTITIES
 
-SETTINGS = SearchSettings(gap=1e-9)
+SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 @settings(max_examples=25, deadline=None)

@@ -25,7 +25,7 @@ from puzzle.search.exact import Instance, best_architecture, best_value
 from puzzle.search.highs import Outcome, minimise
 from puzzle.search.problem import Program, build_program, tabulate
 
-SETTINGS = SearchSettings(gap=1e-9)
+SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 examples = settings(max_examples=60, deadline=None)  # a busy machine is no error
 
 
@@ -214,3 +214,12 @@ def test_the_search_ends_when_no_other_batch_size_can_be_better(monkeypatch: pyt
     solution = solve(*two_batches(), TargetSettings(latency="57ms"), SETTINGS)
     assert (solution.blocks, solution.batch_size) == (("kv8+w64",), 1)
     assert len(solved) == 1
+
+
+def test_a_margin_makes_speed_and_time_bounds_tighter_and_leaves_sizes() -> None:
+    parent = {"throughput_tok_s": 100.0, "prefill_ms": 50.0, "memory_bytes": 1000, "params": 10}
+    target = TargetSettings(throughput="2x", time_to_first_token="22ms", memory="50%", parameters="80%")
+    bounds = resolve_bounds(target, parent, margin=0.1)
+    assert bounds.throughput_tok_s == pytest.approx(220.0)
+    assert bounds.prefill_ms == pytest.approx(20.0)
+    assert (bounds.memory_bytes, bounds.params) == (500, 8)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -153,6 +153,12 @@ class CostTable:
         for layer, block in enumerate(blocks):
             cost = cost + self.block(layer, block, batch_size)
         return Totals(batch_size=batch_size, generated_tokens=self.scenario.generated_tokens, cost=cost)
+
+    def extended(self, other: "CostTable") -> "CostTable":
+        """With the rows of another table of the same scenario for what this one lacks."""
+        assert (other.scenario, other.batch_sizes) == (self.scenario, self.batch_sizes), "tables of two scenarios"
+        missing = tuple(row for key, row in other._by_key.items() if key not in self._by_key)
+        return replace(self, rows=self.rows + missing)
 
     def to_json(self) -> str:
         return dump_rows(

@@ -9,7 +9,7 @@ from puzzle.blocks.modules import (
     weight_bytes,
 )
 from puzzle.blocks.registry import REGISTRY, parse_variant, variant_from_config
-from puzzle.blocks.space import Architecture, BlockVariant, LayerSpace, Space, derive_space
+from puzzle.blocks.space import Architecture, BlockVariant, LayerSpace, Space, derive_space, hardware_multiple
 from puzzle.blocks.variants import Half, ParentSubblock, State, Variant
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Variant",
     "build_subblock",
     "derive_space",
+    "hardware_multiple",
     "num_params",
     "parse_variant",
     "split_state",

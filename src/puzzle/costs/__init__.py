@@ -1,5 +1,6 @@
 """Costs of blocks and of whole models: the memory model, the engines' times, and the table made of both."""
 
+from puzzle.costs.compare import time_architectures
 from puzzle.costs.engine import Engine, Sample, Times
 from puzzle.costs.memory import fixed_memory, subblock_memory
 from puzzle.costs.stage import ENGINES, measure_costs
@@ -14,4 +15,5 @@ __all__ = [
     "measure_costs",
     "measure_models",
     "subblock_memory",
+    "time_architectures",
 ]

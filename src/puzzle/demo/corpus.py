@@ -6,7 +6,8 @@ from pathlib import Path
 
 from puzzle.runs import write_text
 
-_LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+_LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+"""Not the library, not always installed, or, as the tables of encodings, no text that anyone wrote."""
 
 
 def write_corpus(path: Path) -> None:

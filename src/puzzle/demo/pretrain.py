@@ -130,7 +130,7 @@ def _pretrain(run: Run, stage: Stage, start: Path, data: TokenData, seconds: flo
 
 
 def _plan(model: LlamaForCausalLM, data: TokenData, seconds: float) -> dict[str, float]:
-    """Steps that fit in the time, by the fastest of a few that are thrown away: what the machine can do when not disturbed."""
+    """Steps that fit in the time, by the fastest of a few that are thrown away: the machine's own speed."""
     times = []
     for step in range(_TIMED_STEPS):
         began = time.perf_counter()

@@ -10,8 +10,8 @@ from puzzle.runs import Run, write_text
 def export_hf(run: Run, child: Child, card: str) -> Path:
     """Copy the child to `DIR/child`, with `architecture.json` and the model card; returns that folder.
 
-    `AutoModelForCausalLM.from_pretrained(DIR / "child", trust_remote_code=True)` loads it anywhere; after `import puzzle`
-    the flag is not needed.
+    `AutoModelForCausalLM.from_pretrained(DIR / "child", trust_remote_code=True)` loads it anywhere; after
+    `import puzzle` the flag is not needed.
     """
     stage = run.stage("export", version=1, settings={"format": "hf", "card": card}, inputs=(child.address,))
     target = run.path / "child"

@@ -1,8 +1,8 @@
 """The block library: every variant of every layer, initialised and trained by blockwise local distillation (paper 2.2).
 
 Decoupled: each half learns the parent's contribution of that half alone, from the parent's own input to it. One pass of
-the parent over the text feeds every variant of the layers in flight; how many those are follows from the memory there is
-and changes no result, since students share nothing but the text.
+the parent over the text feeds every variant of the layers in flight; how many those are follows from the memory there
+is and changes no result, since students share nothing but the text.
 """
 
 import json

@@ -1,11 +1,14 @@
 """Calibration: moments of the parent's activations, from which variants start (paper section 2.1, appendix A).
 
-D hidden size, I intermediate size. Per layer and half, over all calibration tokens, h the normed input and y the contribution:
+D hidden size, I intermediate size. Per layer and half, over all calibration tokens, with h the normed input and y the
+contribution:
 
     input_mean [D] = E[h]                input_second_moment [D, D] = E[h h^T]
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
     output_power [] = E[y^2], per element
-    activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]     (FFN; a the down projection's input)
+    activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]
+
+(the last two for FFNs, a being the down projection's input)
 
 and per layer `influence` [] = 1 - E[cos(x, x')] of its input x and output x' (block influence, ShortGPT).
 """

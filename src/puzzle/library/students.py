@@ -24,7 +24,7 @@ def contribution(layer: PuzzleDecoderLayer, half: Half, hidden_BTD: Tensor, cont
 class Student:
     """A variant's subblock with its loss: E||y - y'||^2 / E||y||^2, y the parent's contribution (paper section 2.2).
 
-    In training the denominator is the calibrated `output_power`, so that the loss of a token does not depend on the batch it is in.
+    In training the denominator is the calibrated `output_power`, so that a token's loss does not depend on its batch.
     """
 
     def __init__(

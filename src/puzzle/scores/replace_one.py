@@ -1,7 +1,7 @@
 """Replace-1-block scores: the parent with one block replaced, as a whole model, on held-out text (paper section 2.3).
 
-Layer by layer: the inputs of layer i are kept for all scoring text, so that a candidate costs its own block and the layers after
-it, not the whole model (law 9: the same as a full forward).
+Layer by layer: the inputs of layer i are kept for all scoring text, so that a candidate costs its own block and the
+layers after it, not the whole model (law 9: the same as a full forward).
 """
 
 import json

@@ -1,6 +1,5 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
-from puzzle.search.baselines import uniform_solution
 from puzzle.search.bounds import evaluate_blocks, parent_totals, resolve_bounds
 from puzzle.search.frontier import frontier
 from puzzle.search.solve import solve
@@ -13,5 +12,4 @@ __all__ = [
     "resolve_bounds",
     "search",
     "solve",
-    "uniform_solution",
 ]

@@ -1,0 +1,180 @@
+"""The honest baseline: all layers alike, and as fast as the child when both are measured.
+
+What people do without a search: one number of KV heads and one FFN width for every layer, and where narrowing alone is
+not enough, layers dropped whole, those of lowest block influence first. Widths are not bound to the library's: the
+widest that keeps up with the child is taken, and its blocks are then initialised and trained like the library's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
+from puzzle.blocks import Architecture, BlockVariant, GatedFFN, GroupedQuery, LayerSpace, Space, hardware_multiple
+from puzzle.costs import fixed_memory, subblock_memory, time_architectures
+from puzzle.errors import PuzzleError
+from puzzle.parents import Parent
+from puzzle.runs import Run, digest
+
+_DROPPED = BlockVariant.parse("none+none")
+_NEAR = 1.5
+"""Predicted times within this factor of the child's are measured; those beyond are taken as predicted."""
+
+
+def uniform_architecture(
+    run: Run,
+    parent: Parent,
+    space: Space,
+    scores: ScoreTable,
+    costs: CostTable,
+    influence: Sequence[float],
+    child: Solution,
+) -> Architecture:
+    """The uniform architecture of the lowest estimated KL that meets the child's bounds.
+
+    Bounds on memory and parameters are met by exact count. Where a speed or a time is bounded, it must be as fast as
+    the child, both timed on the engine in turns.
+
+    Raises:
+        PuzzleError: no uniform architecture gets there.
+    """
+    settings = {
+        "repeats": run.recipe.cost.repeats,
+        "influence": list(influence),
+        "child": list(child.blocks),
+        "bounds": child.bounds.given(),
+    }
+    inputs = (digest(scores.to_json()), digest(costs.to_json()))
+    stage = run.stage("uniform", version=1, settings=settings, inputs=inputs)
+    if not stage.done:
+        found = _Search(run, parent, space, scores, costs, child).best(influence)
+        stage.commit(blocks=[block.name for block in found.blocks])
+    return Architecture(tuple(BlockVariant.parse(name) for name in stage.facts["blocks"]))
+
+
+def uniform_space(parent: Parent, architecture: Architecture) -> Space:
+    """The space of the parent's own blocks and the architecture's."""
+    pairs = zip(parent.architecture.blocks, architecture.blocks, strict=True)
+    return Space(
+        tuple(
+            LayerSpace(
+                tuple(dict.fromkeys((own.attention, block.attention))), tuple(dict.fromkeys((own.ffn, block.ffn)))
+            )
+            for own, block in pairs
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    run: Run
+    parent: Parent
+    space: Space
+    scores: ScoreTable
+    costs: CostTable
+    child: Solution
+
+    def best(self, influence: Sequence[float]) -> Architecture:
+        """As few dropped layers as it takes; of the numbers of KV heads the one with the lowest estimated KL."""
+        rising = sorted(range(len(influence)), key=lambda layer: influence[layer])
+        for count in range(len(rising)):
+            dropped = frozenset(rising[:count])
+            times_ms = self._times(dropped)
+            found = [
+                (self._score(heads, width, dropped), self._architecture(heads, width, dropped))
+                for heads in times_ms
+                if (width := self._widest(heads, dropped, times_ms[heads])) is not None
+            ]
+            if found:
+                return min(found, key=lambda pair: pair[0])[1]
+        raise PuzzleError(
+            "evaluate.uniform_baseline: no uniform child is as small and as fast as the child; set it to false"
+        )
+
+    def _common(self, kind: type[GroupedQuery] | type[GatedFFN]) -> list[int]:
+        """Sizes that every layer's space has, ascending."""
+        sizes = [
+            {
+                size
+                for variant in (*layer.attention, *layer.ffn)
+                if isinstance(variant, kind)
+                for size in variant.module_config().values()
+                if isinstance(size, int)
+            }
+            for layer in self.space.layers
+        ]
+        return sorted(set.intersection(*sizes))
+
+    def _architecture(self, heads: int, width: int, dropped: frozenset[int]) -> Architecture:
+        block = BlockVariant(GroupedQuery(heads), GatedFFN(width))
+        return Architecture(tuple(_DROPPED if i in dropped else block for i in range(len(self.space.layers))))
+
+    def _times(self, dropped: frozenset[int]) -> dict[int, dict[int, float]]:
+        """Request times relative to the child's, by KV heads and the table's widths; 0 where no time is bounded."""
+        points = [(heads, width) for heads in self._common(GroupedQuery) for width in self._common(GatedFFN)]
+        architectures = {point: self._architecture(*point, dropped) for point in points}
+        relative = dict.fromkeys(points, 0.0)
+        if set(self.child.bounds.given()) - {"memory_bytes", "params"}:
+            own = self._predicted(self.child.blocks)
+            relative = {
+                point: self._predicted([block.name for block in architecture.blocks]) / own
+                for point, architecture in architectures.items()
+            }
+            near = [point for point in points if 1 / _NEAR < relative[point] < _NEAR]
+            relative |= dict(zip(near, self._measured([architectures[point] for point in near]), strict=True))
+        widths = self._common(GatedFFN)
+        return {heads: {width: relative[heads, width] for width in widths} for heads in self._common(GroupedQuery)}
+
+    def _predicted(self, blocks: Sequence[str]) -> float:
+        return self.costs.totals(blocks, self.child.batch_size).request_ms
+
+    def _measured(self, architectures: Sequence[Architecture]) -> list[float]:
+        child = Architecture(tuple(BlockVariant.parse(name) for name in self.child.blocks))
+        times = time_architectures(
+            self.parent.config,
+            [child, *architectures],
+            self.costs,
+            self.child.batch_size,
+            self.run.recipe.cost.repeats,
+        )
+        steps = self.costs.scenario.generated_tokens - 1
+        own, *others = (each.prefill_ms + steps * each.decode_ms for each in times)
+        return [other / own for other in others]
+
+    def _widest(self, heads: int, dropped: frozenset[int], times: Mapping[int, float]) -> int | None:
+        """The largest width that keeps up with the child, times between the table's widths interpolated."""
+        widths = sorted(times)
+        step = hardware_multiple(widths[-1])
+        grid = sorted({*range(step, widths[-1], step), *widths})
+        reached = [
+            width
+            for width in grid
+            if np.interp(width, widths, [times[each] for each in widths]) <= 1 and self._fits(heads, width, dropped)
+        ]
+        return reached[-1] if reached else None
+
+    def _fits(self, heads: int, width: int, dropped: frozenset[int]) -> bool:
+        """Whether memory and parameters are within the bounds, by exact count."""
+        scenario, config = self.costs.scenario, self.parent.config
+        dtype = getattr(torch, scenario.dtype)
+        cost = fixed_memory(config, dtype)
+        for block in self._architecture(heads, width, dropped).blocks:
+            for variant in (block.attention, block.ffn):
+                cost = cost + subblock_memory(variant, config, dtype, scenario.total_tokens)
+        totals = Totals(batch_size=self.child.batch_size, generated_tokens=scenario.generated_tokens, cost=cost)
+        bounds = self.child.bounds
+        return totals.memory_bytes <= (bounds.memory_bytes or np.inf) and cost.params <= (bounds.params or np.inf)
+
+    def _score(self, heads: int, width: int, dropped: frozenset[int]) -> float:
+        """Sum of the layers' scores, between the table's widths interpolated."""
+        widths = self._common(GatedFFN)
+        total = 0.0
+        for layer in range(len(self.space.layers)):
+            if layer in dropped:
+                total += self.scores.row(layer, _DROPPED.name).kl
+            else:
+                kl = [self.scores.row(layer, f"kv{heads}+w{each}").kl for each in widths]
+                total += float(np.interp(width, widths, kl))
+        return total
