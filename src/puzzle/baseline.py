@@ -5,6 +5,7 @@ not enough, layers dropped whole, those of lowest block influence first. Widths 
 widest that keeps up with the child is taken, and its blocks are then initialised and trained like the library's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,10 @@ from puzzle.runs import Run, digest
 
 _DROPPED = BlockVariant.parse("none+none")
 _NEAR = 1.5
-"""Predicted times within this factor of the child's are measured; those beyond are taken as predicted."""
+_MEASURED_WIDTHS = 3
+"""For each number of KV heads, so many widths are measured whose predicted times are nearest to the child's and within
+this factor of it; the others are taken as predicted."""
+_ROUNDS = 3
 
 
 def uniform_architecture(
@@ -41,7 +45,6 @@ def uniform_architecture(
         PuzzleError: no uniform architecture gets there.
     """
     settings = {
-        "repeats": run.recipe.cost.repeats,
         "influence": list(influence),
         "child": list(child.blocks),
         "bounds": child.bounds.given(),
@@ -122,10 +125,16 @@ class _Search:
                 point: self._predicted([block.name for block in architecture.blocks]) / own
                 for point, architecture in architectures.items()
             }
-            near = [point for point in points if 1 / _NEAR < relative[point] < _NEAR]
+            near = [point for heads in self._common(GroupedQuery) for point in self._near(heads, relative)]
             relative |= dict(zip(near, self._measured([architectures[point] for point in near]), strict=True))
         widths = self._common(GatedFFN)
         return {heads: {width: relative[heads, width] for width in widths} for heads in self._common(GroupedQuery)}
+
+    def _near(self, heads: int, relative: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
+        """The points of `heads` whose widths lie about the one that is as fast as the child, if any is."""
+        distances = {point: abs(math.log(ratio)) for point, ratio in relative.items() if point[0] == heads}
+        nearest = sorted(distances, key=lambda point: distances[point])[:_MEASURED_WIDTHS]
+        return [point for point in nearest if distances[point] < math.log(_NEAR)]
 
     def _predicted(self, blocks: Sequence[str]) -> float:
         return self.costs.totals(blocks, self.child.batch_size).request_ms
@@ -137,7 +146,7 @@ class _Search:
             [child, *architectures],
             self.costs,
             self.child.batch_size,
-            self.run.recipe.cost.repeats,
+            _ROUNDS,
         )
         steps = self.costs.scenario.generated_tokens - 1
         own, *others = (each.prefill_ms + steps * each.decode_ms for each in times)

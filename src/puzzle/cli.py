@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as target.throughput=2x"
     )
     added["demo"].add_argument("--out", type=Path, help="the run folder")
-    added["demo"].add_argument("--minutes", type=_positive, default=8.0, help="about how long; default: 8")
+    added["demo"].add_argument("--minutes", type=_positive, default=7.0, help="about how long; default: 7")
     added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
     added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
     added["status"].add_argument("folder", type=Path, help="a run folder")
