@@ -183,7 +183,7 @@ class Pipeline:
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
         return ReportData(
-            title=f"Puzzle: {self.parent.path.name}",
+            title=f"A child of {self.parent.path.name}",
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,

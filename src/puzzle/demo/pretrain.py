@@ -21,6 +21,7 @@ from puzzle.runs import Run, Stage, create_folder, open_run, progress, read_json
 from puzzle.training import BETAS, TrainingState, autocast, learning_rate, set_learning_rate
 
 _VERSION = 1
+_NAME = "llama-2m-stdlib"
 _VOCAB_SIZE = 2048
 _BATCH_SIZE = 8
 _SEQUENCE_LENGTH = 256
@@ -59,7 +60,7 @@ def demo_parent(seconds: float) -> tuple[Path, Path, float]:
         stage = run.stage("pretrain", version=_VERSION, settings={}, inputs=(parent.address, data.address))
         if not stage.done:
             _pretrain(run, stage, start, data, seconds)
-        return stage.path / "parent", corpus, float(stage.facts["tokens_per_second"])
+        return stage.path / _NAME, corpus, float(stage.facts["tokens_per_second"])
 
 
 def _cache_folder() -> Path:
@@ -123,8 +124,8 @@ def _pretrain(run: Run, stage: Stage, start: Path, data: TokenData, seconds: flo
                 optimizer.zero_grad()
             state.save_if_due(step + 1)
             bar.advance(loss=float(loss.detach()))
-    model.save_pretrained(stage.path / "parent")
-    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(stage.path / "parent")
+    model.save_pretrained(stage.path / _NAME)
+    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(stage.path / _NAME)
     (stage.path / "training.safetensors").unlink(missing_ok=True)
     stage.commit(**plan)
 

@@ -213,7 +213,7 @@ def frontier(data: ReportData) -> go.Figure:
     places = {"child": "bottom right", "uniform": "top right"}
     traces = [
         go.Scatter(
-            x=[point.predicted["throughput_tok_s"] for point in points],
+            x=[_speed_up(data, point.predicted["throughput_tok_s"]) for point in points],
             y=[point.score for point in points],
             mode="lines+markers",
             line={"color": theme.LINE, "width": 1.5},
@@ -225,7 +225,7 @@ def frontier(data: ReportData) -> go.Figure:
     for model, solution in marked.items():
         traces.append(
             go.Scatter(
-                x=[solution.predicted["throughput_tok_s"]],
+                x=[_speed_up(data, solution.predicted["throughput_tok_s"])],
                 y=[solution.score],
                 mode="markers+text",
                 text=[f"<b>{model}</b>"],
@@ -236,15 +236,21 @@ def frontier(data: ReportData) -> go.Figure:
             )
         )
     everything = [*points, *marked.values()]
-    speeds = [data.solution.parent["throughput_tok_s"], *(point.predicted["throughput_tok_s"] for point in everything)]
-    margin = 0.12 * (max(speeds) - min(speeds)) or 1.0
+    speed_ups = [1.0, *(_speed_up(data, point.predicted["throughput_tok_s"]) for point in everything)]
+    low, high = math.log10(min(speed_ups)), math.log10(max(speed_ups))
+    margin = 0.12 * (high - low) or 0.1
     return theme.figure(
         400,
         traces,
         margin_t=26,
         showlegend=False,
-        xaxis_title_text="predicted throughput, generated tok/s",
-        xaxis_range=[min(speeds) - margin, max(speeds) + margin],
+        xaxis={
+            "title": {"text": "predicted throughput, times the parent's"},
+            "type": "log",
+            "range": [low - margin, high + margin],
+            "tickvals": (doublings := [2.0**power for power in range(-3, 12)]),
+            "ticktext": [f"{speed_up:g}x" for speed_up in doublings],
+        },
         yaxis_title_text="sum of scores, nats per token",
         # The parent scores 0, which a logarithmic axis cannot show; a line marks its throughput instead.
         yaxis=theme.log_axis([point.score for point in everything])
@@ -254,24 +260,37 @@ def frontier(data: ReportData) -> go.Figure:
     )
 
 
+def _speed_up(data: ReportData, throughput_tok_s: float) -> float:
+    return throughput_tok_s / data.solution.parent["throughput_tok_s"]
+
+
 def _point(data: ReportData, solution: Solution) -> str:
     speed = solution.predicted["throughput_tok_s"]
     return (
-        f"{numbers.tokens_per_second(speed)}, {numbers.ratio(speed / data.solution.parent['throughput_tok_s'])}<br>"
+        f"{numbers.tokens_per_second(speed)}, {numbers.ratio(_speed_up(data, speed))}<br>"
         f"score {numbers.plain(solution.score)}, batch {solution.batch_size}"
     )
 
 
 def _verticals(data: ReportData) -> dict[str, Any]:
-    lines = [("parent", data.solution.parent["throughput_tok_s"], "right", theme.MODEL_COLOURS["parent"])]
+    lines = [("parent", 1.0, "right", theme.MODEL_COLOURS["parent"])]
     if target := data.solution.asked.throughput_tok_s:
-        lines.append(("target", target, "left", theme.OUTLINE))
+        lines.append(("target", _speed_up(data, target), "left", theme.OUTLINE))
     shapes = [
         {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": colour, "dash": "dash"}}
         for _, x, _, colour in lines
     ]
     annotations = [
-        {"text": text, "x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": anchor, "showarrow": False}
+        # On a logarithmic axis plotly wants the exponents of annotations, but the values of shapes.
+        {
+            "text": text,
+            "x": math.log10(x),
+            "y": 1,
+            "yref": "paper",
+            "yanchor": "bottom",
+            "xanchor": anchor,
+            "showarrow": False,
+        }
         for text, x, anchor, _ in lines
     ]
     return {"shapes": shapes, "annotations": annotations}

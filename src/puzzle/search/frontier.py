@@ -19,7 +19,7 @@ def frontier(
     quantity: str = "throughput_tok_s",
     points: int = 12,
 ) -> list[Solution]:
-    """Exact solutions at `points` bounds on `quantity`, evenly spaced from the parent's value to the best reachable.
+    """Exact solutions at `points` bounds on `quantity`, from the parent's value to the best reachable by equal factors.
 
     The target's other bounds are kept. Where these already force a value no better than the parent's, there is one
     point: the best reachable. Each solution's `bounds` say which bound it was found for.
@@ -33,7 +33,7 @@ def frontier(
     if best is None:
         raise explain(instance, target, others, settings)
     better = QUANTITIES[quantity].best([best, parent]) != parent
-    values = np.linspace(parent, best, points).tolist() if better else [best]
+    values = np.geomspace(parent, best, points).tolist() if better else [best]
     solutions: list[Solution] = []
     for value in values:
         bounds = replace(others, **{quantity: value})
