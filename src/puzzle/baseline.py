@@ -23,7 +23,7 @@ _DROPPED = BlockVariant.parse("none+none")
 _NEAR = 1.5
 _MEASURED_WIDTHS = 3
 """For each number of KV heads, so many widths are measured whose predicted times are nearest to the child's and within
-this factor of it; the others are taken as predicted."""
+this factor of it; the others are taken as predicted, times the error found for these."""
 _ROUNDS = 3
 
 
@@ -126,7 +126,8 @@ class _Search:
                 for point, architecture in architectures.items()
             }
             near = [point for heads in self._common(GroupedQuery) for point in self._near(heads, relative)]
-            relative |= dict(zip(near, self._measured([architectures[point] for point in near]), strict=True))
+            measured = dict(zip(near, self._measured([architectures[point] for point in near]), strict=True))
+            relative = _corrected(relative, measured)
         widths = self._common(GatedFFN)
         return {heads: {width: relative[heads, width] for width in widths} for heads in self._common(GroupedQuery)}
 
@@ -187,3 +188,15 @@ class _Search:
                 kl = [self.scores.row(layer, f"kv{heads}+w{each}").kl for each in widths]
                 total += float(np.interp(width, widths, kl))
         return total
+
+
+def _corrected(
+    predicted: Mapping[tuple[int, int], float], measured: Mapping[tuple[int, int], float]
+) -> dict[tuple[int, int], float]:
+    """Times by KV heads and width: measured ones, and predicted ones times the mean error of those heads' predictions."""
+    corrected = dict(measured)
+    for (heads, width), time in predicted.items():
+        errors = [math.log(measured[point] / predicted[point]) for point in measured if point[0] == heads]
+        factor = math.exp(sum(errors) / len(errors)) if errors else 1.0
+        corrected.setdefault((heads, width), time * factor)
+    return corrected
