@@ -193,7 +193,7 @@ class _Search:
 def _corrected(
     predicted: Mapping[tuple[int, int], float], measured: Mapping[tuple[int, int], float]
 ) -> dict[tuple[int, int], float]:
-    """Times by KV heads and width: measured ones, and predicted ones times the mean error of those heads' predictions."""
+    """Times by KV heads and width: the measured ones, and the predicted ones times the mean error for those heads."""
     corrected = dict(measured)
     for (heads, width), time in predicted.items():
         errors = [math.log(measured[point] / predicted[point]) for point in measured if point[0] == heads]
