@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from puzzle.artefacts import ScoreTable
-from puzzle.blocks import Architecture, BlockVariant, Space
+from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreRow, ScoreTable
+from puzzle.blocks import Architecture, BlockVariant, GatedFFN, Space, num_params
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
@@ -162,3 +163,44 @@ def pico_library(pico_pipeline: Pipeline) -> Library:
 @pytest.fixture(scope="session")
 def pico_scores(pico_pipeline: Pipeline) -> ScoreTable:
     return pico_pipeline.scores
+
+
+@pytest.fixture
+def toy_scores(pico_pipeline: Pipeline) -> ScoreTable:
+    """More taken away is worse, attention twice as much as FFN."""
+
+    def kl(block: BlockVariant) -> float:
+        lost_heads = 1 - {"kv4": 1.0, "kv2": 0.5, "kv1": 0.25}.get(block.attention.name, 0.0)
+        width = block.ffn.intermediate_size if isinstance(block.ffn, GatedFFN) else 0
+        return 2 * lost_heads + (1 - width / 64)
+
+    rows = [
+        ScoreRow(layer=i, block=block.name, kl=kl(block), kl_se=0.0, lm_loss=1.0, top1_agreement=1.0)
+        for i, layer in enumerate(pico_pipeline.space.layers)
+        for block in layer.blocks()
+    ]
+    return ScoreTable(num_layers=4, sequences=1, sequence_length=1, rows=tuple(rows))
+
+
+@pytest.fixture
+def toy_costs(pico_pipeline: Pipeline) -> CostTable:
+    """A decode step takes a microsecond a parameter."""
+    config = pico_pipeline.parent.config
+    rows = []
+    for layer, layer_space in enumerate(pico_pipeline.space.layers):
+        for variant in (*layer_space.attention, *layer_space.ffn):
+            params = num_params(variant, config)
+            sizes = {"params": params, "weight_bytes": 4 * params, "kv_bytes_per_sequence": 0}
+            row = CostRow(
+                layer=layer,
+                part=variant.half,
+                variant=variant.name,
+                batch_size=2,
+                prefill_ms=0.0,
+                decode_ms=1e-3 * params,
+                **sizes,
+            )
+            rows.append(row)
+    fixed = replace(rows[0], layer=-1, part="fixed", variant="", params=0, decode_ms=1.0)
+    scenario = Scenario(engine="torch", device="cpu", dtype="float32", prompt_tokens=16, generated_tokens=2)
+    return CostTable(scenario=scenario, batch_sizes=(2,), rows=(fixed, *rows))

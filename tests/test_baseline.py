@@ -1,54 +1,19 @@
 """The uniform baseline: exact counts, measured times, layers dropped only where narrowing is not enough."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 
 import puzzle.baseline
-from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, ScoreRow, ScoreTable, Solution
+from puzzle.artefacts import Bounds, CostTable, ScoreTable, Solution
 from puzzle.baseline import uniform_architecture, uniform_space
-from puzzle.blocks import Architecture, BlockVariant, GatedFFN, num_params
+from puzzle.blocks import Architecture, BlockVariant, num_params
 from puzzle.costs import Times
 from puzzle.parents import Parent
 from puzzle.pipeline import Pipeline
 from puzzle.runs import Run
 
 INFLUENCE = (0.4, 0.1, 0.3, 0.2)
-
-
-@pytest.fixture
-def scores(pico_pipeline: Pipeline) -> ScoreTable:
-    """More taken away is worse, attention twice as much as FFN."""
-
-    def kl(block: BlockVariant) -> float:
-        lost_heads = 1 - {"kv4": 1.0, "kv2": 0.5, "kv1": 0.25}.get(block.attention.name, 0.0)
-        width = block.ffn.intermediate_size if isinstance(block.ffn, GatedFFN) else 0
-        return 2 * lost_heads + (1 - width / 64)
-
-    rows = [
-        ScoreRow(layer=i, block=block.name, kl=kl(block), kl_se=0.0, lm_loss=1.0, top1_agreement=1.0)
-        for i, layer in enumerate(pico_pipeline.space.layers)
-        for block in layer.blocks()
-    ]
-    return ScoreTable(num_layers=4, sequences=1, sequence_length=1, rows=tuple(rows))
-
-
-@pytest.fixture
-def costs(pico_pipeline: Pipeline) -> CostTable:
-    """A decode step takes a microsecond a parameter."""
-    config = pico_pipeline.parent.config
-    rows = [
-        CostRow(
-            layer=i, part=variant.half, variant=variant.name, batch_size=2, params=num_params(variant, config),
-            weight_bytes=0, kv_bytes_per_sequence=0, prefill_ms=0.0, decode_ms=1e-3 * num_params(variant, config),
-        )
-        for i, layer in enumerate(pico_pipeline.space.layers)
-        for variant in (*layer.attention, *layer.ffn)
-    ]  # fmt: skip
-    fixed = replace(rows[0], layer=-1, part="fixed", variant="", params=0, decode_ms=0.0)
-    scenario = Scenario(engine="torch", device="cpu", dtype="float32", prompt_tokens=16, generated_tokens=2)
-    return CostTable(scenario=scenario, batch_sizes=(2,), rows=(fixed, *rows))
 
 
 def _child(costs: CostTable, block: str, **bounds: float) -> Solution:
@@ -71,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     factors = {"kv4": 1.0}
 
     def time_architectures(
-        config: object, architectures: Sequence[Architecture], costs: CostTable, batch_size: int, repeats: int
+        config: object, models: Sequence[tuple[Architecture, int]], costs: CostTable, repeats: int
     ) -> list[Times]:
         def one(architecture: Architecture) -> Times:
             names = [block.name for block in architecture.blocks]
@@ -79,64 +44,66 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
             decode_ms = costs.totals(names, 2).cost.decode_ms * factor
             return Times(prefill_ms=0.0, decode_ms=decode_ms, prefill_ms_spread=0.0, decode_ms_spread=0.0)
 
-        return [one(architecture) for architecture in architectures]
+        return [one(architecture) for architecture, _ in models]
 
     monkeypatch.setattr(puzzle.baseline, "time_architectures", time_architectures)
     return factors
 
 
-def _names(run: Run, pipeline: Pipeline, scores: ScoreTable, costs: CostTable, child: Solution) -> list[str]:
+def _names(run: Run, pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, child: Solution) -> list[str]:
     parent: Parent = pipeline.parent
-    found = uniform_architecture(run, parent, pipeline.space, scores, costs, INFLUENCE, child)
+    found = uniform_architecture(run, parent, pipeline.space, toy_scores, toy_costs, INFLUENCE, child)
     return [block.name for block in found.blocks]
 
 
 def test_the_widest_that_keeps_up_is_taken(
-    pico_run: Run, pico_pipeline: Pipeline, scores: ScoreTable, costs: CostTable, measured: dict[str, float]
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, measured: dict[str, float]
 ) -> None:
-    child = _child(costs, "kv2+w48", throughput_tok_s=1.0)
-    names = _names(pico_run, pico_pipeline, scores, costs, child)
+    child = _child(toy_costs, "kv2+w48", throughput_tok_s=1.0)
+    names = _names(pico_run, pico_pipeline, toy_scores, toy_costs, child)
     # As many parameters with all heads kept cost less KL here: heads weigh twice.
     heads, width = names[0].split("+w")
     assert len(set(names)) == 1
     assert heads == "kv4"
-    own = costs.totals(child.blocks, 2).request_ms
+    own = toy_costs.totals(child.blocks, 2).request_ms
     per_channel = 3 * 32 * 1e-3 * 4
-    at_32 = costs.totals(("kv4+w32",) * 4, 2).request_ms
+    at_32 = toy_costs.totals(("kv4+w32",) * 4, 2).request_ms
     used = at_32 + (int(width) - 32) * per_channel
     assert own - 4 * per_channel < used <= own
 
 
 def test_what_is_measured_counts_not_what_is_predicted(
-    pico_run: Run, pico_pipeline: Pipeline, scores: ScoreTable, costs: CostTable, measured: dict[str, float]
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, measured: dict[str, float]
 ) -> None:
     measured["kv4"] = 2.0
     # Another bound than in the test above, for the stage's result is kept.
-    child = _child(costs, "kv2+w48", throughput_tok_s=2.0)
-    names = _names(pico_run, pico_pipeline, scores, costs, child)
+    child = _child(toy_costs, "kv2+w48", throughput_tok_s=2.0)
+    names = _names(pico_run, pico_pipeline, toy_scores, toy_costs, child)
     assert names == ["kv2+w48"] * 4
 
 
 def test_layers_are_dropped_where_narrowing_is_not_enough(
-    pico_run: Run, pico_pipeline: Pipeline, scores: ScoreTable, costs: CostTable, measured: dict[str, float]
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, measured: dict[str, float]
 ) -> None:
-    child = _child(costs, "none+w48", throughput_tok_s=1.0)
-    names = _names(pico_run, pico_pipeline, scores, costs, child)
+    child = _child(toy_costs, "none+w48", throughput_tok_s=1.0)
+    names = _names(pico_run, pico_pipeline, toy_scores, toy_costs, child)
     dropped = [layer for layer, name in enumerate(names) if name == "none+none"]
     assert dropped
     assert dropped == sorted(sorted(range(4), key=lambda layer: INFLUENCE[layer])[: len(dropped)])
-    assert costs.totals(child.blocks, 2).request_ms >= 0.9 * sum(
-        costs.block(i, "kv1+w8", 2).decode_ms for i in range(4) if i not in dropped
+    assert toy_costs.totals(child.blocks, 2).request_ms >= 0.9 * sum(
+        toy_costs.block(i, "kv1+w8", 2).decode_ms for i in range(4) if i not in dropped
     )
 
 
 def test_sizes_are_met_by_exact_count(
-    pico_run: Run, pico_pipeline: Pipeline, scores: ScoreTable, costs: CostTable
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable
 ) -> None:
     config = pico_pipeline.parent.config
     bound = 0.7 * pico_pipeline.parent.num_params
-    child = _child(costs, "kv2+w32", params=bound)
-    found = uniform_architecture(pico_run, pico_pipeline.parent, pico_pipeline.space, scores, costs, INFLUENCE, child)
+    child = _child(toy_costs, "kv2+w32", params=bound)
+    found = uniform_architecture(
+        pico_run, pico_pipeline.parent, pico_pipeline.space, toy_scores, toy_costs, INFLUENCE, child
+    )
     outer = pico_pipeline.parent.num_params - sum(
         num_params(half, config)
         for block in pico_pipeline.parent.architecture.blocks

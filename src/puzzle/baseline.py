@@ -142,13 +142,8 @@ class _Search:
 
     def _measured(self, architectures: Sequence[Architecture]) -> list[float]:
         child = Architecture(tuple(BlockVariant.parse(name) for name in self.child.blocks))
-        times = time_architectures(
-            self.parent.config,
-            [child, *architectures],
-            self.costs,
-            self.child.batch_size,
-            _ROUNDS,
-        )
+        models = [(architecture, self.child.batch_size) for architecture in (child, *architectures)]
+        times = time_architectures(self.parent.config, models, self.costs, _ROUNDS)
         steps = self.costs.scenario.generated_tokens - 1
         own, *others = (each.prefill_ms + steps * each.decode_ms for each in times)
         return [other / own for other in others]

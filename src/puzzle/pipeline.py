@@ -17,6 +17,7 @@ from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
 from puzzle.blocks import Space, derive_space
 from puzzle.child import Child, realise
+from puzzle.confirm import confirmed_search
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.distill import distil, distillation_curve
@@ -26,9 +27,9 @@ from puzzle.library import Library, Statistics, build_library, calibrate
 from puzzle.parents import Parent, open_parent
 from puzzle.plan import estimate
 from puzzle.report import ReportData, model_card, summary, versions, write_report
-from puzzle.runs import Run, digest, write_json, write_text
+from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score
-from puzzle.search import frontier, search
+from puzzle.search import frontier
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,8 @@ class Pipeline:
 
     @cached_property
     def solution(self) -> Solution:
-        """The best architecture within the bounds, with its proof."""
-        inputs = (digest(self.scores.to_json()), digest(self.costs.to_json()))
-        return search(self.run, self.scores, self.costs, inputs)
+        """The best architecture within the bounds, with its proof, timed on the engine."""
+        return confirmed_search(self.run, self.parent, self.scores, self.costs)
 
     @cached_property
     def child_before(self) -> Child:

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from puzzle.blocks.linear import ridge
-from puzzle.blocks.variants import Half, ParentSubblock, State, Variant
+from puzzle.blocks.linear import linear_start
+from puzzle.blocks.variants import Half, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
 
 
@@ -51,42 +51,26 @@ class GroupedQuery(Variant):
 
 
 @dataclass(frozen=True)
-class LinearAttention(Variant):
+class LinearAttention(Unsized):
     """One linear map instead of attention, the ridge regression from the normed input to the contribution."""
 
     half: ClassVar[Half] = "attention"
     kind: ClassVar[str] = "linear"
     trained: ClassVar[bool] = False
 
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def module_config(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
     def initialise(self, parent: ParentSubblock) -> State:
         if parent.variant == self:
             return dict(parent.state)
-        norm = {name: tensor for name, tensor in parent.state.items() if name.startswith("input_layernorm.")}
-        dtype = next(iter(parent.state.values())).dtype
-        return norm | ridge(parent.statistics, "self_attn.linear_attn", bias=parent.config.attention_bias, dtype=dtype)
+        return linear_start(parent, "input_layernorm.", "self_attn.linear_attn", bias=parent.config.attention_bias)
 
 
 @dataclass(frozen=True)
-class NoAttention(Variant):
+class NoAttention(Unsized):
     """Nothing: no parameters, no norm, no KV cache."""
 
     half: ClassVar[Half] = "attention"
     kind: ClassVar[str] = "none"
     trained: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def module_config(self) -> dict[str, Any]:
-        return {"kind": self.kind}
 
     def initialise(self, parent: ParentSubblock) -> State:
         return {}

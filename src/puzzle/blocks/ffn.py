@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from puzzle.blocks.linear import refit, ridge
-from puzzle.blocks.variants import Half, ParentSubblock, State, Variant
+from puzzle.blocks.linear import linear_start, refit
+from puzzle.blocks.variants import Half, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
 
 
@@ -61,42 +61,26 @@ class GatedFFN(Variant):
 
 
 @dataclass(frozen=True)
-class LinearFFN(Variant):
+class LinearFFN(Unsized):
     """One linear map instead of the FFN, the ridge regression from the normed input to the contribution."""
 
     half: ClassVar[Half] = "ffn"
     kind: ClassVar[str] = "linear"
     trained: ClassVar[bool] = False
 
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def module_config(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
     def initialise(self, parent: ParentSubblock) -> State:
         if parent.variant == self:
             return dict(parent.state)
-        norm = {name: tensor for name, tensor in parent.state.items() if name.startswith("post_attention_layernorm.")}
-        dtype = next(iter(parent.state.values())).dtype
-        return norm | ridge(parent.statistics, "mlp.linear_mlp", bias=parent.config.mlp_bias, dtype=dtype)
+        return linear_start(parent, "post_attention_layernorm.", "mlp.linear_mlp", bias=parent.config.mlp_bias)
 
 
 @dataclass(frozen=True)
-class NoFFN(Variant):
+class NoFFN(Unsized):
     """Nothing: no parameters, no norm."""
 
     half: ClassVar[Half] = "ffn"
     kind: ClassVar[str] = "none"
     trained: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def module_config(self) -> dict[str, Any]:
-        return {"kind": self.kind}
 
     def initialise(self, parent: ParentSubblock) -> State:
         return {}

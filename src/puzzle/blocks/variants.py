@@ -55,3 +55,14 @@ class Variant(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+class Unsized(Variant):
+    """A variant without sizes: its kind is its name."""
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def module_config(self) -> dict[str, Any]:
+        return {"kind": self.kind}

@@ -11,14 +11,18 @@ from puzzle.runs import progress
 
 
 def time_architectures(
-    config: PuzzleConfig, architectures: Sequence[Architecture], costs: CostTable, batch_size: int, repeats: int
+    config: PuzzleConfig, models: Sequence[tuple[Architecture, int]], costs: CostTable, repeats: int
 ) -> list[Times]:
-    """Times of children of the model `config` describes, in the scenario of `costs`, measured in turns."""
+    """Times of children of the model `config` describes, in the scenario of `costs`, measured in turns.
+
+    Args:
+        models: architectures, each with its batch size.
+    """
     engine = ENGINES[costs.scenario.engine](config, costs.scenario)
-    samples: list[list[Sample]] = [[] for _ in architectures]
-    with progress("time architectures", repeats * len(architectures)) as bar, engine.conditions():
+    samples: list[list[Sample]] = [[] for _ in models]
+    with progress("time architectures", repeats * len(models)) as bar, engine.conditions():
         for _ in range(repeats):
-            for rounds, architecture in zip(samples, architectures, strict=True):
+            for rounds, (architecture, batch_size) in zip(samples, models, strict=True):
                 rounds.append(engine.measure(architecture.blocks, batch_size))
                 bar.advance()
     return [summarise(rounds) for rounds in samples]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from puzzle.data import TokenData, prepare_data
 from puzzle.demo.corpus import read_corpus, write_corpus
@@ -45,6 +46,7 @@ def demo_parent(seconds: float) -> tuple[Path, Path, float]:
     Args:
         seconds: how long to train it if it is not there; more steps than that allows are not planned.
     """
+    disable_progress_bar()  # transformers' own
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     corpus, start = folder / "corpus.jsonl", folder / "start"

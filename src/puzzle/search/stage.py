@@ -9,23 +9,28 @@ from puzzle.search.solve import solve
 _VERSION = 1
 
 
-def search(run: Run, scores: ScoreTable, costs: CostTable, inputs: Sequence[str]) -> Solution:
+def search(
+    run: Run, scores: ScoreTable, costs: CostTable, inputs: Sequence[str], margin: float | None = None
+) -> Solution:
     """The recipe's search, kept as solution.json.
 
     Args:
         inputs: addresses of the stages that made the two tables.
+        margin: in place of the recipe's `search.margin`.
     """
-    recipe = run.recipe
-    settings = {
-        "target": recipe.target.model_dump(mode="json"),
-        "search": recipe.search.model_dump(mode="json"),
+    target, settings = run.recipe.target, run.recipe.search
+    if margin is not None:
+        settings = settings.model_copy(update={"margin": margin})
+    identity = {
+        "target": target.model_dump(mode="json"),
+        "search": settings.model_dump(mode="json"),
         "batch_sizes": list(costs.batch_sizes),
     }
-    stage = run.stage("search", version=_VERSION, settings=settings, inputs=inputs)
+    stage = run.stage("search", version=_VERSION, settings=identity, inputs=inputs)
     path = stage.path / "solution.json"
     if stage.done:
         return Solution.from_json(path.read_text())
-    solution = solve(scores, costs, recipe.target, recipe.search)
+    solution = solve(scores, costs, target, settings)
     write_text(path, solution.to_json())
     stage.commit()
     run.log(f"search: {_describe(solution)}")

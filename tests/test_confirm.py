@@ -1,0 +1,77 @@
+"""A solution that misses its target when measured is searched again with more room."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+import puzzle.confirm
+from puzzle.artefacts import CostTable, ScoreTable
+from puzzle.blocks import Architecture
+from puzzle.confirm import confirmed_search
+from puzzle.costs import Times
+from puzzle.pipeline import Pipeline
+from puzzle.recipe import TargetSettings
+from puzzle.runs import Run
+
+
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Children take `child` times their predicted time; the parent is as predicted."""
+    factors = {"child": 1.0, "timed": 0.0}
+
+    def time_architectures(
+        config: object, models: Sequence[tuple[Architecture, int]], costs: CostTable, repeats: int
+    ) -> list[Times]:
+        factors["timed"] += 1
+        predicted = [costs.totals([b.name for b in model.blocks], size).cost.decode_ms for model, size in models]
+        taken = [predicted[0], predicted[1] * factors["child"]]
+        return [Times(prefill_ms=0.0, decode_ms=ms, prefill_ms_spread=0.0, decode_ms_spread=0.0) for ms in taken]
+
+    monkeypatch.setattr(puzzle.confirm, "time_architectures", time_architectures)
+    return factors
+
+
+def _run(run: Run, **target: str) -> Run:
+    return replace(run, recipe=run.recipe.model_copy(update={"target": TargetSettings(**target)}))
+
+
+def test_the_solution_meets_the_target_as_measured(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    slower["child"] = 1.15
+    run = _run(pico_run, throughput="1.6x")
+    solution = confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs)
+    speed_up = solution.predicted["throughput_tok_s"] / solution.parent["throughput_tok_s"]
+    assert speed_up / 1.15 >= 1.6
+    assert slower["timed"] >= 2
+    assert solution.asked.throughput_tok_s == pytest.approx(1.6 * solution.parent["throughput_tok_s"])
+    assert confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs) == solution
+
+
+def test_a_right_prediction_is_searched_once(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    confirmed_search(_run(pico_run, throughput="1.5x"), pico_pipeline.parent, toy_scores, toy_costs)
+    assert slower["timed"] == 1
+
+
+def test_sizes_alone_need_no_measurement(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    confirmed_search(_run(pico_run, parameters="70%"), pico_pipeline.parent, toy_scores, toy_costs)
+    assert slower["timed"] == 0
+
+
+def test_out_of_reach_as_measured_keeps_the_solution_and_says_so(
+    pico_run: Run,
+    pico_pipeline: Pipeline,
+    toy_scores: ScoreTable,
+    toy_costs: CostTable,
+    slower: dict[str, float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    slower["child"] = 1000.0
+    solution = confirmed_search(_run(pico_run, throughput="2.5x"), pico_pipeline.parent, toy_scores, toy_costs)
+    assert len(solution.blocks) == 4
+    assert "nothing has so much room" in capsys.readouterr().out
