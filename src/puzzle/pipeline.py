@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
@@ -26,7 +27,7 @@ from puzzle.export import export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate
 from puzzle.parents import Parent, open_parent
 from puzzle.plan import estimate
-from puzzle.report import ReportData, model_card, summary, versions, write_report
+from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
@@ -159,7 +160,8 @@ class Pipeline:
         write_json(self.run.path / "summary.json", summary(self._target, self.rows))
         path = self.run.path / "report.html"
         write_report(path, self._report_data())
-        self.run.log(f"child {self.exported}, report {path}")
+        Console().print(final_table(self.rows))
+        self.run.log(f"child: {self.exported}\nreport: {path}")
         return path
 
     @property

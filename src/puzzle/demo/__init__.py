@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from puzzle.demo.pretrain import demo_data, demo_parent
 from puzzle.pipeline import plan, run_stage
 from puzzle.recipe import Recipe
-from puzzle.report import final_table
 from puzzle.runs import create_folder, is_run_folder, open_run
 
 # How the time is divided. What is left goes to start-up, measuring and the report.
@@ -28,9 +25,7 @@ def demo(out: Path | None, minutes: float) -> None:
     with open_run(folder) as run:
         for line in plan(run):
             run.log(line)
-        pipeline = run_stage(run, "report")
-        Console().print(final_table(pipeline.rows))
-        print(f"report: {pipeline.report}\nchild: {pipeline.exported}\nsummary: {folder / 'summary.json'}")
+        run_stage(run, "report")
 
 
 def demo_recipe(parent: Path, corpus: Path, seconds: float, speed: float) -> Recipe:
