@@ -18,7 +18,10 @@ def test_python_example(
     (tmp_path / "recipe.yaml").write_text(pico_recipe.to_yaml())
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
-    assert "blocks" in capsys.readouterr().out or list(tmp_path.rglob("checkpoint"))
+    shown = capsys.readouterr().out
+    assert "ScoreRow(layer=0" in shown
+    assert "Proof(status='optimal'" in shown
+    assert float(shown.split()[-1]) > 0
 
 
 def test_file_tree_names_what_is_there() -> None:

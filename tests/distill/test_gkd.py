@@ -1,10 +1,13 @@
 """GKD brings a damaged child closer to its parent, and leaves an undamaged one where it is."""
 
+from dataclasses import replace
+
 import pytest
 
 from puzzle.child import realise
 from puzzle.data import TokenData
 from puzzle.distill import distil, distillation_curve
+from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.parents import Parent
 from puzzle.runs import Run
@@ -33,3 +36,13 @@ def test_the_parent_itself_starts_without_a_loss(
     start = distillation_curve(distilled)[0]
     assert start["validation_kl"] == pytest.approx(0.0, abs=1e-6)
     assert start["loss"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_diverged_training_stops_with_a_line(
+    pico_run: Run, pico_parent: Parent, pico_library: Library, pico_data: TokenData
+) -> None:
+    settings = pico_run.recipe.distil.model_copy(update={"learning_rate": 1e30})
+    run = replace(pico_run, recipe=pico_run.recipe.model_copy(update={"distil": settings}))
+    child = realise(pico_run, pico_parent, pico_library, BLOCKS)
+    with pytest.raises(PuzzleError, match=r"lower distil\.learning_rate"):
+        distil(run, pico_parent, child, pico_data)

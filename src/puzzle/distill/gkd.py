@@ -12,6 +12,7 @@ from torch import Tensor
 from puzzle.child import Child
 from puzzle.data import TokenData
 from puzzle.distill.losses import cosine_loss, kl_loss
+from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 from puzzle.parents import Parent
 from puzzle.recipe import DistilSettings
@@ -129,9 +130,12 @@ def _point(
         _losses(teacher, student, sequences[:, :-1].to(run.device), settings)
         for sequences in data.batches("validation", settings.batch_size, settings.validation_tokens)
     ]
+    validation_kl = sum(float(losses.kl) for losses in batches) / len(batches)
+    if not math.isfinite(validation_kl):
+        raise PuzzleError(f"distil: the loss is not finite at step {step}; lower distil.learning_rate")
     return {
         "step": step,
         "tokens": step * settings.batch_size * data.sequence_length,
         "loss": sum(float(losses.total) for losses in batches) / len(batches),
-        "validation_kl": sum(float(losses.kl) for losses in batches) / len(batches),
+        "validation_kl": validation_kl,
     }

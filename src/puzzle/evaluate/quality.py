@@ -7,6 +7,7 @@ import torch
 
 from puzzle.child import Child
 from puzzle.data import TokenData
+from puzzle.errors import PuzzleError
 from puzzle.metrics import TokenMetrics, compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
@@ -57,7 +58,8 @@ def _measure(run: Run, parent: Parent, child: Child | None, data: TokenData, lab
             count += len(metrics.kl)
             bar.advance(len(metrics.kl))
     means = {name: total / count for name, total in sums.items()}
-    assert all(math.isfinite(mean) for mean in means.values()), f"the {label} is not finite on test text: {means}"
+    if not all(math.isfinite(mean) for mean in means.values()):
+        raise PuzzleError(f"evaluate: the {label} is not finite on test text ({means}); lower distil.learning_rate")
     return Quality(test_loss=means.pop("lm_loss"), **means)
 
 
