@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
 
 Messages = list[dict[str, Any]]
 """A conversation, `[{"role": "user", "content": "..."}, ...]`."""
@@ -111,11 +111,6 @@ def import_extra(module: str, wanted_by: str) -> Any:
     except ImportError:
         package = module.partition(".")[0]
         raise PuzzleError(f"{wanted_by} needs the package {package}: pip install 'puzzle-llm[data]'") from None
-
-
-def one_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _is_message(value: object) -> bool:

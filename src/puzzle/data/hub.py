@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from puzzle.data.documents import Document, cell, check_column, import_extra, one_line
-from puzzle.errors import PuzzleError
+from puzzle.data.documents import Document, cell, check_column, import_extra
+from puzzle.errors import PuzzleError, one_line
 
 _SOURCE = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>.+))?"

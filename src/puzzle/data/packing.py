@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle.data.documents import Document, one_line
+from puzzle.data.documents import Document
 from puzzle.data.sources import Part
 from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeName, range_file
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import progress, read_json, write_json
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import digest, write_json
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -91,11 +91,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise PuzzleError(f"parent: {index} cannot be read ({one_line(error)}); get the whole checkpoint") from None
     headers = {file: _header(file) for file in sorted(set(files.values()))}
     return Checkpoint(path, {name: headers[file][name] for name, file in files.items() if name in headers[file]})
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks, at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _header(file: Path) -> dict[str, Entry]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from puzzle.blocks import Architecture
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents.base import FamilyAdapter
-from puzzle.parents.checkpoint import Checkpoint, one_line, open_checkpoint
+from puzzle.parents.checkpoint import Checkpoint, open_checkpoint
 from puzzle.parents.llama import LlamaAdapter
 from puzzle.parents.puzzle import PuzzleAdapter
 
