@@ -42,12 +42,16 @@ def test_a_recipe_fits_its_parent(file: Path) -> None:
     scenario = recipe.scenario
     assert scenario.prompt_tokens + scenario.generated_tokens <= config.max_position_embeddings
     assert recipe.data.sequence_length <= config.max_position_embeddings
-    layer = derive_space(config, kv_heads=recipe.space.kv_heads, ffn_widths=recipe.space.ffn_widths).layers[0]
+    space = recipe.space
+    layer = derive_space(
+        config, kv_heads=space.kv_heads, ffn_widths=space.ffn_widths, attention=space.attention, ffn=space.ffn
+    ).layers[0]
     names = {variant.name for variant in (*layer.attention, *layer.ffn)}
     assert recipe.space.kv_heads is not None
     assert recipe.space.ffn_widths is not None
     wanted = {f"kv{n}" for n in recipe.space.kv_heads} | {f"w{n}" for n in recipe.space.ffn_widths}
-    assert wanted <= names, "a size that no layer can take"
+    wanted |= {*space.attention, *space.ffn}
+    assert wanted <= names, "a variant that no layer can take"
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)

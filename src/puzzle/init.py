@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from puzzle.blocks import Space, derive_space
+from puzzle.blocks import GatedFFN, GroupedQuery, Space, derive_space
 from puzzle.errors import PuzzleError
 from puzzle.explain import describe
 from puzzle.modeling import PuzzleConfig, empty_model
@@ -65,12 +65,9 @@ def _sizes(space: Space) -> dict[str, list[int]]:
     if len(set(space.layers)) > 1:
         return {}
     layer = space.layers[0]
-    entries = {"kv_heads": layer.attention[1:], "ffn_widths": layer.ffn[1:]}
     return {
-        f"space.{name}": [
-            size for variant in variants for key, size in variant.module_config().items() if key != "kind"
-        ]
-        for name, variants in entries.items()
+        "space.kv_heads": [item.num_kv_heads for item in layer.attention[1:] if isinstance(item, GroupedQuery)],
+        "space.ffn_widths": [item.intermediate_size for item in layer.ffn[1:] if isinstance(item, GatedFFN)],
     }
 
 

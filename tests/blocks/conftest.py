@@ -11,12 +11,13 @@ TOKENS = 200
 
 
 def moments(input_ND: Tensor, output_ND: Tensor) -> State:
-    """What `ridge` reads, of paired inputs and outputs."""
+    """What linear maps are fitted by, of paired inputs and outputs."""
     return {
         "input_mean": input_ND.mean(0),
         "output_mean": output_ND.mean(0),
         "input_second_moment": input_ND.T @ input_ND / len(input_ND),
         "cross_moment": output_ND.T @ input_ND / len(input_ND),
+        "output_power": output_ND.square().mean(),
     }
 
 

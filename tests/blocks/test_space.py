@@ -76,9 +76,9 @@ def test_the_multiple_is_256_for_real_models() -> None:
 
 
 def test_given_sizes_and_kinds() -> None:
-    found = names(config(), kv_heads=[2, 4, 2, 8], ffn_widths=[100, 512, 300], attention_kinds=["none"], ffn_kinds=[])
+    found = names(config(), kv_heads=[2, 4, 2, 8], ffn_widths=[100, 512, 300], attention=["none"], ffn=[])
     assert found == (["kv8", "kv4", "kv2", "none"], ["w512", "w300", "w100"])
-    assert names(config(), kv_heads=[], ffn_widths=[], attention_kinds=[]) == (["kv8"], ["w512", "linear", "none"])
+    assert names(config(), kv_heads=[], ffn_widths=[], attention=[]) == (["kv8"], ["w512", "linear", "none"])
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,14 @@ def test_given_sizes_and_kinds() -> None:
         ({"ffn_widths": [256, 513]}, r"space\.ffn_widths: 513 is not within any layer's width \[512\]; use smaller"),
         ({"ffn_widths": [0]}, r"space\.ffn_widths: 0 is not"),
         ({"ffn_widths": [-1]}, r"space\.ffn_widths: -1 is not"),
-        ({"attention_kinds": ["mamba"]}, r"space\.attention: 'mamba' is unknown; use linear, none, or both"),
-        ({"ffn_kinds": ["moe"]}, r"space\.ffn: 'moe' is unknown"),
+        ({"attention": ["mamba"]}, r"space\.attention: attention variant 'mamba' is unknown; use kv<"),
+        (
+            {"ffn": ["linear", "moe"]},
+            r"space\.ffn: ffn variant 'moe' is unknown; use w<number>, rank<number>, ",
+        ),
+        ({"ffn": ["rank64"]}, r"space\.ffn: rank64 is smaller than no layer's own \(w512\); use smaller sizes"),
+        ({"ffn": ["w600"]}, r"space\.ffn: w600 is smaller than no layer's own \(w512\)"),
+        ({"attention": ["kv3"]}, r"space\.attention: kv3 is smaller than no layer's own \(kv8\)"),
     ],
     ids=str,
 )
@@ -113,6 +119,20 @@ def test_layers_that_differ_get_what_is_below_their_own() -> None:
     assert names(parent, 1, kv_heads=[4])[0] == ["kv2", "linear", "none"]
     with pytest.raises(PuzzleError, match=r"space\.kv_heads: 3 divides no layer's number of KV heads \[2, 4\]"):
         derive_space(parent, kv_heads=[3])
+
+
+def test_variants_by_name_go_into_the_layers_they_fit() -> None:
+    """Sizes come first, then what is named, in that order; each once, and none that is the layer's own or larger."""
+    parent = pico_puzzle("kv4+w48", "kv2+w4", "linear+linear", "none+rank5", "none+none").config
+    attention, ffn = ["none", "kv2", "kv1", "linear"], ["w8", "rank9", "rank3", "none", "linear"]
+    given = {"kv_heads": [2], "ffn_widths": [24], "attention": attention, "ffn": ffn}
+    assert [names(parent, layer, **given) for layer in range(5)] == [
+        (["kv4", "kv2", "none", "kv1", "linear"], ["w48", "w24", "w8", "rank9", "rank3", "none", "linear"]),
+        (["kv2", "none", "kv1", "linear"], ["w4", "rank3", "none", "linear"]),
+        (["linear", "none"], ["linear", "rank9", "rank3", "none"]),
+        (["none"], ["rank5", "rank3", "none"]),
+        (["none"], ["none"]),
+    ]
 
 
 def test_the_parents_own_comes_first_and_all_are_counted() -> None:

@@ -1,5 +1,8 @@
 """How variants start, against plain references in float64."""
 
+from dataclasses import replace
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.blocks.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 from torch import Tensor
+from torch.nn.functional import linear
 
-from puzzle.blocks import GatedFFN, GroupedQuery, LinearAttention, LinearFFN, NoAttention, NoFFN, build_subblock
-from puzzle.blocks.ffn import channel_ranking
-from puzzle.blocks.linear import RIDGE, damping, refit, ridge
+from puzzle.blocks import (
+    GatedFFN,
+    GroupedQuery,
+    LinearAttention,
+    LinearFFN,
+    LowRankFFN,
+    NoAttention,
+    NoFFN,
+    Start,
+    build_subblock,
+)
+from puzzle.blocks.linear import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
+
+_NORM = "post_attention_layernorm."
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -44,21 +59,13 @@ def test_equal_kv_heads_merge_without_loss() -> None:
     torch.testing.assert_close(merged.attention_contribution(hidden_BTD, **context), expected_BTD)
 
 
-def test_channels_are_ranked_by_their_contribution() -> None:
-    activation_NI = spread_activations(48)
-    parent = subblock(pico_parent(), "ffn", activation_moments(activation_NI))
-    down = parent.state["mlp.down_proj.weight"].numpy()
-    contribution = np.abs(activation_NI.numpy()).mean(0) * np.sqrt((down**2).sum(0))
-    assert channel_ranking(parent).tolist() == np.argsort(-contribution, kind="stable").tolist()
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width", [1, 16, 47])
 def test_a_narrower_ffn_keeps_the_best_channels_and_refits(width: int, bias: bool) -> None:
     activation_NI = spread_activations(48)
     parent = subblock(pico_parent(mlp_bias=bias), "ffn", activation_moments(activation_NI))
     start = GatedFFN(width).initialise(parent)
-    kept = sorted(channel_ranking(parent)[:width].tolist())
+    kept = sorted(parent.channels[:width].tolist())
     assert start.keys() == parent.state.keys()
     for name, tensor in parent.state.items():
         if ".gate_proj." in name or ".up_proj." in name:
@@ -116,6 +123,75 @@ def test_linear_variants_recover_a_linear_subblock(variant: LinearAttention | Li
     assert error < 5 * RIDGE
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_low_rank_map_is_the_best_of_its_rank(bias: bool) -> None:
+    """Eckart and Young on whitened data: least squares on data and damping rows, the fit cut by its own SVD."""
+    rank = 5
+    input_ND = spread_activations(32)
+    output_ND = spread_activations(32, 200).tanh() + input_ND @ torch.randn(32, 32, dtype=torch.float64)
+    parent = subblock(pico_parent(mlp_bias=bias), "ffn", moments(input_ND, output_ND))
+    start = LowRankFFN(rank).initialise(parent)
+
+    inputs, outputs = input_ND.numpy(), output_ND.numpy()
+    rows = np.diag(np.sqrt(RIDGE * (inputs**2).mean(0) * len(inputs)))
+    if bias:
+        inputs, outputs = inputs - inputs.mean(0), outputs - outputs.mean(0)
+    inputs, outputs = np.concatenate([inputs, rows]), np.concatenate([outputs, np.zeros((32, 32))])
+    full = np.linalg.lstsq(inputs, outputs, rcond=None)[0]
+    basis = np.linalg.svd(inputs @ full, full_matrices=False)[2][:rank]
+    found = (start["mlp.expand_proj.weight"] @ start["mlp.reduce_proj.weight"]).numpy()
+    np.testing.assert_allclose(found, (full @ basis.T @ basis).T, rtol=1e-5, atol=1e-8 * np.abs(full).max())
+    assert start["mlp.reduce_proj.weight"].shape == (rank, 32)
+    assert ("mlp.expand_proj.bias" in start) is bias
+    if bias:
+        expected = output_ND.numpy().mean(0) - found @ input_ND.numpy().mean(0)
+        np.testing.assert_allclose(start["mlp.expand_proj.bias"].numpy(), expected, rtol=1e-5, atol=1e-6)
+    build_subblock(LowRankFFN(rank), parent.config, start)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), rank=st.integers(1, 5), tokens=st.integers(2, 60), bias=st.booleans())
+def test_no_other_map_of_that_rank_is_better(seed: int, rank: int, tokens: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    input_ND = torch.randn(tokens, 6, generator=generator, dtype=torch.float64) * 10 ** torch.linspace(-2, 2, 6)
+    output_ND = input_ND.tanh() @ torch.randn(6, 6, generator=generator, dtype=torch.float64) + 1
+    statistics = moments(input_ND, output_ND)
+    damped = statistics | {
+        "input_second_moment": statistics["input_second_moment"]
+        + torch.diag(damping(statistics["input_second_moment"]))
+    }
+    expand, reduce, offset = reduced_rank(statistics, rank, bias=bias)
+    best = linear_loss(damped, expand @ reduce, offset)
+    for scale in (1e-3, 1e-1):
+        other = (expand + scale * torch.randn(expand.shape, generator=generator, dtype=torch.float64)) @ (
+            reduce * (1 + scale * torch.randn(reduce.shape, generator=generator, dtype=torch.float64))
+        )
+        assert best <= linear_loss(damped, other, offset) + 1e-9
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_papers_starts_are_weights_alone(bias: bool) -> None:
+    """Slices; and W_down W_up, which is the FFN itself where the gate is 1."""
+    parent = subblock(pico_parent(mlp_bias=bias), "ffn", activation_moments(spread_activations(48)))
+    parent = replace(parent, start=Start(method="paper"))
+    state = parent.state
+    narrow, kept = GatedFFN(16).initialise(parent), parent.channels[:16].sort().values
+    assert torch.equal(narrow["mlp.down_proj.weight"], state["mlp.down_proj.weight"][:, kept])
+    assert torch.equal(narrow["mlp.gate_proj.weight"], state["mlp.gate_proj.weight"][kept])
+
+    hidden_ND = torch.randn(7, 32, dtype=torch.float64)
+    up_NI = linear(hidden_ND, state["mlp.up_proj.weight"], state.get("mlp.up_proj.bias"))
+    expected_ND = linear(up_NI, state["mlp.down_proj.weight"], state.get("mlp.down_proj.bias"))
+    start = LinearFFN().initialise(parent)
+    found_ND = linear(hidden_ND, start["mlp.linear_mlp.weight"], start.get("mlp.linear_mlp.bias"))
+    torch.testing.assert_close(found_ND, expected_ND)
+    low = LowRankFFN(31).initialise(parent)
+    found_ND = build_subblock(LowRankFFN(31), parent.config, low).mlp(hidden_ND)
+    lost = torch.linalg.svdvals(start["mlp.linear_mlp.weight"])[-1]
+    assert (found_ND - expected_ND).norm() <= lost * hidden_ND.norm() * (1 + 1e-9)
+    assert all(map(torch.equal, [s[f"{_NORM}weight"] for s in (narrow, start, low)], [state[f"{_NORM}weight"]] * 3))
+
+
 def test_nothing_starts_with_nothing() -> None:
     assert NoAttention().initialise(subblock(pico_parent(), "attention", {})) == {}
     assert NoFFN().initialise(subblock(pico_parent(), "ffn", {})) == {}
@@ -125,7 +201,9 @@ def test_the_dtype_is_the_parents() -> None:
     model = pico_parent().to(torch.bfloat16)
     ffn = subblock(model, "ffn", activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32)))
     attention = subblock(model, "attention", moments(*torch.randn(2, 90, 32)))
-    starts = [GatedFFN(16).initialise(ffn), LinearFFN().initialise(ffn)]
+    variants = (GatedFFN(16), LowRankFFN(4), LinearFFN())
+    parents = (ffn, replace(ffn, start=Start(method="paper")))
+    starts = [variant.initialise(parent) for variant in variants for parent in parents]
     starts += [GroupedQuery(2).initialise(attention), LinearAttention().initialise(attention)]
     assert {tensor.dtype for start in starts for tensor in start.values()} == {torch.bfloat16}
 
@@ -161,10 +239,14 @@ def test_a_wider_refit_is_never_worse(seed: int, tokens: int, dead: int) -> None
     assert torch.equal(left, torch.zeros_like(left))
 
 
-def test_the_error_on_the_calibration_moments_falls_with_the_width() -> None:
+@pytest.mark.parametrize("channels", ["iterative", "independent"])
+def test_the_error_on_the_calibration_moments_falls_with_the_width(
+    channels: Literal["iterative", "independent"],
+) -> None:
     parent = subblock(pico_parent(), "ffn", activation_moments(spread_activations(48)))
+    parent = replace(parent, start=Start(channels=channels))
     weight, second_moment = parent.state["mlp.down_proj.weight"], parent.statistics["activation_second_moment"]
-    ranking = channel_ranking(parent)
+    ranking = parent.channels
     errors = []
     for width in range(0, 49, 4):
         left = weight.clone()

@@ -10,6 +10,7 @@ from tests.conftest import pico_llama, pico_puzzle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle.blocks import (
+    HALVES,
     REGISTRY,
     Architecture,
     BlockVariant,
@@ -18,12 +19,14 @@ from puzzle.blocks import (
     Half,
     LinearAttention,
     LinearFFN,
+    LowRankFFN,
     NoAttention,
     NoFFN,
     Variant,
     build_subblock,
     num_params,
     parse_variant,
+    register,
     split_state,
     variant_from_config,
     weight_bytes,
@@ -32,7 +35,11 @@ from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 
 ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))
-FFN = st.one_of(st.builds(GatedFFN, st.integers(1, 10**6)), st.sampled_from([LinearFFN(), NoFFN()]))
+FFN = st.one_of(
+    st.builds(GatedFFN, st.integers(1, 10**6)),
+    st.builds(LowRankFFN, st.integers(1, 10**6)),
+    st.sampled_from([LinearFFN(), NoFFN()]),
+)
 
 
 @given(st.one_of(ATTENTION, FFN))
@@ -48,7 +55,7 @@ def test_a_block_from_its_name(block: BlockVariant) -> None:
     assert (block.half("attention"), block.half("ffn")) == (block.attention, block.ffn)
 
 
-@given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvw0123456789linearone+ -", max_size=7))
+@given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvwins0123456789linearonek+ -", max_size=12))
 def test_no_other_name_is_taken(half: Half, name: str) -> None:
     """What is accepted is written just so."""
     with suppress(PuzzleError):
@@ -57,8 +64,29 @@ def test_no_other_name_is_taken(half: Half, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²"])
 def test_a_wrong_name_says_what_is_right(name: str) -> None:
-    with pytest.raises(PuzzleError, match=r"use kv<number>, linear, none$"):
+    with pytest.raises(PuzzleError, match=r"attention variant '.*' is unknown; use kv<.*, linear, none"):
         parse_variant("attention", name)
+
+
+@pytest.mark.parametrize("name", ["w0", "w", "w08", "rank0", "rank", "kv2", "gated", "low_rank", "W8", "rank-1"])
+def test_a_wrong_ffn_name_says_what_is_right(name: str) -> None:
+    with pytest.raises(PuzzleError, match=r"use w<number>, rank<number>, linear, none"):
+        parse_variant("ffn", name)
+
+
+def test_a_kind_that_nobody_registered() -> None:
+    with pytest.raises(PuzzleError, match=r"blocks: ffn kind 'moe' is unknown; use gated, .*, or import the module"):
+        variant_from_config("ffn", {"kind": "moe"})
+    config = pico_puzzle("kv4+w48").config
+    for half in HALVES:
+        blocks = [{"attention": {"kind": "none"}, "ffn": {"kind": "none"}} | {half: {"kind": "moe"}}]
+        with pytest.raises(ValueError, match=rf"blocks: {half} kind 'moe' is unknown; .* import the module"):
+            PuzzleForCausalLM(PuzzleConfig(**config.to_dict() | {"blocks": blocks}))
+
+
+def test_a_built_in_kind_is_not_replaced() -> None:
+    with pytest.raises(PuzzleError, match=r"register: ffn kind 'gated' is built in; name yours differently"):
+        register(GatedFFN, lambda config, entry: torch.nn.Identity())
 
 
 @pytest.mark.parametrize("name", ["kv2", "kv2-w8", "", "kv2w8"])
@@ -84,7 +112,7 @@ def test_kinds_are_registered_by_their_names() -> None:
 )
 def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> None:
     """The halves of a model and what lies outside its layers are the whole, and a layer is Llama's own."""
-    model = pico_puzzle("kv2+w48", "kv1+w5", "linear+linear", "none+none", **overrides)
+    model = pico_puzzle("kv2+w48", "kv1+w5", "linear+linear", "none+rank3", "none+none", **overrides)
     architecture = Architecture.of(model.config)
     counts = [
         num_params(variant, model.config) for block in architecture.blocks for variant in (block.attention, block.ffn)

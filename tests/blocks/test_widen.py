@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from tests.blocks.conftest import activation_moments, pico_parent, spread_activations, subblock
+from tests.blocks.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 
 from puzzle.blocks import (
     GatedFFN,
     GroupedQuery,
     LinearAttention,
     LinearFFN,
+    LowRankFFN,
     NoAttention,
     NoFFN,
     Variant,
@@ -18,6 +19,7 @@ from puzzle.blocks import (
 PAIRS = [
     *((GroupedQuery(small), GroupedQuery(large)) for small, large in [(1, 1), (1, 2), (1, 4), (2, 4)]),
     *((GatedFFN(small), GatedFFN(large)) for small, large in [(5, 5), (5, 16), (16, 48)]),
+    *((LowRankFFN(small), LowRankFFN(large)) for small, large in [(3, 3), (3, 7)]),
 ]
 
 
@@ -25,7 +27,8 @@ PAIRS = [
 @pytest.mark.parametrize(("narrow", "wide"), PAIRS, ids=str)
 def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: bool) -> None:
     model = pico_parent(attention_bias=bias, mlp_bias=bias)
-    start = narrow.initialise(subblock(model, narrow.half, activation_moments(spread_activations(48))))
+    statistics = activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32, dtype=torch.float64))
+    start = narrow.initialise(subblock(model, narrow.half, statistics))
     before = {name: tensor.clone() for name, tensor in start.items()}
     widened = narrow.widen(start, wide, model.config)
     assert widened is not None
@@ -47,6 +50,8 @@ def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: 
         (GatedFFN(16), GatedFFN(8)),
         (GatedFFN(16), LinearFFN()),
         (LinearFFN(), GatedFFN(16)),
+        (LowRankFFN(7), LowRankFFN(3)),
+        (LowRankFFN(7), GatedFFN(16)),
         (NoFFN(), GatedFFN(16)),
     ],
     ids=str,

@@ -15,6 +15,9 @@ ARCHITECTURES = [
     ("none+w24", "kv2+none", "kv1+linear", "kv4+w8"),  # no attention in layer 0
     ("linear+linear", "none+none", "kv2+w48"),
     ("none+none", "none+w16"),  # no cache at all
+    ("kv2win4+w48", "none+w8", "kv4win4s2+none", "kv1win5s3+w48"),  # reached in the prompt
+    ("kv2win9+w48", "kv4+none", "kv1win8s2+w48"),  # reached while generating
+    ("kv2win64s4+w48", "kv4win13+w8"),  # never reached, the latter by one token
 ]
 
 

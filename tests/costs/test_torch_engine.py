@@ -45,6 +45,27 @@ def test_a_measurement_is_a_prefill_and_steps_around_the_middle_of_the_answer() 
     assert sum(timed_lengths) / DECODE_STEPS == pytest.approx(6 + 40 / 2, abs=1)
 
 
+def test_a_window_is_timed_with_what_it_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache never exceeds the bound, and the positions go on."""
+    model = pico_puzzle("kv2win8+w16", "kv4+w16", "kv1win5s3+w48")
+    held: list[list[int]] = []
+    model.register_forward_hook(
+        lambda _, args, kwargs, output: held.append([x.keys.shape[-2] for x in kwargs["past_key_values"].layers]),
+        with_kwargs=True,
+    )
+    positions: list[int] = []
+    model.model.rotary_emb.register_forward_hook(
+        lambda _, args, kwargs, output: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    recorder = Recorder(model)
+    engine_module.time_model(model, scenario(prompt=4, generated=80), batch_size=2)
+    extended = (80 - DECODE_STEPS) // 2 - WARM_UP_STEPS
+    lengths = [4, *range(5 + extended, 5 + extended + WARM_UP_STEPS + DECODE_STEPS)]
+    assert held == [[4, 4, 4], *([7, length, 7] for length in lengths[1:])]
+    assert [length for _, length, _ in recorder.calls] == lengths
+    assert positions == [length - 1 for length in lengths]
+
+
 def test_a_short_answer_is_measured_right_after_the_prompt() -> None:
     model = pico_puzzle("kv4+w16")
     recorder = Recorder(model)
@@ -75,7 +96,7 @@ def test_stack_has_the_blocks_asked_for_and_no_weight_twice() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_stacks_run_in_every_dtype(dtype: str) -> None:
     engine = TorchEngine(pico_puzzle("kv4+w48").config, scenario(dtype=dtype))
-    for names in (("kv4+w48", "kv1+none"), ("none+none",) * 3):
+    for names in (("kv4+w48", "kv1+none"), ("kv2win4+w8", "kv4win9s2+w8"), ("none+none",) * 3):
         with engine.conditions():
             sample = engine.measure([BlockVariant.parse(name) for name in names], 2)
         assert min(sample.prefill_ms, sample.decode_ms) > 0

@@ -7,8 +7,8 @@ import torch
 from tests.conftest import pico_llama
 from torch import Tensor
 
-from puzzle.blocks import GatedFFN, GroupedQuery, ParentSubblock, Variant, build_subblock, split_state
-from puzzle.blocks.attention import merge_heads
+from puzzle.blocks import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
+from puzzle.blocks.attention import keep_groups, merge_heads
 from puzzle.blocks.linear import refit
 from puzzle.parents import open_parent
 
@@ -17,13 +17,18 @@ OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 
 @pytest.mark.parametrize("variant", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_own_variant_starts_as_the_parents_subblock(variant: Variant, bias: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [Start(), Start(method="paper", kv_heads="importance")], ids=["default", "other"])
+def test_the_own_variant_starts_as_the_parents_subblock(
+    variant: Variant, start: Start, bias: bool, tmp_path: Path
+) -> None:
     pico_llama(attention_bias=bias, mlp_bias=bias).save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
     state = split_state(parent.layer_state(2), variant.half)
-    start = variant.initialise(ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}))
-    assert start.keys() == state.keys()
-    assert all(torch.equal(start[name], state[name]) for name in state)
+    found = variant.initialise(
+        ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}, start=start)
+    )
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
 
     model = parent.load()
     hidden_BTD = torch.randn(2, 7, 32)
@@ -32,13 +37,22 @@ def test_the_own_variant_starts_as_the_parents_subblock(variant: Variant, bias: 
         "attention": lambda layer: layer.attention_contribution(hidden_BTD, **context),
         "ffn": lambda layer: layer.ffn_contribution(hidden_BTD),
     }[variant.half]
-    built = build_subblock(variant, parent.config, start)
+    built = build_subblock(variant, parent.config, found)
     assert torch.equal(contribution(built), contribution(model.model.layers[2]))
 
 
 def test_merging_into_as_many_heads_changes_nothing() -> None:
     projection = torch.randn(48, 32)
     assert torch.equal(merge_heads(projection, 4, 4), projection)
+
+
+def test_keeping_all_groups_changes_nothing(tmp_path: Path) -> None:
+    pico_llama(attention_bias=True).save_pretrained(tmp_path)
+    parent = open_parent(str(tmp_path))
+    state = split_state(parent.layer_state(2), "attention")
+    found = keep_groups(state, 4, torch.arange(4), parent.config)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_refitting_to_all_channels_changes_nothing() -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import pico_llama, random_tokens
+from tests.conftest import pico_llama, pico_puzzle, random_tokens
 from transformers import LlamaForCausalLM
 
+from puzzle.modeling import save_checkpoint
 from puzzle.parents import open_parent
 
 PARENTS: dict[str, dict[str, object]] = {
@@ -73,6 +74,31 @@ def assert_same(path: Path) -> None:
 def test_the_rebuilt_parent_computes_the_original(overrides: dict[str, object], tmp_path: Path) -> None:
     pico_llama(**overrides).save_pretrained(tmp_path)
     assert_same(tmp_path)
+
+
+def test_the_configuration_of_a_parent_without_windows_names_none(tmp_path: Path) -> None:
+    pico_llama().save_pretrained(tmp_path)
+    parent = open_parent(str(tmp_path))
+    assert not {"layer_types", "sliding_window"} & parent.config.to_dict().keys()
+    assert parent.config.blocks is not None
+    assert parent.config.blocks[0]["attention"] == {"kind": "gqa", "num_key_value_heads": 4}
+
+
+@torch.no_grad()
+def test_a_child_with_windows_as_the_parent(tmp_path: Path) -> None:
+    """Its own blocks have windows, and its layers take their masks from its context."""
+    child = pico_puzzle("kv4win4+w48", "none+w16", "kv2win5s2+w48", "kv4+none")
+    save_checkpoint(child, tmp_path, None)
+    parent = open_parent(str(tmp_path))
+    assert [block.attention.name for block in parent.architecture.blocks] == ["kv4win4", "none", "kv2win5s2", "kv4"]
+    tokens_BT = random_tokens(2, 12)
+    model = parent.load()
+    assert torch.equal(model(tokens_BT).logits, child(tokens_BT).logits)
+    hidden_BTD = model.model.embed_tokens(tokens_BT)
+    context = model.model.context(hidden_BTD)
+    for layer in model.model.layers:
+        hidden_BTD = layer(hidden_BTD, **context)
+    assert torch.equal(model.lm_head(model.model.norm(hidden_BTD)), child(tokens_BT).logits)
 
 
 def test_a_checkpoint_in_shards(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 
-BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "kv2+w16", "none+none")
+BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4win4s1+w48", "kv2win5+w16", "none+none")
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 _IN_A_FRESH_PROCESS = """

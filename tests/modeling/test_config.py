@@ -63,3 +63,31 @@ def test_an_unknown_kind_is_refused(half: str) -> None:
 
 def test_every_adapter_names_a_known_family() -> None:
     assert set(ADAPTERS) - {"puzzle"} == set(FAMILIES)
+
+
+def test_windows_in_the_terms_that_engines_read(tmp_path: Path) -> None:
+    """Attention with sinks has no name there: it is full attention, which takes no less memory than it says."""
+    config = pico_puzzle("none+w16", "kv1win5+none", "kv4win5s2+w48", "kv2+w16", "kv2win5+w16").config
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    for _ in range(2):
+        assert config.layer_types == kinds
+        assert config.sliding_window == 5
+        layers = DynamicCache(config=config).layers
+        assert [getattr(layer, "sliding_window", None) for layer in layers] == [5, None, None, 5]
+        config.save_pretrained(tmp_path)
+        config = PuzzleConfig.from_pretrained(tmp_path)
+
+
+def test_windows_of_several_lengths(tmp_path: Path) -> None:
+    config = pico_puzzle("kv4win5+w48", "kv2win7+w16", "kv2+w16").config
+    config.save_pretrained(tmp_path)
+    for found in (config, PuzzleConfig.from_pretrained(tmp_path)):
+        layers = DynamicCache(config=found).layers
+        assert [getattr(layer, "sliding_window", None) for layer in layers] == [5, 7, None]
+
+
+def test_a_configuration_without_windows_says_nothing_of_them() -> None:
+    windowed = pico_puzzle("kv4win5+w48", "kv2win7+w16").config
+    config = Architecture.of(pico_puzzle("kv4+w48", "kv2+w16").config).configure(windowed)
+    assert not {"layer_types", "sliding_window"} & config.to_dict().keys()
+    assert [type(layer).__name__ for layer in DynamicCache(config=config).layers] == ["DynamicLayer"] * 2

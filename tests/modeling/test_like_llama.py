@@ -10,7 +10,7 @@ from puzzle.modeling import PuzzleForCausalLM
 Pair = tuple[LlamaForCausalLM, PuzzleForCausalLM]
 CHECKPOINTING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 """Its newer name is not in all versions that are supported."""
-MIXED = ("none+w48", "kv2+w16", "linear+none", "kv1+linear")
+MIXED = ("none+w48", "kv2win3s1+w16", "linear+none", "kv1win4+linear")
 
 
 @pytest.fixture

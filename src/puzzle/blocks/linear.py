@@ -5,16 +5,19 @@ carried a little independent noise: that keeps the solve stable where calibratio
 channels, and does not depend on the channels' scales, which differ by orders of magnitude.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from puzzle.blocks.variants import ParentSubblock, State
+if TYPE_CHECKING:  # variants use this module
+    from puzzle.blocks.variants import ParentSubblock, State
 
 RIDGE = 1e-3
 """Of a trained 5M Llama, held-out errors are the same within 0.3 % from 1e-5 to 1e-2 at 25 k tokens (2026-11-21)."""
 
 
-def linear_start(parent: ParentSubblock, norm: str, linear: str, *, bias: bool) -> State:
+def linear_start(parent: "ParentSubblock", norm: str, linear: str, *, bias: bool) -> "State":
     """A linear variant's weights: the parent's own norm, and the ridge regression from its output to the contribution.
 
     Args:
@@ -26,7 +29,7 @@ def linear_start(parent: ParentSubblock, norm: str, linear: str, *, bias: bool) 
     return kept | ridge(parent.statistics, linear, bias=bias, dtype=dtype)
 
 
-def ridge(statistics: State, name: str, *, bias: bool, dtype: torch.dtype) -> State:
+def ridge(statistics: "State", name: str, *, bias: bool, dtype: torch.dtype) -> "State":
     """The linear map from the normed input h to the contribution y that minimises E||y - W h - b||^2.
 
     Args:
@@ -35,18 +38,65 @@ def ridge(statistics: State, name: str, *, bias: bool, dtype: torch.dtype) -> St
         name: the linear module the result is named for.
         bias: with a bias, the moments are centred first.
     """
-    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
-    input_mean, output_mean = statistics["input_mean"].double(), statistics["output_mean"].double()
-    # From before centring, which of an input that hardly varies leaves only rounding error.
-    added = torch.diag(damping(second))
-    if bias:
-        second = second - torch.outer(input_mean, input_mean)
-        cross = cross - torch.outer(output_mean, input_mean)
-    weight = torch.linalg.solve(second + added, cross.T).T
+    weight, _ = _regress(statistics, centred=bias)
     state = {f"{name}.weight": weight.to(dtype).contiguous()}
     if bias:
-        state[f"{name}.bias"] = (output_mean - weight @ input_mean).to(dtype)
+        offset = statistics["output_mean"].double() - weight @ statistics["input_mean"].double()
+        state[f"{name}.bias"] = offset.to(dtype)
     return state
+
+
+def reduced_rank(statistics: "State", rank: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The linear map of at most `rank` that minimises E||y - W h - b||^2, as W = expand @ reduce; float64.
+
+    What a map W' loses to the ridge regression W is tr (W - W') M (W - W')^T, M the input's damped second moment: so W'
+    is W on the `rank` directions of the output in which W M W^T is largest (Izenman 1975).
+
+    Returns:
+        expand [D, rank] with orthonormal columns, reduce [rank, D], and b [D] if `bias`.
+    """
+    weight, cross = _regress(statistics, centred=bias)
+    explained = weight @ cross.T  # W M W^T, as W M = E[y h^T]
+    directions = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors
+    expand = directions[:, -rank:].flip(1)
+    reduce = expand.T @ weight
+    if not bias:
+        return expand, reduce, None
+    offset = statistics["output_mean"].double() - expand @ (reduce @ statistics["input_mean"].double())
+    return expand, reduce, offset
+
+
+def linear_loss(statistics: "State", weight: Tensor, bias: Tensor | None) -> float:
+    """E||y - W h - b||^2 / E||y||^2 of any linear map from the normed input h to the contribution y, by their moments.
+
+    Args:
+        weight: [D, D]. bias: [D].
+    """
+    weight = weight.double()
+    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
+    power = output_power(statistics)
+    error = power - 2 * (weight * cross).sum() + (weight @ second * weight).sum()
+    if bias is not None:
+        missed = weight @ statistics["input_mean"].double() - statistics["output_mean"].double()
+        error = error + bias.double() @ (bias.double() + 2 * missed)
+    return float(error / power)
+
+
+def output_power(statistics: "State") -> Tensor:
+    """E||y||^2 of a half's contribution. []"""
+    return statistics["output_power"].double() * len(statistics["output_mean"])
+
+
+def _regress(statistics: "State", *, centred: bool) -> tuple[Tensor, Tensor]:
+    """The ridge regression of y on h, [D, D], and the cross moment E[y h^T] that it is of; centred if asked."""
+    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
+    # From before centring, which of an input that hardly varies leaves only rounding error.
+    added = torch.diag(damping(second))
+    if centred:
+        input_mean, output_mean = statistics["input_mean"].double(), statistics["output_mean"].double()
+        second = second - torch.outer(input_mean, input_mean)
+        cross = cross - torch.outer(output_mean, input_mean)
+    return torch.linalg.solve(second + added, cross.T).T, cross
 
 
 def refit(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ measuring and the child.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,15 @@ def build_subblock(
     if state is not None:
         layer.load_state_dict(dict(state), assign=True)
     return layer.eval()
+
+
+def contribution(layer: PuzzleDecoderLayer, half: Half, hidden_BTD: Tensor, context: Mapping[str, Any]) -> Tensor:
+    """What one half of a layer adds to the residual stream, [B, T, D]; zeros where it has no such half."""
+    if half == "attention" and layer.has_attention:
+        return layer.attention_contribution(hidden_BTD, **context)
+    if half == "ffn" and layer.has_ffn:
+        return layer.ffn_contribution(hidden_BTD)
+    return torch.zeros_like(hidden_BTD)
 
 
 def num_params(variant: Variant, config: PuzzleConfig) -> int:

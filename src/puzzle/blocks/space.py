@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from puzzle.blocks.attention import GroupedQuery, LinearAttention, NoAttention
-from puzzle.blocks.ffn import GatedFFN, LinearFFN, NoFFN
+from puzzle.blocks.attention import GroupedQuery
+from puzzle.blocks.ffn import GatedFFN
 from puzzle.blocks.registry import parse_variant, variant_from_config
-from puzzle.blocks.variants import Half, Variant
+from puzzle.blocks.variants import HALVES, Half, Unsized, Variant
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
 
@@ -137,37 +137,35 @@ def derive_space(
     *,
     kv_heads: Sequence[int] | None = None,
     ffn_widths: Sequence[int] | None = None,
-    attention_kinds: Sequence[str] = ("linear", "none"),
-    ffn_kinds: Sequence[str] = ("linear", "none"),
+    attention: Sequence[str] = ("linear", "none"),
+    ffn: Sequence[str] = ("linear", "none"),
 ) -> Space:
-    """The space of a model: KV heads halved down to 1 and the paper's widths unless given, and the kinds without sizes.
+    """The space of a model: KV heads halved down to 1 and the paper's widths unless given, then variants by name.
 
-    A layer gets what is smaller than its own: of the sizes those below its own, where a KV-head count must also divide
-    it; no map in place of nothing. A size that applies to no layer, and an unknown kind, is a `PuzzleError`.
+    A layer gets its own first, and of the others those that fit it. A size or a sized variant that fits no layer, and
+    an unknown name, is a `PuzzleError`.
+
+    Args:
+        attention: further variants, such as `linear`, `none`, `kv2win1024s4`. ffn: such as `linear`, `none`, `rank64`.
     """
     parent = Architecture.of(config)
     _check_kv_heads(kv_heads or (), parent)
     _check_ffn_widths(ffn_widths or (), parent)
-    _check_kinds("space.attention", attention_kinds)
-    _check_kinds("space.ffn", ffn_kinds)
+    named: dict[Half, list[Variant]] = {
+        "attention": _named("attention", attention, parent, config),
+        "ffn": _named("ffn", ffn, parent, config),
+    }
     layers = []
     for block in parent.blocks:
-        attention: list[Variant] = [block.attention]
-        ffn: list[Variant] = [block.ffn]
-        if isinstance(block.attention, GroupedQuery):
-            parent_heads = block.attention.num_kv_heads
-            counts = kv_heads if kv_heads is not None else _default_kv_heads(parent_heads)
-            fitting = {count for count in counts if count < parent_heads and parent_heads % count == 0}
-            attention += [GroupedQuery(count) for count in sorted(fitting, reverse=True)]
+        sized: dict[Half, list[Variant]] = {"attention": [], "ffn": []}
+        if isinstance(own := block.attention, GroupedQuery):
+            counts = kv_heads if kv_heads is not None else _default_kv_heads(own.num_kv_heads)
+            sized["attention"] = [replace(own, num_kv_heads=count) for count in sorted(counts, reverse=True)]
         if isinstance(block.ffn, GatedFFN):
-            parent_width = block.ffn.intermediate_size
-            widths = ffn_widths if ffn_widths is not None else _default_widths(parent_width)
-            ffn += [GatedFFN(width) for width in sorted(set(widths), reverse=True) if width < parent_width]
-        if block.attention != NoAttention():
-            attention += [kind for kind in (LinearAttention(), NoAttention()) if kind.kind in attention_kinds]
-        if block.ffn != NoFFN():
-            ffn += [kind for kind in (LinearFFN(), NoFFN()) if kind.kind in ffn_kinds]
-        layers.append(LayerSpace(tuple(dict.fromkeys(attention)), tuple(dict.fromkeys(ffn))))
+            widths = ffn_widths if ffn_widths is not None else _default_widths(block.ffn.intermediate_size)
+            sized["ffn"] = [GatedFFN(width) for width in sorted(widths, reverse=True)]
+        halves = (_fitting(block.half(half), sized[half] + named[half], config) for half in HALVES)
+        layers.append(LayerSpace(*halves))
     return Space(tuple(layers))
 
 
@@ -199,10 +197,30 @@ def _check_ffn_widths(widths: Sequence[int], parent: Architecture) -> None:
             raise PuzzleError(f"space.ffn_widths: {width} is not within any layer's width {own}; use smaller ones")
 
 
-def _check_kinds(setting: str, kinds: Sequence[str]) -> None:
-    for kind in kinds:
-        if kind not in ("linear", "none"):
-            raise PuzzleError(f"{setting}: {kind!r} is unknown; use linear, none, or both")
+def _named(half: Half, names: Sequence[str], parent: Architecture, config: PuzzleConfig) -> list[Variant]:
+    """The variants of these names; each with a size must fit a layer."""
+    variants = []
+    for name in names:
+        try:
+            variant = parse_variant(half, name)
+        except PuzzleError as error:
+            raise PuzzleError(f"space.{half}: {error}") from None
+        owns = dict.fromkeys(block.half(half) for block in parent.blocks)
+        if not isinstance(variant, Unsized) and not any(_is_or_fits(variant, own, config) for own in owns):
+            raise PuzzleError(
+                f"space.{half}: {name} is smaller than no layer's own ({', '.join(map(str, owns))}); use smaller sizes"
+            )
+        variants.append(variant)
+    return variants
+
+
+def _fitting(own: Variant, variants: Sequence[Variant], config: PuzzleConfig) -> tuple[Variant, ...]:
+    """The layer's own, then what fits it, each once."""
+    return tuple(dict.fromkeys((own, *(variant for variant in variants if variant.fits(own, config)))))
+
+
+def _is_or_fits(variant: Variant, own: Variant, config: PuzzleConfig) -> bool:
+    return variant == own or variant.fits(own, config)
 
 
 def _default_kv_heads(count: int) -> list[int]:

@@ -1,20 +1,33 @@
 """Variants: the alternatives of a subblock, as small frozen values.
 
 A variant knows its name, the entry it writes into `PuzzleConfig.blocks`, and how its weights start from the parent's
-(`initialise`). Adding one: a subclass in `attention.py` or `ffn.py`, and its entry in `registry.py`.
+(`initialise`). How one is added: docs/adding-a-variant.md.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from puzzle.blocks.channels import rank_channels
 from puzzle.modeling import PuzzleConfig
 
 Half = Literal["attention", "ffn"]
+HALVES: tuple[Half, Half] = ("attention", "ffn")
 State = dict[str, Tensor]
 """A subblock's tensors by their names in the layer, e.g. `self_attn.q_proj.weight`, its norm included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Which of the formulas variants start by."""
+
+    method: Literal["closed_form", "paper"] = "closed_form"
+    """Least squares on calibration statistics; or slices, means and products of weights (paper appendix A)."""
+    kv_heads: Literal["mean", "importance"] = "mean"
+    channels: Literal["iterative", "independent"] = "iterative"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +39,18 @@ class ParentSubblock:
     state: State
     statistics: State
     """Moments from calibration, see `puzzle.library.statistics`."""
+    start: Start = Start()
+
+    @cached_property
+    def channels(self) -> Tensor:
+        """Of a gated FFN, its channels, those that narrower ones keep first: one ranking, so widths nest. [I]"""
+        return rank_channels(
+            self.state["mlp.down_proj.weight"],
+            self.statistics["activation_mean_abs"],
+            self.statistics["activation_second_moment"],
+            knowing_the_gone=self.start.channels == "iterative",
+            with_refit=self.start.method == "closed_form",
+        )
 
 
 class Variant(ABC):
@@ -33,8 +58,10 @@ class Variant(ABC):
 
     half: ClassVar[Half]
     kind: ClassVar[str]
-    trained: ClassVar[bool]
-    """Whether BLD trains it; a variant whose start is already the optimum of the BLD loss is not trained."""
+    closed_form: ClassVar[bool]
+    """Whether its closed-form start is the optimum of the loss on its own contribution: nothing is left to train."""
+    output_projection: ClassVar[str | None] = None
+    """The linear module it ends with, such as `mlp.down_proj`: refitted by least squares; None: has none."""
 
     @property
     @abstractmethod
@@ -45,9 +72,36 @@ class Variant(ABC):
     def module_config(self) -> dict[str, Any]:
         """This variant's entry in `PuzzleConfig.blocks`."""
 
+    @classmethod
+    @abstractmethod
+    def form(cls) -> str:
+        """What its names look like, for error messages: `w<number>`."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, name: str) -> Self | None:
+        """The variant that `name` names; None if that is no name of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, entry: dict[str, Any]) -> Self:
+        """Back from `module_config`."""
+
+    @abstractmethod
+    def fits(self, own: "Variant", config: PuzzleConfig) -> bool:
+        """Whether it is a smaller alternative to a layer's own variant of this half."""
+
     @abstractmethod
     def initialise(self, parent: ParentSubblock) -> State:
         """The variant's weights before any training, in the parent's dtype."""
+
+    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
+        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text, where its moments alone tell."""
+        return None
+
+    def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
+        """Keys and values cached for a sequence of `tokens`."""
+        return 0
 
     def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
         """`state` as weights of the larger variant `wider` that computes the same; None where there is no such form."""
@@ -66,3 +120,15 @@ class Unsized(Variant):
 
     def module_config(self) -> dict[str, Any]:
         return {"kind": self.kind}
+
+    @classmethod
+    def form(cls) -> str:
+        return cls.kind
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        return cls() if name == cls.kind else None
+
+    @classmethod
+    def from_config(cls, entry: dict[str, Any]) -> Self:
+        return cls()

@@ -3,7 +3,7 @@
 import torch
 
 from puzzle.artefacts import Cost
-from puzzle.blocks import GroupedQuery, Variant, num_params
+from puzzle.blocks import Variant, num_params
 from puzzle.modeling import PuzzleConfig, empty_model
 
 
@@ -18,7 +18,7 @@ def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, 
     return Cost(
         params=params,
         weight_bytes=params * dtype.itemsize,
-        kv_bytes_per_sequence=_kv_values_per_token(variant, config) * dtype.itemsize * tokens,
+        kv_bytes_per_sequence=variant.kv_values(config, tokens) * dtype.itemsize,
     )
 
 
@@ -27,11 +27,3 @@ def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
     parameters = empty_model(config).named_parameters()
     params = sum(parameter.numel() for name, parameter in parameters if not name.startswith("model.layers."))
     return Cost(params=params, weight_bytes=params * dtype.itemsize)
-
-
-def _kv_values_per_token(variant: Variant, config: PuzzleConfig) -> int:
-    """Keys and values, `head_dim` each, of every KV head; the other kinds of attention cache nothing."""
-    if not isinstance(variant, GroupedQuery):
-        return 0
-    assert config.head_dim is not None
-    return 2 * variant.num_kv_heads * config.head_dim

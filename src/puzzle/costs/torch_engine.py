@@ -129,7 +129,10 @@ def _step(model: PuzzleForCausalLM, tokens_BT: Tensor, cache: DynamicCache) -> T
 
 
 def _extend(cache: DynamicCache, tokens: int) -> None:
-    """Let the cache hold `tokens` more: copies of the last one, for only the length sets the time."""
+    """Let the cache have seen `tokens` more: copies of the last one, for only the length sets the time.
+
+    What a layer with a window then holds is what it would hold: each layer drops by itself what is too old.
+    """
     for layer in cache.layers:
         layer.update(*(past[:, :, -1:].expand(-1, -1, tokens, -1) for past in (layer.keys, layer.values)))
 

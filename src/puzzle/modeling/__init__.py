@@ -6,18 +6,29 @@ child without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.checkpoint import REMOTE_CODE, empty_model, finish, save_checkpoint
+from puzzle.modeling.checkpoint import REMOTE_CODE, empty_model, finish, save_checkpoint, save_configuration
 from puzzle.modeling.configuration_puzzle import Block, PuzzleConfig
-from puzzle.modeling.modeling_puzzle import FAMILIES, PuzzleDecoderLayer, PuzzleForCausalLM, PuzzleModel
+from puzzle.modeling.modeling_puzzle import (
+    ATTENTION_MODULES,
+    FAMILIES,
+    FFN_MODULES,
+    ModuleBuilder,
+    PuzzleDecoderLayer,
+    PuzzleForCausalLM,
+    PuzzleModel,
+)
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)
 AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)
 
 __all__ = [
+    "ATTENTION_MODULES",
     "FAMILIES",
+    "FFN_MODULES",
     "REMOTE_CODE",
     "Block",
+    "ModuleBuilder",
     "PuzzleConfig",
     "PuzzleDecoderLayer",
     "PuzzleForCausalLM",
@@ -25,4 +36,5 @@ __all__ = [
     "empty_model",
     "finish",
     "save_checkpoint",
+    "save_configuration",
 ]

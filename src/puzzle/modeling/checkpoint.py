@@ -42,7 +42,7 @@ def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
         return PuzzleForCausalLM(config)
 
 
-def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCausalLM:
+def finish(model: PuzzleForCausalLM, device: torch.device | str, *, partly: bool = False) -> PuzzleForCausalLM:
     """Make a model that was built without memory and given its weights ready for inference on `device`.
 
     Ties what is tied and makes the buffers that no checkpoint holds: the rotary frequencies, in float32 whatever the
@@ -50,7 +50,8 @@ def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCau
     """
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    lacking = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lacking = [name for name, tensor in tensors if tensor.is_meta and not (partly and name.startswith("model.layers."))]
     assert not lacking, f"no weights were given for {', '.join(lacking[:4])}"
     return model.eval().requires_grad_(False)
 
@@ -72,12 +73,19 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
         model.save_pretrained(path)
     finally:
         model.generation_config = generation_config
-    config = copy.deepcopy(model.config)
-    config.auto_map = dict(_AUTO_MAP)
-    config.save_pretrained(path)
-    for file in (*REMOTE_CODE, *extra_files):
+    save_configuration(model.config, path)
+    for file in extra_files:
         shutil.copyfile(file, path / file.name)
     _flush(path)
+
+
+def save_configuration(config: PuzzleConfig, path: Path) -> None:
+    """Write config.json and the model's code: a checkpoint but for its weights."""
+    config = copy.deepcopy(config)
+    config.auto_map, config.architectures = dict(_AUTO_MAP), ["PuzzleForCausalLM"]
+    config.save_pretrained(path)
+    for file in REMOTE_CODE:
+        shutil.copyfile(file, path / file.name)
 
 
 def _extra_files(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ package.
 `blocks` describes the real stack, one entry a layer. `num_hidden_layers` counts only the layers that keep an attention
 with a KV cache, and `per_layer_config` (their KV heads) is keyed by that count. Engines size their caches by these two,
 so an attention-free layer, even layer 0, needs no special case in `generate` or in vLLM's Transformers backend.
+Where there are sliding windows, `layer_types` and `sliding_window` say so in transformers' own terms, which engines
+read. Of a window with sinks they know nothing: to them it is full attention, whose cache the model bounds by itself.
 """
 
 from typing import Any
@@ -14,7 +16,8 @@ from transformers import PreTrainedConfig
 
 Block = dict[str, dict[str, Any]]
 """`{"attention": {"kind": "gqa", "num_key_value_heads": 2}, "ffn": {"kind": "gated", "intermediate_size": 512}}`;
-the other kinds of both are `linear` and `none`."""
+the other kinds of both are `linear` and `none`, and of FFNs `low_rank` with its `rank`. Attention that sees only the
+last tokens has a `window`, their number with the token itself, and `sinks`, how many first tokens stay visible."""
 
 
 class PuzzleConfig(PreTrainedConfig):
@@ -65,8 +68,15 @@ class PuzzleConfig(PreTrainedConfig):
             ]
         attentions = [block["attention"] for block in self.blocks if block["attention"]["kind"] == "gqa"]
         self.num_hidden_layers = len(attentions)
-        kwargs["per_layer_config"] = {
-            index: {"num_key_value_heads": attention["num_key_value_heads"]}
-            for index, attention in enumerate(attentions)
-        }
+        # Derived from the blocks: what a configuration with other blocks may have carried is gone.
+        for derived in ("layer_types", "sliding_window"):
+            kwargs.pop(derived, None)
+        overrides = [{"num_key_value_heads": attention["num_key_value_heads"]} for attention in attentions]
+        windows = [None if attention.get("sinks") else attention.get("window") for attention in attentions]
+        if any(windows):
+            kwargs["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+            kwargs["sliding_window"] = next(filter(None, windows))
+            for layer, window in zip(overrides, windows, strict=True):
+                layer["sliding_window"] = window or kwargs["sliding_window"]
+        kwargs["per_layer_config"] = dict(enumerate(overrides))
         super().__post_init__(**kwargs)

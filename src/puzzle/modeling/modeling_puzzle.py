@@ -8,15 +8,15 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -70,10 +70,161 @@ class PuzzleLinearMLP(nn.Module):
         return self.linear_mlp(hidden_states)
 
 
+class PuzzleLowRankMLP(nn.Module):
+    """Two linear maps through `rank` channels, with nothing between them, in place of the FFN."""
+
+    def __init__(self, config: PuzzleConfig, rank: int) -> None:
+        super().__init__()
+        self.reduce_proj = nn.Linear(config.hidden_size, rank, bias=False)
+        self.expand_proj = nn.Linear(rank, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.expand_proj(self.reduce_proj(hidden_states))
+
+
+class PuzzleSinkCacheLayer(DynamicLayer):
+    """Keys and values of a sequence's first `sinks` and last `window` - 1 tokens: the next one makes the window full.
+
+    They are in the order of the tokens, so until one is dropped it holds what any cache would.
+    """
+
+    is_sliding = True
+    is_croppable = False
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, window: int, sinks: int) -> None:
+        super().__init__()
+        self.sinks, self.recent = sinks, window - 1
+        self.cumulative_length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values that these tokens attend to: all that were held, then their own; the too old are dropped."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        keys_BHTD = torch.cat([self.keys, key_states], dim=-2)
+        values_BHTD = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = self._held(keys_BHTD), self._held(values_BHTD)
+        return keys_BHTD, values_BHTD
+
+    def _held(self, states_BHTD: Tensor) -> Tensor:
+        dropped_until = states_BHTD.shape[-2] - self.recent
+        if dropped_until <= self.sinks:
+            return states_BHTD
+        return torch.cat([states_BHTD[:, :, : self.sinks], states_BHTD[:, :, dropped_until:]], dim=-2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return min(self.cumulative_length, self.sinks + self.recent) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.cumulative_length > self.sinks + self.recent:
+            raise RuntimeError("a cache layer with sinks cannot be cropped once it has dropped a token")
+        super().crop(tokens_to_remove)
+        self.cumulative_length = super().get_seq_length()
+
+
+class PuzzleMasks:
+    """The attention masks of one forward, one for each window and number of sinks, made when a layer first asks for it.
+
+    Args:
+        attention_mask: of padding, [B, tokens seen and T]; or masks made before: one for every layer, [B, 1, T, keys],
+            or the `made` of another.
+    """
+
+    def __init__(
+        self,
+        config: PuzzleConfig,
+        hidden_BTD: Tensor,
+        *,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> None:
+        self.made: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
+        """By name, such as `full_attention` or `window1024s4`."""
+        self._config, self._cache = config, past_key_values
+        self._tokens = hidden_BTD.shape[1]
+        self._padding = None if isinstance(attention_mask, dict) else attention_mask
+        self._arguments = {
+            "inputs_embeds": hidden_BTD,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+
+    def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
+        """The mask in the form that the attention implementation takes, None where that needs none.
+
+        Args:
+            cache_index: of a layer with this window: its cache says which keys there will be.
+        """
+        name = "full_attention" if window is None else f"window{window}s{sinks}"
+        if name not in self.made:
+            self.made[name] = self._make(window, sinks, cache_index)
+        return self.made[name]
+
+    def _make(self, window: int | None, sinks: int, cache_index: int) -> Any:
+        if window is None:
+            return create_causal_mask(config=self._config, attention_mask=self._padding, **self._arguments)
+        if sinks and (self._padding is None or self._padding.ndim == 2):
+            return self._make_with_sinks(window, sinks, cache_index)
+        return create_sliding_window_causal_mask(
+            config=_sized(self._config, sliding_window=window),
+            attention_mask=self._padding,
+            layer_idx=cache_index,
+            **self._arguments,
+        )
+
+    def _make_with_sinks(self, window: int, sinks: int, cache_index: int) -> Any:
+        """The mask over the keys that there are, of which some between sinks and window may have been dropped."""
+        if self._config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
+            raise ValueError(
+                f"attn_implementation: {self._config._attn_implementation!r} knows no attention sinks; "
+                "use sdpa, eager or flex_attention, or variants without sinks"
+            )
+        padding = self._padding
+        if padding is not None and not padding[:, 0].all():
+            raise ValueError(
+                "attention_mask: padding on the left would take the place of the first tokens, which attention sinks "
+                "keep; pad on the right, or generate one sequence at a time"
+            )
+        keys, dropped = self._keys(cache_index)
+        if padding is not None and dropped:
+            padding = torch.cat([padding[:, :sinks], padding[:, sinks + dropped :]], dim=1)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            token = key + dropped
+            return (key < sinks) | ((token <= query) & (token > query - window))
+
+        return create_causal_mask(
+            config=self._config,
+            attention_mask=padding,
+            # What follows from the order of tokens alone, also if some were dropped, needs no mask to be built.
+            and_mask_function=None if keys <= window + sinks else visible,
+            layer_idx=cache_index,
+            **self._arguments,
+        )
+
+    def _keys(self, cache_index: int) -> tuple[int, int]:
+        """How many keys a layer attends to, and how many tokens before them its cache has dropped."""
+        if self._cache is None:
+            return self._tokens, 0
+        keys, _ = self._cache.get_mask_sizes(self._tokens, cache_index)
+        held = self._cache.layers[cache_index] if cache_index < len(self._cache.layers) else None
+        if not isinstance(held, PuzzleSinkCacheLayer):
+            return keys, 0
+        return keys, held.get_seq_length() + self._tokens - keys
+
+
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each half present, replaced or left out as `block` says.
 
-    `cache_index` numbers the layers that have a KV cache.
+    `cache_index` numbers the layers that have a KV cache. `window` is the number of tokens that attention sees, the
+    token itself included, None for all; `sinks` that of the sequence's first tokens that it sees besides.
     """
 
     def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:
@@ -82,6 +233,10 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         attention, ffn = block["attention"], block["ffn"]
         self.has_attention = attention["kind"] != "none"
         self.has_ffn = ffn["kind"] != "none"
+        has_cache = attention["kind"] == "gqa"
+        self.window: int | None = attention.get("window") if has_cache else None
+        self.sinks: int = attention.get("sinks", 0) if has_cache else 0
+        self.cache_index = cache_index
         if self.has_attention:
             self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
             self.self_attn = _build_attention(config, attention, cache_index)
@@ -89,8 +244,13 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = _build_ffn(config, ffn)
 
-    def attention_contribution(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
+    def attention_contribution(self, hidden_BTD: Tensor, masks: "PuzzleMasks | None" = None, **context: Any) -> Tensor:
         """What the attention half adds to the residual stream, [B, T, D]; call only if `has_attention`."""
+        if self.window is not None:
+            if masks is None:
+                raise ValueError("masks: a layer with a window needs the whole of `PuzzleModel.context`")
+            context["attention_mask"] = masks.of(self.window, self.sinks, self.cache_index)
+            context["sliding_window"] = self.window  # read by implementations that take no such masks
         output_BTD, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **context)
         return output_BTD
 
@@ -135,23 +295,24 @@ class PuzzleModel(PuzzlePreTrainedModel):
         self,
         hidden_BTD: Tensor,
         *,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> dict[str, Any]:
-        """What every layer is called with beside the hidden states: mask, positions, cache."""
+        """What every layer is called with beside the hidden states: masks, positions, cache."""
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_BTD,
+        masks = PuzzleMasks(
+            self.config,
+            hidden_BTD,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            past_key_values=past_key_values,
         )
         return {
-            "attention_mask": mask,
+            "masks": masks,
+            "attention_mask": masks.of(None),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids),
@@ -180,6 +341,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if past_key_values is not None:
+            self._bound_caches_with_sinks(past_key_values)
         context = self.context(
             hidden_BTD,
             attention_mask=attention_mask,
@@ -200,6 +363,18 @@ class PuzzleModel(PuzzlePreTrainedModel):
             hidden_states=None if states is None else tuple(states),
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _bound_caches_with_sinks(self, cache: Cache) -> None:
+        """Put cache layers that drop what is never seen again in place of growing ones that are still empty.
+
+        transformers knows no such type of layer by which a configuration could ask for them. In other caches, such as
+        static ones, these layers keep every token.
+        """
+        for window, sinks, index in _windows(self.config):
+            if sinks and index < len(cache.layers):
+                held = cache.layers[index]
+                if type(held) is DynamicLayer and not held.is_initialized:
+                    cache.layers[index] = PuzzleSinkCacheLayer(window, sinks)
 
 
 class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
@@ -250,6 +425,35 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
+    def create_masks_for_generate(
+        self,
+        config: PuzzleConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Every mask that a step needs, by name; transformers asks for them before a step that may be compiled."""
+        masks = PuzzleMasks(
+            config,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
+        masks.of(None)
+        for window, sinks, index in _windows(config):
+            masks.of(window, sinks, index)
+        return masks.made
+
+
+ModuleBuilder = Callable[[PuzzleConfig, dict[str, Any]], nn.Module]
+"""From the configuration and one half of an entry of its `blocks` to the module."""
+ATTENTION_MODULES: dict[str, ModuleBuilder] = {}
+FFN_MODULES: dict[str, ModuleBuilder] = {}
+"""Builders of the kinds that others add, see `puzzle.blocks.register`; such attention has no KV cache."""
+
 
 def _build_attention(config: PuzzleConfig, entry: dict[str, Any], cache_index: int) -> nn.Module:
     match entry["kind"]:
@@ -261,8 +465,13 @@ def _build_attention(config: PuzzleConfig, entry: dict[str, Any], cache_index: i
             return attention
         case "linear":
             return PuzzleLinearMixer(config)
+        case kind if kind in ATTENTION_MODULES:
+            return ATTENTION_MODULES[kind](config, entry)
         case kind:
-            raise ValueError(f"blocks: attention kind {kind!r} is unknown; use gqa, linear or none")
+            raise ValueError(
+                f"blocks: attention kind {kind!r} is unknown; use gqa, linear or none, "
+                "or import the module that registers it first"
+            )
 
 
 def _build_ffn(config: PuzzleConfig, entry: dict[str, Any]) -> nn.Module:
@@ -271,8 +480,15 @@ def _build_ffn(config: PuzzleConfig, entry: dict[str, Any]) -> nn.Module:
             return FAMILIES[config.base_model_type].mlp(_sized(config, intermediate_size=entry["intermediate_size"]))
         case "linear":
             return PuzzleLinearMLP(config)
+        case "low_rank":
+            return PuzzleLowRankMLP(config, entry["rank"])
+        case kind if kind in FFN_MODULES:
+            return FFN_MODULES[kind](config, entry)
         case kind:
-            raise ValueError(f"blocks: ffn kind {kind!r} is unknown; use gated, linear or none")
+            raise ValueError(
+                f"blocks: ffn kind {kind!r} is unknown; use gated, linear, low_rank or none, "
+                "or import the module that registers it first"
+            )
 
 
 def _sized(config: PuzzleConfig, **sizes: int) -> PuzzleConfig:
@@ -294,3 +510,11 @@ def _numbered(blocks: list[Block]) -> Iterator[tuple[Block, int]]:
     for block in blocks:
         yield block, cache_index
         cache_index += block["attention"]["kind"] == "gqa"
+
+
+def _windows(config: PuzzleConfig) -> Iterator[tuple[int, int, int]]:
+    """Window, sinks and KV cache index of each layer that has a window."""
+    for block, cache_index in _numbered(config.blocks or []):
+        attention = block["attention"]
+        if attention["kind"] == "gqa" and attention.get("window") is not None:
+            yield attention["window"], attention.get("sinks", 0), cache_index

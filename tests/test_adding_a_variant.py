@@ -1,0 +1,113 @@
+"""The example in docs/adding-a-variant.md, taken from the page and run."""
+
+import re
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import random_tokens
+
+from puzzle.blocks import (
+    REGISTRY,
+    Architecture,
+    GatedFFN,
+    ParentSubblock,
+    build_subblock,
+    num_params,
+    parse_variant,
+    split_state,
+)
+from puzzle.child import realise
+from puzzle.modeling import FFN_MODULES
+from puzzle.pipeline import Pipeline
+from puzzle.recipe import Recipe
+from puzzle.runs import create_folder, open_run
+
+PAGE = Path(__file__).parent.parent / "docs" / "adding-a-variant.md"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The page's one file, imported as a user would; its kind is gone afterwards."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    file = tmp_path_factory.mktemp("example") / "mean_ffn.py"
+    file.write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(file.parent)
+        __import__("mean_ffn")
+        yield file
+    del sys.modules["mean_ffn"], REGISTRY["ffn"]["mean"], FFN_MODULES["mean"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(example: Path, pico_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    space = {"kv_heads": [], "ffn_widths": [16], "attention": [], "ffn": ["mean", "none"], "prune": None}
+    recipe = Recipe.model_validate(pico_recipe.model_dump() | {"space": space, "library": {"tokens": 256}})
+    folder = tmp_path_factory.mktemp("mean") / "run"
+    create_folder(folder, recipe)
+    with open_run(folder) as run:
+        yield Pipeline(run)
+
+
+def test_it_is_in_the_space_by_its_name(pipeline: Pipeline) -> None:
+    found = [[variant.name for variant in layer.ffn] for layer in pipeline.space.layers]
+    assert found == [["w64", "w16", "mean", "none"]] * 4
+
+
+def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) -> None:
+    """What its expected loss says of the calibration text is what a forward pass finds there, to float32."""
+    mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.half(1, "ffn")
+    layer_state = pipeline.parent.layer_state(1)
+    parent = ParentSubblock(
+        config=pipeline.parent.config,
+        variant=GatedFFN(64),
+        state=split_state(layer_state, "ffn"),
+        statistics=statistics,
+    )
+    state = mean.initialise(parent)
+    assert torch.equal(state["mlp.mean"], statistics["output_mean"])
+    expected = 1 - float(statistics["output_mean"].square().mean() / statistics["output_power"])
+    assert mean.expected_loss(parent, state) == pytest.approx(expected, abs=1e-5)
+    assert 0 < expected < 1
+    hidden_BTD = torch.randn(2, 3, 32)
+    layer = build_subblock(mean, parent.config, state)
+    torch.testing.assert_close(layer(hidden_BTD), hidden_BTD + statistics["output_mean"])
+
+
+def test_it_is_built_scored_and_weighed_like_any_other(pipeline: Pipeline) -> None:
+    (row,) = [row for row in pipeline.library.index.rows if (row.layer, row.variant) == (1, "mean")]
+    assert row.loss == row.initial_loss < 1.1
+    assert torch.equal(
+        pipeline.library.state(1, parse_variant("ffn", "mean"))["mlp.mean"],
+        pipeline.statistics.half(1, "ffn")["output_mean"],
+    )
+    kls = {row.block: row.kl for row in pipeline.scores.rows if row.layer == 1}
+    assert kls.keys() == {"kv4+w64", "kv4+w16", "kv4+mean", "kv4+none"}
+    assert kls["kv4+mean"] > kls["kv4+w64"]
+    assert num_params(parse_variant("ffn", "mean"), pipeline.parent.config) == 2 * 32
+
+
+def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody registered the kind, the line names it."""
+    blocks = ("kv4+mean", "kv4+w64", "kv4+mean", "kv4+none")
+    child = realise(pipeline.run, pipeline.parent, pipeline.library, blocks)
+    model = child.load()
+    assert [block.name for block in Architecture.of(model.config).blocks] == list(blocks)
+    assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.half(2, "ffn")["output_mean"])
+    assert model(random_tokens(1, 5)).logits.isfinite().all()
+    monkeypatch.delitem(FFN_MODULES, "mean")
+    with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; .*import the module that registers it first"):
+        child.load()
+
+
+def test_as_a_program_it_is_puzzle(
+    example: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(example), "help", "recipe"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(example), run_name="__main__")
+    assert stopped.value.code == 0
+    assert "ffn_widths" in capsys.readouterr().out
