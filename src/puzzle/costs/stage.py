@@ -7,14 +7,20 @@ from puzzle.artefacts import CostRow, CostTable, Scenario
 from puzzle.blocks import Space
 from puzzle.costs.engine import Engine, Sample, spread, typical
 from puzzle.costs.journal import Journal, Key
+from puzzle.costs.roofline import RooflineEngine
 from puzzle.costs.slopes import Plan
 from puzzle.costs.table import cost_rows, part_times
 from puzzle.costs.torch_engine import TorchEngine
+from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, write_text
 
-ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {"torch": TorchEngine}
+ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {
+    "torch": TorchEngine,
+    "vllm": VLLMEngine,
+    "roofline": RooflineEngine,
+}
 
 _BUSY = 0.05
 """Relative spread of a typical stack's times from which on the machine counts as busy; an idle one has 1 to 3 %."""
@@ -31,7 +37,7 @@ def measure_costs(run: Run, parent: Parent, space: Space) -> CostTable:
     settings = run.recipe.scenario
     scenario = Scenario(
         engine=settings.engine,
-        device=str(run.device),
+        device=settings.machine if settings.engine == "roofline" else str(run.device),
         dtype=settings.dtype,
         prompt_tokens=settings.prompt_tokens,
         generated_tokens=settings.generated_tokens,
@@ -40,7 +46,7 @@ def measure_costs(run: Run, parent: Parent, space: Space) -> CostTable:
     environment = dict(engine.environment)
     stage = run.stage(
         "costs",
-        version=1,
+        version=2,
         settings={
             "scenario": settings.model_dump(mode="json"),
             "cost": run.recipe.cost.model_dump(mode="json"),

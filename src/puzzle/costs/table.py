@@ -63,6 +63,6 @@ def _costs(plan: Plan, rounds: Sequence[StackTimes]) -> dict[PartName, tuple[flo
     stack_ms = {stack: typical([times[stack] for times in rounds]) for stack in rounds[0]}
     by_round = [plan.costs(times) for times in rounds]
     return {
-        part: (max(cost_ms, plan.least(stack_ms, part)), spread([costs[part] for costs in by_round]))
+        part: (max(cost_ms, 0.0), spread([costs[part] for costs in by_round]))
         for part, cost_ms in plan.costs(stack_ms).items()
     }

@@ -1,0 +1,102 @@
+"""The roofline against sums written out by hand."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puzzle.artefacts import Scenario
+from puzzle.blocks import BlockVariant
+from puzzle.costs.roofline import RooflineEngine, _pairs, read_machine
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
+
+CONFIG = PuzzleConfig(
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+)
+SHEET = """
+mine:
+  peak_tflops: {bfloat16: 1}
+  memory_gb_s: 100
+  memory_gb: 8
+  link_gb_s: 10
+  link_us: 5
+  compute_share: 0.5
+  bandwidth_share: 0.5
+  layer_us: 3
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SHEET)
+    return str(path)
+
+
+def engine(machine: str, dtype: str = "bfloat16") -> RooflineEngine:
+    scenario = Scenario(engine="roofline", device=machine, dtype=dtype, prompt_tokens=512, generated_tokens=64)
+    return RooflineEngine(CONFIG, scenario)
+
+
+def test_a_decode_step_moves_every_weight_and_the_cache_once(machine: str) -> None:
+    found = engine(machine).measure([BlockVariant.parse("kv4+w1024")], 1).decode_ms
+    attention = 2 * 256 * 256 + 2 * 256 * 128 + 256
+    ffn = 3 * 256 * 1024 + 256
+    cache = (512 + 32) * 2 * 4 * 32
+    new = 2 * 4 * 32
+    values = attention + 2 * 256 + cache + new + ffn + 2 * 256 + 1000 * 256 + 256
+    assert found == pytest.approx(1e3 * 2 * values / (0.5 * 100e9) + 3e-3)
+
+
+def test_a_prefill_of_a_large_batch_is_bound_by_operations(machine: str) -> None:
+    one, none = (engine(machine).measure([BlockVariant.parse(name)], 32) for name in ("none+w1024", "none+none"))
+    tokens = 32 * 512
+    expected_ms = 1e3 * 2 * (3 * 256 * 1024 + 256) * tokens / (0.5 * 1e12)
+    assert one.prefill_ms - none.prefill_ms == pytest.approx(expected_ms)
+    assert none.prefill_ms > 3e-3
+
+
+def test_devices_share_the_work_and_pay_for_the_reduction(machine: str) -> None:
+    blocks = [BlockVariant.parse("none+w1024")] * 4
+    single, four = engine(machine).measure(blocks, 32), engine(f"4x{machine}").measure(blocks, 32)
+    layers_ms = 4 * 3e-3
+    moved = 32 * 512 * 256 * 2 * 2 * 3 / 4
+    reduce_ms = 4 * (1e3 * moved / 10e9 + 5e-3)
+    assert four.prefill_ms == pytest.approx((single.prefill_ms - layers_ms) / 4 + layers_ms + reduce_ms)
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 80))
+def test_pairs_of_queries_and_keys(new: int, before: int, window: int) -> None:
+    context = new + before
+    expected = sum(min(position, window) for position in range(before + 1, context + 1))
+    assert _pairs(new, context, min(window, context)) == pytest.approx(expected)
+
+
+def test_known_machines_are_read() -> None:
+    machine, count = read_machine("8xh100-sxm")
+    assert (machine.memory_gb, count) == (80, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("h1000", "'h1000' is neither one of h100-sxm, "), ("text.yaml", "text.yaml is no data sheet")],
+)
+def test_an_unknown_machine_is_one_line(name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.yaml").write_text("mine: {peak_tflops: 3}")
+    with pytest.raises(PuzzleError, match=line) as raised:
+        read_machine(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dtype_without_a_rate_is_one_line(machine: str) -> None:
+    with pytest.raises(PuzzleError, match=r"scenario.dtype: .* has no rate for float32; use one of bfloat16"):
+        engine(machine, "float32")
