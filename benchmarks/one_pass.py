@@ -58,7 +58,7 @@ def time_bld(method: Pipeline) -> tuple[float, float]:
         student
         for layer in range(len(method.space.layers))
         for student in _students(method.parent, method.statistics, method.space, layer, torch.device("cpu"))
-        if student.variant.trained
+        if not student.variant.closed_form
     ]
     batches = [method.data.training_batch(step, 8, 0)[:, :-1] for step in range(STEPS)]
 

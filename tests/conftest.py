@@ -175,7 +175,9 @@ def toy_scores(pico_pipeline: Pipeline) -> ScoreTable:
         return 2 * lost_heads + (1 - width / 64)
 
     rows = [
-        ScoreRow(layer=i, block=block.name, kl=kl(block), kl_se=0.0, lm_loss=1.0, top1_agreement=1.0)
+        ScoreRow(
+            layer=i, block=block.name, kl=kl(block), kl_se=0.0, lm_loss=1.0, top1_agreement=1.0, cosine=0.0, sequences=1
+        )
         for i, layer in enumerate(pico_pipeline.space.layers)
         for block in layer.blocks()
     ]

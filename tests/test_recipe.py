@@ -75,7 +75,7 @@ def test_a_section_with_all_lines_commented_out_is_its_defaults(tmp_path: Path) 
             "data: calibration, validation, scoring and test add",
         ),
         ("parent: m\ndata: {source: t}\nprecision: int4", "precision: found 'int4'; must be 'float32' or 'bfloat16'"),
-        ("parent: m\ndata: {source: t}\nlibrary: {tokens: 0}", "library.tokens: found 0; must be at least 1"),
+        ("parent: m\ndata: {source: t}\nlibrary: {batch_size: 0}", "library.batch_size: found 0; must be at least 1"),
         ("parent: m\ndata: {source: t}\nlibrary: {tokens: many}", "library.tokens: expected a number such as 512k"),
         ("parent: m\ndata: {source: t}\nlibrary: {batch_size: 1.5}", "library.batch_size: found 1.5; must be a whole"),
         ("parent: m\ndata: {source: t}\nlibrary: {learning_rate: fast}", "found 'fast'; must be a number"),
@@ -84,9 +84,11 @@ def test_a_section_with_all_lines_commented_out_is_its_defaults(tmp_path: Path) 
         ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: [1, 0]}", "scenario.batch_sizes[1]: found 0"),
         ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: 8}", "found 8; must be a list"),
         ("parent: m\ndata: {source: t}\nscenario: {generated_tokens: 0}", "scenario.generated_tokens: found 0"),
+        ("parent: m\ndata: {source: t}\nspace: {ffn: ['']}", "space.ffn[0]: found ''; must not be empty"),
+        ("parent: m\ndata: {source: t}\nexecution: {memory: 1x}", "execution.memory: expected a number such as 24GB"),
         (
-            "parent: m\ndata: {source: t}\nspace: {ffn: [tiny]}",
-            "space.ffn[0]: found 'tiny'; must be 'linear' or 'none'",
+            "parent: m\ndata: {source: t}\nlibrary: {ffn: elastic, loss: block}",
+            "library: ffn elastic compares contributions, which loss block does not; drop one of the two",
         ),
         ("parent: m\ndata: {source: t}\ntarget: {memory: 24}", "target.memory: expected a number such as 24GB"),
         (
@@ -110,8 +112,8 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, expected: 
 
 
 def test_further_problems_are_named_once(tmp_path: Path) -> None:
-    line = complaint(tmp_path, "parent: m\ndata: {source: 3}\nlibrary: {tokens: 0}\nsed: 1")
-    assert line.endswith("(and 2 more: library.tokens, sed)")
+    line = complaint(tmp_path, "parent: m\ndata: {source: 3}\nlibrary: {batch_size: 0}\nsed: 1")
+    assert line.endswith("(and 2 more: library.batch_size, sed)")
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
-from puzzle.blocks import Architecture, BlockVariant, GatedFFN, GroupedQuery, LayerSpace, Space, hardware_multiple
+from puzzle.artefacts import CostTable, ScoreName, ScoreTable, Solution, Totals
+from puzzle.blocks import (
+    Architecture,
+    BlockVariant,
+    GatedFFN,
+    GroupedQuery,
+    LayerSpace,
+    Space,
+    Variant,
+    hardware_multiple,
+)
 from puzzle.costs import fixed_memory, subblock_memory, time_architectures
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
@@ -36,7 +45,7 @@ def uniform_architecture(
     influence: Sequence[float],
     child: Solution,
 ) -> Architecture:
-    """The uniform architecture of the lowest estimated KL that meets the child's bounds.
+    """The uniform architecture of the lowest estimated score that meets the child's bounds.
 
     Bounds on memory and parameters are met by exact count. Where a speed or a time is bounded, it must be as fast as
     the child, both timed on the engine in turns.
@@ -80,7 +89,7 @@ class _Search:
     child: Solution
 
     def best(self, influence: Sequence[float]) -> Architecture:
-        """As few dropped layers as it takes; of the numbers of KV heads the one with the lowest estimated KL."""
+        """As few dropped layers as it takes; of the numbers of KV heads the one with the lowest estimated score."""
         rising = sorted(range(len(influence)), key=lambda layer: influence[layer])
         for count in range(len(rising)):
             dropped = frozenset(rising[:count])
@@ -98,17 +107,8 @@ class _Search:
 
     def _common(self, kind: type[GroupedQuery] | type[GatedFFN]) -> list[int]:
         """Sizes that every layer's space has, ascending."""
-        sizes = [
-            {
-                size
-                for variant in (*layer.attention, *layer.ffn)
-                if isinstance(variant, kind)
-                for size in variant.module_config().values()
-                if isinstance(size, int)
-            }
-            for layer in self.space.layers
-        ]
-        return sorted(set.intersection(*sizes))
+        sizes = [{_size(variant, kind) for variant in (*layer.attention, *layer.ffn)} for layer in self.space.layers]
+        return sorted(size for size in set.intersection(*sizes) if size is not None)
 
     def _architecture(self, heads: int, width: int, dropped: frozenset[int]) -> Architecture:
         block = BlockVariant(GroupedQuery(heads), GatedFFN(width))
@@ -173,16 +173,28 @@ class _Search:
         return totals.memory_bytes <= (bounds.memory_bytes or np.inf) and cost.params <= (bounds.params or np.inf)
 
     def _score(self, heads: int, width: int, dropped: frozenset[int]) -> float:
-        """Sum of the layers' scores, between the table's widths interpolated."""
+        """Sum of the layers' scores, between the table's widths interpolated.
+
+        Of a search by `task` the KL: uniform blocks that lost the race have no task score.
+        """
+        asked = self.run.recipe.search.score
+        score: ScoreName = "kl" if asked == "task" else asked
         widths = self._common(GatedFFN)
         total = 0.0
         for layer in range(len(self.space.layers)):
             if layer in dropped:
-                total += self.scores.row(layer, _DROPPED.name).kl
+                total += self.scores.value(layer, _DROPPED.name, score)
             else:
-                kl = [self.scores.row(layer, f"kv{heads}+w{each}").kl for each in widths]
-                total += float(np.interp(width, widths, kl))
+                values = [self.scores.value(layer, f"kv{heads}+w{each}", score) for each in widths]
+                total += float(np.interp(width, widths, values))
         return total
+
+
+def _size(variant: Variant, kind: type[GroupedQuery] | type[GatedFFN]) -> int | None:
+    """KV heads or width; None for another kind, and for attention with a window, which is no plain number of heads."""
+    if isinstance(variant, GroupedQuery) and kind is GroupedQuery:
+        return variant.num_kv_heads if variant.window is None else None
+    return variant.intermediate_size if isinstance(variant, GatedFFN) and kind is GatedFFN else None
 
 
 def _corrected(

@@ -21,6 +21,7 @@ STAGES = {
     "cost": "Measure what every variant costs on the engine.",
     "search": "Choose the best architecture within the target (MIP).",
     "realise": "Put the chosen child together.",
+    "refine": "Train the child's blocks one after another on its own inputs, if the recipe says so.",
     "distil": "Train the child as a whole (GKD).",
     "evaluate": "Compare child and parent, in quality and speed.",
     "export": "Write the child as a checkpoint for other programs.",

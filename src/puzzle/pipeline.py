@@ -1,7 +1,8 @@
 r"""The whole method on one page, in the paper's order.
 
     recipe -> parent -> data -> calibrate -> library -> score --\
-                 \-> costs --------------------------------- search -> realise -> distil -> evaluate -> export -> report
+                 \-> costs --------------------------------- search -> realise -> refine -> distil -> evaluate
+                                                                                              -> export -> report
 
 Every property of `Pipeline` is a stage: done when it is first asked for, read back from the run folder when neither its
 settings nor its inputs have changed.
@@ -17,14 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
 from puzzle.blocks import Space, derive_space
-from puzzle.child import Child, realise
+from puzzle.child import Child, realise, refine
 from puzzle.confirm import confirmed_search
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.distill import distil, distillation_curve
 from puzzle.evaluate import evaluate, measure_speed, table_row
 from puzzle.export import export_hf
-from puzzle.library import Library, Statistics, build_library, calibrate
+from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.parents import Parent, open_parent
 from puzzle.plan import estimate
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
@@ -56,15 +57,15 @@ class Pipeline:
         return open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
 
     @cached_property
-    def space(self) -> Space:
-        """Which variants each layer may take."""
+    def full_space(self) -> Space:
+        """The variants that the recipe asks for."""
         settings = self.run.recipe.space
         return derive_space(
             self.parent.config,
             kv_heads=settings.kv_heads,
             ffn_widths=settings.ffn_widths,
-            attention_kinds=settings.attention,
-            ffn_kinds=settings.ffn,
+            attention=settings.attention,
+            ffn=settings.ffn,
         )
 
     @cached_property
@@ -78,14 +79,41 @@ class Pipeline:
         return calibrate(self.run, self.parent, self.data)
 
     @cached_property
-    def library(self) -> Library:
-        """Every variant of every layer, initialised and trained (BLD)."""
+    def space(self) -> Space:
+        """Which variants each layer may take: those asked for but what is hopeless from the start."""
+        return promising_space(self.run, self.parent, self.statistics, self.full_space)
+
+    @cached_property
+    def subblock_library(self) -> Library:
+        """Every variant of every layer, initialised and trained for its own half (decoupled BLD)."""
         return build_library(self.run, self.parent, self.data, self.statistics, self.space)
 
     @cached_property
+    def subblock_scores(self) -> ScoreTable:
+        """Replace-1-block scores of every block composed of these."""
+        return score(self.run, self.parent, self.data, self.subblock_library, self.space)
+
+    @cached_property
+    def preferred_space(self) -> Space:
+        """The variants that the frontier uses most, `library.coupled` a half, and those of the best child (F.1.1)."""
+        recipe, scores = self.run.recipe, self.subblock_scores
+        best = confirmed_search(self.run, self.parent, scores, self.costs).blocks
+        points = [solution.blocks for solution in frontier(scores, self.costs, recipe.target, recipe.search)]
+        return narrow_space(self.space, points, recipe.library.coupled or 0, always=best)
+
+    @cached_property
+    def library(self) -> Library:
+        """The library that is searched; with `library.coupled`, blocks of the preferred variants trained as wholes."""
+        if self.run.recipe.library.coupled is None:
+            return self.subblock_library
+        return build_library(self.run, self.parent, self.data, self.statistics, self.preferred_space, coupled=True)
+
+    @cached_property
     def scores(self) -> ScoreTable:
-        """Replace-1-block KL of every composed block."""
-        return score(self.run, self.parent, self.data, self.library, self.space)
+        """Replace-1-block scores of every block of that library."""
+        if self.run.recipe.library.coupled is None:
+            return self.subblock_scores
+        return score(self.run, self.parent, self.data, self.library, self.preferred_space)
 
     @cached_property
     def costs(self) -> CostTable:
@@ -103,9 +131,14 @@ class Pipeline:
         return realise(self.run, self.parent, self.library, self.solution.blocks)
 
     @cached_property
+    def child_refined(self) -> Child:
+        """That child with its blocks trained one after another on its own inputs, if `refine.tokens` says so."""
+        return refine(self.run, self.parent, self.child_before, self.data)
+
+    @cached_property
     def child(self) -> Child:
         """The child after global distillation (GKD)."""
-        return distil(self.run, self.parent, self.child_before, self.data)
+        return distil(self.run, self.parent, self.child_refined, self.data)
 
     @cached_property
     def uniform(self) -> Uniform | None:
@@ -114,7 +147,9 @@ class Pipeline:
             return None
         run, parent, data, solution = self.run, self.parent, self.data, self.solution
         influence = self.statistics.influence(len(self.space.layers))
-        architecture = uniform_architecture(run, parent, self.space, self.scores, self.costs, influence, solution)
+        architecture = uniform_architecture(
+            run, parent, self.space, self.subblock_scores, self.costs, influence, solution
+        )
         space = uniform_space(parent, architecture)
         library = build_library(run, parent, data, self.statistics, space)
         blocks = tuple(block.name for block in architecture.blocks)
@@ -126,7 +161,8 @@ class Pipeline:
             predicted=dict(costs.totals(blocks, solution.batch_size).as_dict()),
             proof=None,
         )
-        child = distil(run, parent, realise(run, parent, library, blocks), data, label="uniform child")
+        refined = refine(run, parent, realise(run, parent, library, blocks), data)
+        child = distil(run, parent, refined, data, label="uniform child")
         return Uniform(described, child, costs)
 
     @cached_property
@@ -209,6 +245,7 @@ _STAGES = {
     "costs": "costs",
     "search": "solution",
     "realise": "child_before",
+    "refine": "child_refined",
     "distil": "child",
     "evaluate": "rows",
     "export": "exported",
@@ -221,7 +258,7 @@ STAGES = tuple(_STAGES)
 def plan(run: Run) -> list[str]:
     """What follows from the recipe, in lines for a person: space, disk, time per stage."""
     pipeline = Pipeline(run)
-    return estimate(run.recipe, pipeline.parent, pipeline.space, run.device)
+    return estimate(run.recipe, pipeline.parent, pipeline.full_space, run.device)
 
 
 def run_stage(run: Run, name: str) -> Pipeline:

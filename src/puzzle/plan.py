@@ -27,7 +27,7 @@ def estimate(recipe: Recipe, parent: Parent, space: Space, device: torch.device)
     seconds["costs"] = _measurements(recipe, space) * _SECONDS_PER_MEASUREMENT
     variants = sum(len(layer.attention) + len(layer.ffn) - 2 for layer in space.layers)
     blocks = sum(len(layer.blocks()) for layer in space.layers)
-    per_stage = ", ".join(f"{stage} {format_seconds(value)}" for stage, value in seconds.items())
+    per_stage = ", ".join(f"{stage} {format_seconds(value)}" for stage, value in seconds.items() if value)
     return [
         f"parent: {parent.path}, {parent.num_params / 1e6:,.1f}M parameters, {len(space.layers)} layers",
         f"space: {variants} variants to build, {blocks} blocks to score, "
@@ -49,7 +49,7 @@ def _operations(recipe: Recipe, parent: Parent, space: Space) -> dict[str, float
         num_params(variant, config)
         for layer in space.layers
         for variant in (*layer.attention[1:], *layer.ffn[1:])
-        if variant.trained
+        if not variant.closed_form
     )
     suffixes = sum(len(layer.blocks()) * (2.0 * sum(layers[index:]) + head) for index, layer in enumerate(space.layers))
     children = 2 if recipe.evaluate.uniform_baseline else 1
@@ -57,6 +57,7 @@ def _operations(recipe: Recipe, parent: Parent, space: Space) -> dict[str, float
         "calibrate": 2 * forward * recipe.calibration.tokens,
         "library": (forward + 6.0 * students) * recipe.library.tokens,
         "score": suffixes * recipe.score.tokens,
+        "refine": 4 * forward * recipe.refine.tokens * children,
         "distil": 4 * forward * recipe.distil.tokens * children,
         "evaluate": 2 * forward * recipe.evaluate.tokens * (children + 2),
     }

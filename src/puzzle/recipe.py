@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
-from puzzle.units import Bytes, Count, CountAmount, Fraction, Milliseconds, Speed
+from puzzle.units import Bytes, Count, CountAmount, Fraction, Milliseconds, Size, Speed
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveCount = Annotated[Count, Field(ge=1)]
@@ -74,10 +74,12 @@ class SpaceSettings(Section):
     """Numbers of KV heads below the parent's; default: halved down to 1."""
     ffn_widths: list[PositiveInt] | None = None
     """Intermediate sizes below the parent's; default: 87, 75, 50, 25, 20 and 10 %, rounded."""
-    attention: list[Literal["linear", "none"]] = ["linear", "none"]
-    """Replacements of the whole attention."""
-    ffn: list[Literal["linear", "none"]] = ["linear", "none"]
-    """Replacements of the whole FFN."""
+    attention: list[Text] = ["linear", "none"]
+    """Further attention variants by name: `linear`, `none`, `kv2win1024s4` (2 KV heads, window 1024, 4 sinks)."""
+    ffn: list[Text] = ["linear", "none"]
+    """Further FFN variants by name: `linear`, `none`, `rank64`."""
+    prune: Annotated[float, Field(gt=1)] | None = 2.0
+    """Leave out, untrained, what starts with so many times the error of a smaller variant; null: nothing."""
 
 
 class CalibrationSettings(Section):
@@ -88,10 +90,24 @@ class CalibrationSettings(Section):
 
 
 class LibrarySettings(Section):
-    """Blockwise local distillation (BLD) of every variant."""
+    """The start of every variant, and its blockwise local distillation (BLD)."""
 
-    tokens: PositiveCount = 1_000_000
-    """Training tokens, the same for all variants."""
+    start: Literal["closed_form", "paper"] = "closed_form"
+    """`closed_form`: least squares on calibration statistics; `paper`: slices, means and products of weights alone."""
+    kv_heads: Literal["mean", "importance"] = "mean"
+    """How fewer KV heads start: the mean of those merged, or the most important ones."""
+    channels: Literal["iterative", "independent"] = "iterative"
+    """How FFN channels are ranked: knowing which others are gone already, or each alone."""
+    ffn: Literal["independent", "elastic"] = "independent"
+    """`elastic`: all widths of a layer share gate and up projections, in training alone; cheaper, a little worse."""
+    loss: Literal["contribution", "block"] = "contribution"
+    """What is compared with the parent's: what the half adds to the residual stream, or the output of the block."""
+    refit: bool = True
+    """After training, refit the last projection of every variant by least squares; kept where it helps."""
+    coupled: PositiveInt | None = None
+    """Train so many attention and FFN variants a layer, those the frontier prefers, again as whole blocks."""
+    tokens: Count = 1_000_000
+    """Training tokens, the same for all variants; 0: variants stay as they start."""
     learning_rate: PositiveFloat = 1e-3
     """Highest rate of the schedule."""
     batch_size: PositiveInt = 8
@@ -99,19 +115,31 @@ class LibrarySettings(Section):
     validation_tokens: PositiveCount = 32_768
     """Held-out tokens on which the better of start and end is chosen."""
 
+    @model_validator(mode="after")
+    def _compare_like_with_like(self) -> Self:
+        if self.ffn == "elastic" and self.loss == "block":
+            raise ValueError("ffn elastic compares contributions, which loss block does not; drop one of the two")
+        return self
+
 
 class ScoreSettings(Section):
     """Replace-1-block scores."""
 
     tokens: PositiveCount = 65_536
     """Tokens on which every block is scored."""
+    race: Share | None = 0.0625
+    """Share of the tokens after which blocks stop that are larger and worse than others; null: none stops."""
+    task: Text | None = None
+    """`module:function` from a model to a number, the higher the better: a score of your own."""
 
 
 class ScenarioSettings(Section):
     """How the model will be served."""
 
-    engine: Literal["torch"] = "torch"
-    """What runs the model."""
+    engine: Literal["torch", "vllm", "roofline"] = "torch"
+    """What runs the model; `roofline` calculates, for a machine that is not here."""
+    machine: Text = "h100-sxm"
+    """For `roofline`: a known machine or a data sheet (YAML), `8xh100-sxm` for tensor parallelism over eight."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """In which it is served."""
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
@@ -149,12 +177,25 @@ class TargetSettings(Section):
 class SearchSettings(Section):
     """The mixed-integer program."""
 
+    score: Literal["kl", "lm_loss", "cosine", "task"] = "kl"
+    """Which of the blocks' scores to add up."""
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     """Relative gap at which a solution counts as optimal."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share by which predicted speeds and times must be better than asked, so that measured ones meet the target."""
     time_limit_s: PositiveFloat = 60.0
     """Seconds after which the best solution so far is taken, for each batch size."""
+
+
+class RefineSettings(Section):
+    """Sequential refinement: layer by layer, the child's blocks are trained on its own inputs, before GKD."""
+
+    tokens: Count = 0
+    """Training tokens of every layer; 0: none."""
+    learning_rate: PositiveFloat = 1e-3
+    """Highest rate of the schedule."""
+    batch_size: PositiveInt = 8
+    """Sequences a step."""
 
 
 class DistilSettings(Section):
@@ -202,6 +243,10 @@ class ExecutionSettings(Section):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
     threads: PositiveInt | None = None
     """CPU threads; default: torch's own choice."""
+    memory: Size | None = None
+    """Of the device, for weights and training states; default: half of what is free."""
+    disk: Size | None = None
+    """For activations of a parent that is streamed; default: half of what is free."""
 
 
 class Recipe(Section):
@@ -220,6 +265,7 @@ class Recipe(Section):
     cost: CostSettings = CostSettings()
     target: TargetSettings = TargetSettings()
     search: SearchSettings = SearchSettings()
+    refine: RefineSettings = RefineSettings()
     distil: DistilSettings = DistilSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -73,10 +73,8 @@ class TrainingState:
         self._last_save = time.monotonic()
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = next(
-            optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state
-        )
-        return state
+        """Moments and step counter; empty of a parameter that was never stepped."""
+        return next((optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state), {})
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -59,6 +59,11 @@ def parse_count(text: object) -> int:
     return round(value)
 
 
+def parse_size(text: object) -> int:
+    """`24GB` to bytes."""
+    return round(_parse(text, _BYTES, "24GB")[0])
+
+
 def parse_fraction(text: object) -> float:
     """`80%` or `0.8` to 0.8."""
     return _parse(text, {"%": 0.01, "": 1.0}, "80% or 0.8")[0]
@@ -87,6 +92,7 @@ Milliseconds = _amount_type(_MILLISECONDS, "200ms")
 Speed = _amount_type(_SPEEDS, "5500")
 CountAmount = _amount_type(_COUNTS, "7B")
 Count = Annotated[int, BeforeValidator(parse_count)]
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(lambda count: f"{count}B")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 
 

@@ -55,7 +55,7 @@ def test_a_killed_run_ends_like_one_left_alone(pico_run: Run, tmp_path: Path) ->
     process = _run(disturbed)
     assert process.wait() == 0
     assert kills > 0
-    for pattern in ("stages/library-*/*.safetensors", "stages/distil-*/checkpoint/*.safetensors"):
+    for pattern in ("variants/*.safetensors", "stages/distil-*/checkpoint/*.safetensors"):
         expected, found = _files(undisturbed, pattern), _files(disturbed, pattern)
         assert found.keys() == expected.keys()
         assert expected

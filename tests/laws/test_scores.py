@@ -1,7 +1,7 @@
 """Law 9: a score by suffix recomputation equals the score by a full forward."""
 
 import pytest
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from puzzle.artefacts import ScoreTable
 from puzzle.blocks import Architecture, BlockVariant, Space
@@ -26,18 +26,25 @@ def test_score_equals_a_full_forward_of_the_replaced_model(
     (sequences,) = pico_data.batches("scoring", 1000, pico_run.recipe.score.tokens)
     tokens_BT, targets_BT = sequences[:, :-1], sequences[:, 1:]
     parent_logp = log_softmax(parent(tokens_BT).logits.double(), -1)
+    parent_hidden = parent.model(tokens_BT).last_hidden_state.double()
+    parent_loss_B = -parent_logp.gather(-1, targets_BT.unsqueeze(-1)).mean((1, 2))
     for block in pico_space.layers[layer].blocks()[1::5]:
         blocks = list(pico_parent.architecture.blocks)
         blocks[layer] = block
-        logits = assemble(pico_parent, pico_library, Architecture(tuple(blocks)))(tokens_BT).logits.double()
-        logp = log_softmax(logits, -1)
-        kl_B = kl_div(logp, parent_logp, log_target=True, reduction="none").sum(-1).mean(-1)
         row = pico_scores.row(layer, block.name)
+        model, count = assemble(pico_parent, pico_library, Architecture(tuple(blocks))), row.sequences
+        hidden = model.model(tokens_BT[:count]).last_hidden_state
+        logp = log_softmax(model.lm_head(hidden).double(), -1)
+        kl_B = kl_div(logp, parent_logp[:count], log_target=True, reduction="none").sum(-1).mean(-1)
         assert row.kl == pytest.approx(float(kl_B.mean()), rel=1e-3, abs=1e-6)
         assert row.kl_se == pytest.approx(float(kl_B.std() / len(kl_B) ** 0.5), rel=1e-3, abs=1e-6)
-        assert row.lm_loss == pytest.approx(float(-logp.gather(-1, targets_BT.unsqueeze(-1)).mean()), rel=1e-4)
-        agreement = (logp.argmax(-1) == parent_logp.argmax(-1)).double().mean()
+        loss_B = -logp.gather(-1, targets_BT[:count].unsqueeze(-1)).mean((1, 2))
+        rise = float((loss_B - parent_loss_B[:count]).mean())
+        assert row.lm_loss == pytest.approx(float(parent_loss_B.mean()) + rise, rel=1e-4)
+        agreement = (logp.argmax(-1) == parent_logp[:count].argmax(-1)).double().mean()
         assert row.top1_agreement == pytest.approx(float(agreement), abs=2e-3)
+        cosine = 1 - cosine_similarity(hidden.double(), parent_hidden[:count], dim=-1).mean()
+        assert row.cosine == pytest.approx(float(cosine), rel=1e-4, abs=1e-7)
 
 
 def test_every_block_of_every_layer_has_a_score(pico_scores: ScoreTable, pico_space: Space) -> None:

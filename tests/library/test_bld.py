@@ -1,14 +1,67 @@
 """What BLD trains on, and that variants neither share weights nor disturb each other."""
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from puzzle.blocks import GatedFFN, GroupedQuery, LayerSpace, Space
+from puzzle.artefacts import LibraryIndex
+from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, ParentSubblock, Space, State, parse_variant
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics, build_library
-from puzzle.parents import Parent
+from puzzle.library.library import _nested
+from puzzle.library.students import SubblockStudent
+from puzzle.parents import LayerPass, Parent
+from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run
+
+Build = Callable[..., Library]
+
+
+@pytest.fixture
+def build(
+    tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics
+) -> Build:
+    """A library of a space in a run folder of its own, with other settings than the pico recipe's."""
+
+    def make(
+        space: Space,
+        *,
+        library: dict[str, Any] | None = None,
+        execution: ExecutionSettings | None = None,
+        coupled: bool = False,
+    ) -> Library:
+        recipe = pico_run.recipe
+        settings = recipe.library.model_copy(update=library or {})
+        recipe = recipe.model_copy(update={"library": settings, "execution": execution or recipe.execution})
+        run = replace(pico_run, path=tmp_path, recipe=recipe, _used={})
+        return build_library(run, pico_parent, pico_data, pico_statistics, space, coupled=coupled)
+
+    return make
+
+
+def narrow(library: Library, attention: tuple[str, ...], ffn: tuple[str, ...]) -> Space:
+    """The parent's own and these, in every layer."""
+    own = library.parent.architecture.blocks
+    return Space(
+        tuple(
+            LayerSpace(
+                (block.attention, *(parse_variant("attention", name) for name in attention)),
+                (block.ffn, *(parse_variant("ffn", name) for name in ffn)),
+            )
+            for block in own
+        )
+    )
+
+
+def assert_equal(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_the_library_gives_the_parents_own_weights_for_its_own_variants(
@@ -29,12 +82,7 @@ def test_variants_have_their_own_sizes(pico_library: Library) -> None:
 
 
 def test_a_variant_trains_to_the_same_weights_alone_and_among_others(
-    pico_run: Run,
-    pico_parent: Parent,
-    pico_data: TokenData,
-    pico_statistics: Statistics,
-    pico_space: Space,
-    pico_library: Library,
+    build: Build, pico_space: Space, pico_library: Library
 ) -> None:
     alone = Space(
         tuple(
@@ -42,20 +90,127 @@ def test_a_variant_trains_to_the_same_weights_alone_and_among_others(
             for i, layer in enumerate(pico_space.layers)
         )
     )
-    library = build_library(pico_run, pico_parent, pico_data, pico_statistics, alone)
+    library = build(alone)
     assert [row.variant for row in library.index.rows] == ["kv2"]
-    found, expected = library.state(2, GroupedQuery(2)), pico_library.state(2, GroupedQuery(2))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal(library.state(2, GroupedQuery(2)), pico_library.state(2, GroupedQuery(2)))
 
 
-def test_other_tokens_give_another_library(
-    pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, pico_space: Space
+def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Library) -> None:
+    space = narrow(pico_library, ("kv2", "linear"), ("w16",))
+    streamed = build(space, execution=ExecutionSettings(memory="1B"))
+    for row in streamed.index.rows:
+        expected = pico_library.index.row(row.layer, row.half, row.variant)
+        assert (row.initial_loss, row.loss) == (expected.initial_loss, expected.loss)
+        variant = parse_variant(row.half, row.variant)  # type: ignore[arg-type]
+        assert_equal(streamed.state(row.layer, variant), pico_library.state(row.layer, variant))
+    assert not list(streamed.root.rglob("activations"))
+
+
+def test_nothing_is_trained_twice(build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(narrow(pico_library, ("kv2",), ("w16",)))
+    built: list[str] = []
+    initialise = GatedFFN.initialise
+
+    def counted(self: GatedFFN, parent: ParentSubblock) -> State:
+        built.append(self.name)
+        return initialise(self, parent)
+
+    monkeypatch.setattr(GatedFFN, "initialise", counted)
+    wider = build(narrow(pico_library, ("kv2", "kv1"), ("w32", "w16")))
+    assert built == ["w32"] * 4
+    assert {row.variant for row in wider.index.rows} == {"kv2", "kv1", "w32", "w16"}
+
+
+def test_what_diverges_stops_alone(
+    build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = pico_run.recipe.library.model_copy(update={"tokens": 256})
-    recipe = pico_run.recipe.model_copy(update={"library": settings})
-    other = dataclasses.replace(pico_run, recipe=recipe)
-    layers = tuple(LayerSpace(layer.attention[:2], layer.ffn[:1]) for layer in pico_space.layers)
-    first = build_library(pico_run, pico_parent, pico_data, pico_statistics, Space(layers))
-    second = build_library(other, pico_parent, pico_data, pico_statistics, Space(layers))
-    assert first.address != second.address
-    assert first.index.row(0, "attention", "kv2").loss < second.index.row(0, "attention", "kv2").loss
+    losses = SubblockStudent.losses
+
+    def poisoned(self: SubblockStudent, seen: LayerPass) -> dict[str, Tensor]:
+        mine = (self.layer, self.variant.name) == (1, "w16") and torch.is_grad_enabled()
+        return {name: loss * (torch.nan if mine else 1.0) for name, loss in losses(self, seen).items()}
+
+    monkeypatch.setattr(SubblockStudent, "losses", poisoned)
+    library = build(narrow(pico_library, ("kv2",), ("w16",)))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: BLD of layers 0-3: w16 of layer 1 diverged and keeps its start; lower library.learning_rate"
+    ]
+    for row in library.index.rows:
+        expected = pico_library.index.row(row.layer, row.half, row.variant)
+        if (row.layer, row.variant) == (1, "w16"):
+            assert row.loss <= row.initial_loss == expected.initial_loss
+            assert expected.loss < row.loss
+        else:
+            assert row.loss == expected.loss
+
+
+def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Library) -> None:
+    library = build(narrow(pico_library, ("kv2",), ("w16",)), library={"tokens": 0})
+    assert all(row.loss == row.initial_loss and row.trained_tokens == 0 for row in library.index.rows)
+
+
+def test_papers_starts_are_worse_and_its_linear_maps_are_trained(build: Build, pico_library: Library) -> None:
+    paper = build(narrow(pico_library, ("linear",), ("w16", "linear")), library={"start": "paper", "refit": False})
+    for row in paper.index.rows:
+        assert row.trained_tokens
+        assert row.loss < row.initial_loss
+        assert pico_library.index.row(row.layer, row.half, row.variant).initial_loss < row.initial_loss
+
+
+def test_losses_on_the_blocks_output_are_of_another_scale(
+    build: Build, pico_library: Library, pico_statistics: Statistics
+) -> None:
+    """An FFN's error is the same, only its denominator differs."""
+    space = narrow(pico_library, ("kv2", "none"), ("w16", "none"))
+    blocks = build(space, library={"loss": "block", "tokens": 0})
+    for layer in range(4):
+        output_power = pico_statistics.half(layer, "ffn")["output_power"]
+        ratio = float(output_power / pico_statistics.layer(layer)["block_power"])
+        for name in ("w16", "none"):
+            own = pico_library.index.row(layer, "ffn", name).initial_loss
+            # Of held-out text, where both powers are a little different.
+            assert blocks.index.row(layer, "ffn", name).loss == pytest.approx(ratio * own, rel=0.1)
+        assert 0 < blocks.index.row(layer, "attention", "kv2").loss < blocks.index.row(layer, "attention", "none").loss
+    trained = build(space, library={"loss": "block"})
+    assert all(row.loss < row.initial_loss for row in trained.index.rows if row.trained_tokens)
+
+
+def test_elastic_widths_share_their_gates(build: Build, pico_library: Library) -> None:
+    library = build(narrow(pico_library, ("kv2",), ("w32", "w16")), library={"ffn": "elastic", "refit": False})
+    for layer in range(4):
+        wide, slim = library.state(layer, GatedFFN(32)), library.state(layer, GatedFFN(16))
+        rows = library.index.row(layer, "ffn", "w32"), library.index.row(layer, "ffn", "w16")
+        assert all(row.loss < row.initial_loss for row in rows)
+        assert rows[0].loss < rows[1].loss
+        assert torch.equal(wide["mlp.gate_proj.weight"][:16], slim["mlp.gate_proj.weight"])
+
+
+def test_coupled_blocks_are_better_than_their_halves(
+    build: Build, pico_library: Library, pico_parent: Parent, pico_data: TokenData
+) -> None:
+    space = narrow(pico_library, ("kv1",), ("w16",))
+    library = build(space, coupled=True)
+    blocks = [row for row in library.index.rows if row.half == "block"]
+    assert {row.variant for row in blocks} == {"kv4+w16", "kv1+w64", "kv1+w16"}
+    assert len(blocks) == 4 * 3
+    assert all(row.loss <= row.initial_loss for row in blocks)
+    assert sum(row.loss < row.initial_loss for row in blocks) > 6
+    block = BlockVariant.parse("kv1+w16")
+    halves = library.state(0, block.attention) | library.state(0, block.ffn)
+    assert any(not torch.equal(halves[name], tensor) for name, tensor in library.block_state(0, block).items())
+
+
+def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:
+    wide, slim = pico_library.index.row(0, "ffn", "w32"), pico_library.index.row(0, "ffn", "w16")
+    rows = [replace(wide, loss=0.9), replace(slim, loss=0.5)]
+    nested = _nested(pico_run.path, pico_library.parent, rows)
+    assert nested[0] == replace(wide, loss=0.5, file=slim.file, widened_from="w16")
+    assert nested[1] == rows[1]
+    library = replace(pico_library, index=LibraryIndex(rows=tuple(nested)))
+    state = library.state(0, GatedFFN(32))
+    assert_equal(
+        {k: v[:16] for k, v in state.items() if "gate" in k},
+        {k: v for k, v in library.state(0, GatedFFN(16)).items() if "gate" in k},
+    )
+    assert state["mlp.down_proj.weight"].shape == (32, 32)

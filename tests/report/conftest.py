@@ -53,6 +53,8 @@ def _scores(num_layers: int, rng: random.Random) -> ScoreTable:
                         kl_se=kl / 20,
                         lm_loss=2.8 + kl,
                         top1_agreement=math.exp(-kl),
+                        cosine=kl / 10,
+                        sequences=64,
                     )
                 )
     return ScoreTable(num_layers=num_layers, sequences=32, sequence_length=2048, rows=tuple(rows))
@@ -93,6 +95,7 @@ def _library(num_layers: int, rng: random.Random) -> LibraryIndex:
                 trained = name not in ("linear", "none")
                 rows.append(
                     LibraryRow(
+                        widened_from="",
                         layer=layer,
                         half=half,
                         variant=name,

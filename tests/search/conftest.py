@@ -14,7 +14,7 @@ BOUNDS = ("throughput_tok_s", "request_ms", "decode_ms", "prefill_ms", "memory_b
 def score_table(scores: Sequence[Sequence[tuple[str, float]]]) -> ScoreTable:
     """From one list of (block, KL) a layer, the parent's block first."""
     rows = tuple(
-        ScoreRow(layer=layer, block=block, kl=kl, kl_se=0.0, lm_loss=0.0, top1_agreement=1.0)
+        ScoreRow(layer=layer, block=block, kl=kl, kl_se=0.0, lm_loss=0.0, top1_agreement=1.0, cosine=0.0, sequences=1)
         for layer, choices in enumerate(scores)
         for block, kl in choices
     )

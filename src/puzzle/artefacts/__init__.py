@@ -2,7 +2,7 @@
 
 from puzzle.artefacts.costs import Cost, CostRow, CostTable, Scenario, Totals
 from puzzle.artefacts.library import LibraryIndex, LibraryRow
-from puzzle.artefacts.scores import ScoreRow, ScoreTable
+from puzzle.artefacts.scores import ScoreName, ScoreRow, ScoreTable
 from puzzle.artefacts.solution import Bounds, Proof, Solution
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LibraryRow",
     "Proof",
     "Scenario",
+    "ScoreName",
     "ScoreRow",
     "ScoreTable",
     "Solution",

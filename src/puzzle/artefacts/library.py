@@ -9,13 +9,18 @@ from puzzle.artefacts.costs import dump_rows
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryRow:
-    """One variant of one half of one layer. Losses are normalised MSE on held-out text: E||y - y'||^2 / E||y||^2."""
+    """One variant of one half of one layer, or a whole block. Losses are normalised MSE on held-out text:
+    E||y - y'||^2 / E||y||^2 (docs/numbers.md).
+    """
 
     layer: int
     half: str
+    """`attention`, `ffn`; `block` for one that was trained as a whole."""
     variant: str
     file: str
-    """Its weights, relative to the library's folder; empty for a variant without weights."""
+    """Its weights, relative to the run folder; empty for a variant without weights."""
+    widened_from: str
+    """The narrower variant whose weights these are, to be widened, where it ended better; else empty."""
     initial_loss: float
     loss: float
     """After training; never above `initial_loss`."""
@@ -34,6 +39,9 @@ class LibraryIndex:
 
     def row(self, layer: int, half: str, variant: str) -> LibraryRow:
         return self._by_key[layer, half, variant]
+
+    def find(self, layer: int, half: str, variant: str) -> LibraryRow | None:
+        return self._by_key.get((layer, half, variant))
 
     def to_json(self) -> str:
         return dump_rows({"format": 1}, (asdict(row) for row in self.rows))

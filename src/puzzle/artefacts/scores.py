@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from puzzle.artefacts.costs import dump_rows
+from puzzle.errors import PuzzleError
+
+ScoreName = Literal["kl", "lm_loss", "cosine", "task"]
+"""What a search can add up, the lower the better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +24,15 @@ class ScoreRow:
     kl_se: float
     """Standard error of `kl` over sequences."""
     lm_loss: float
+    """Negative log-likelihood of the next token, nats per token. Where not all text was scored: the parent's on all of
+    it, plus the mean difference on what was."""
     top1_agreement: float
+    cosine: float
+    """1 - cosine of the final hidden states to the parent's, after the last norm."""
+    sequences: int
+    """Scored; fewer than the table's where the race was lost early."""
+    task: float | None = None
+    """Of the user's own function, the higher the better; none where the race was lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +56,50 @@ class ScoreTable:
     def layer(self, layer: int) -> list[ScoreRow]:
         return [row for row in self.rows if row.layer == layer]
 
-    def total(self, blocks: Sequence[str]) -> float:
-        """The additive estimate of an architecture's KL: the sum over its blocks."""
-        return sum(self.row(layer, block).kl for layer, block in enumerate(blocks))
+    def parent_row(self, layer: int) -> ScoreRow:
+        """The layer's row of the parent's own block: the first with a KL of exactly 0, others with 0 are ties."""
+        for row in self.layer(layer):
+            if row.kl == 0:
+                return row
+        raise PuzzleError(
+            f"scores of layer {layer}: no block has a KL of 0, so the parent's own is missing; score that layer again"
+        )
+
+    def value(self, layer: int, block: str, score: ScoreName = "kl") -> float:
+        """What the block takes away from the parent's quality; of the parent's own block exactly 0.
+
+        `lm_loss` is the rise above the parent's, `task` the fall below it: both can be negative.
+        """
+        row = self.row(layer, block)
+        if score == "kl":
+            return row.kl
+        if score == "cosine":
+            return row.cosine
+        parent = self._parent_rows[layer]
+        if score == "lm_loss":
+            return row.lm_loss - parent.lm_loss
+        assert row.task is not None, f"layer {layer} {block} has no task score"
+        assert parent.task is not None, f"the parent has no task score in layer {layer}"
+        return parent.task - row.task
+
+    @cached_property
+    def _parent_rows(self) -> list[ScoreRow]:
+        return [self.parent_row(layer) for layer in range(self.num_layers)]
+
+    def having(self, score: ScoreName) -> "ScoreTable":
+        """The table of the blocks that have this score: all, unless it is `task`, which losers of the race lack."""
+        if score != "task":
+            return self
+        table = replace(self, rows=tuple(row for row in self.rows if row.task is not None))
+        if not table.rows:
+            raise PuzzleError(
+                "search.score: found task, but no block has a task score; set score.task to `module:function` too"
+            )
+        return table
+
+    def total(self, blocks: Sequence[str], score: ScoreName = "kl") -> float:
+        """The additive estimate of an architecture's score: the sum over its blocks."""
+        return sum(self.value(layer, block, score) for layer, block in enumerate(blocks))
 
     def to_json(self) -> str:
         head = {

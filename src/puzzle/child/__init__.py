@@ -1,5 +1,6 @@
-"""The child: assembled from the library, saved as a checkpoint."""
+"""The child: assembled from the library, refined, saved as a checkpoint."""
 
 from puzzle.child.realise import Child, assemble, realise, swapped_logits
+from puzzle.child.refine import refine
 
-__all__ = ["Child", "assemble", "realise", "swapped_logits"]
+__all__ = ["Child", "assemble", "realise", "refine", "swapped_logits"]

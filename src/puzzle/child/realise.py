@@ -1,6 +1,7 @@
 """From an architecture to a child: the library's weights put together, as a checkpoint that runs (law 5)."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from puzzle.blocks import Architecture, BlockVariant, build_subblock
+from puzzle.blocks import HALVES, Architecture, BlockVariant, State, build_subblock, split_state
 from puzzle.library import Library
-from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
-from puzzle.parents import Parent, finish
-from puzzle.runs import Run, write_text
+from puzzle.modeling import PuzzleForCausalLM, empty_model, save_checkpoint
+from puzzle.parents import Parent, finish, open_parent
+from puzzle.runs import Run, read_tensors, write_tensors, write_text
 
 _CHECK_TOKENS = 16
 
@@ -43,12 +44,9 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
     child = Child(stage.path / "checkpoint", stage.address, architecture)
     if stage.done:
         return child
-    write_text(stage.path / "architecture.json", architecture.to_json())
-    model = assemble(parent, library, architecture)
-    shutil.rmtree(child.path, ignore_errors=True)
-    save_checkpoint(model, child.path, extra_files_from=parent.path)
-    error = _largest_difference(parent, library, child)
-    stage.commit(params=sum(parameter.numel() for parameter in model.parameters()), reload_logit_error=error)
+    save_child(parent, architecture, lambda layer: library.block_state(layer, architecture.blocks[layer]), child.path)
+    error = _largest_difference(run, parent, library, child)
+    stage.commit(params=_num_params(parent, architecture), reload_logit_error=error)
     return child
 
 
@@ -56,31 +54,89 @@ def assemble(parent: Parent, library: Library, architecture: Architecture) -> Pu
     """The child in memory, in float32 on the CPU."""
     state = parent.outer_state()
     for layer, block in enumerate(architecture.blocks):
-        for name, tensor in library.block_state(layer, block).items():
-            state[f"model.layers.{layer}.{name}"] = tensor
-    with torch.device("meta"):
-        model = PuzzleForCausalLM(architecture.configure(parent.config))
+        state |= _named(layer, library.block_state(layer, block))
+    return _model(parent, architecture, state)
+
+
+def save_child(parent: Parent, architecture: Architecture, layer_state: Callable[[int], State], path: Path) -> None:
+    """Write a child's checkpoint, and beside it `architecture.json`.
+
+    One layer is in memory at a time: each is written to a file of its own first, and files are mapped, not read.
+
+    Args:
+        layer_state: a layer's weights by their names in the layer, float32.
+        path: a folder; what is there already is replaced.
+    """
+    write_text(path.with_name("architecture.json"), architecture.to_json())
+    parts = path.with_name("parts")
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir()
+    state = _mapped(parts / "outer.safetensors", parent.outer_state())
+    for layer in range(len(architecture.blocks)):
+        state |= _mapped(parts / f"layer{layer:03d}.safetensors", _named(layer, layer_state(layer)))
+    shutil.rmtree(path, ignore_errors=True)
+    save_checkpoint(_model(parent, architecture, state), path, extra_files_from=parent.path)
+    del state
+    shutil.rmtree(parts)
+
+
+def _named(layer: int, state: State) -> State:
+    """A layer's tensors by their names in the model."""
+    return {f"model.layers.{layer}.{name}": tensor for name, tensor in state.items()}
+
+
+def _mapped(file: Path, state: State) -> State:
+    if not state:
+        return state
+    write_tensors(file, state)
+    return read_tensors(file)
+
+
+def _model(parent: Parent, architecture: Architecture, state: State) -> PuzzleForCausalLM:
+    model = empty_model(architecture.configure(parent.config))
     model.load_state_dict(state, strict=False, assign=True)
     return finish(model, "cpu")
 
 
+def _num_params(parent: Parent, architecture: Architecture) -> int:
+    return sum(parameter.numel() for parameter in empty_model(architecture.configure(parent.config)).parameters())
+
+
 @torch.no_grad()
 def swapped_logits(model: PuzzleForCausalLM, library: Library, architecture: Architecture, tokens_BT: Tensor) -> Tensor:
-    """Logits of the parent `model` with every block swapped in memory for the architecture's, [B, T, V]."""
+    """Logits of the parent `model` with every block swapped for the architecture's, one at a time, [B, T, V].
+
+    Args:
+        model: its own layers need no weights.
+    """
     hidden_BTD = model.model.embed_tokens(tokens_BT)
     context = model.model.context(hidden_BTD)
     for layer, block in enumerate(architecture.blocks):
-        for variant in (block.attention, block.ffn):
-            module = build_subblock(variant, model.config, library.state(layer, variant))
-            hidden_BTD = module(hidden_BTD, **context)
+        state = library.block_state(layer, block)
+        for half in HALVES:
+            hidden_BTD = build_subblock(block.half(half), model.config, split_state(state, half))(hidden_BTD, **context)
     return model.lm_head(model.model.norm(hidden_BTD))
 
 
-def _largest_difference(parent: Parent, library: Library, child: Child) -> float:
+@torch.no_grad()
+def streamed_logits(child: Child, tokens_BT: Tensor) -> Tensor:
+    """The saved child's logits with one of its layers in memory at a time, [B, T, V]."""
+    source = open_parent(str(child.path))
+    model = source.load(layers=())
+    hidden_BTD = model.model.embed_tokens(tokens_BT)
+    context = model.model.context(hidden_BTD)
+    for index, layer in enumerate(model.model.layers):
+        source.hold(model, [index])
+        hidden_BTD = layer(hidden_BTD, **context)
+    return model.lm_head(model.model.norm(hidden_BTD))
+
+
+def _largest_difference(run: Run, parent: Parent, library: Library, child: Child) -> float:
     """Largest difference of logits between the saved child and the parent with the blocks swapped in."""
     tokens_BT = torch.arange(_CHECK_TOKENS).remainder(parent.config.vocab_size).unsqueeze(0)
-    expected = swapped_logits(parent.load(), library, child.architecture, tokens_BT)
-    found = child.load()(tokens_BT).logits
+    expected = swapped_logits(parent.load(layers=()), library, child.architecture, tokens_BT)
+    fits = 4 * _num_params(parent, child.architecture) <= run.memory_bytes
+    found = child.load()(tokens_BT).logits if fits else streamed_logits(child, tokens_BT)
     error = float((found - expected).abs().max())
     scale = float(expected.abs().max())
     assert error <= 1e-4 * max(scale, 1.0), f"the saved child is off by {error} of {scale}; this is a bug"

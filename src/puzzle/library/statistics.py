@@ -6,29 +6,41 @@ contribution:
     input_mean [D] = E[h]                input_second_moment [D, D] = E[h h^T]
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
     output_power [] = E[y^2], per element
+
+of an FFN with a down projection, a being what enters that:
+
     activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]
 
-(the last two for FFNs, a being the down projection's input)
+of an attention with KV heads:
 
-and per layer `influence` [] = 1 - E[cos(x, x')] of its input x and output x' (block influence, ShortGPT).
+    group_contribution [KV heads] = E||W_o[:, g] o_g||, o_g being the outputs of the query heads that share KV head g
+
+and per layer, x being its input and x' its output:
+
+    influence [] = 1 - E[cos(x, x')] (block influence, ShortGPT)
+    block_power [] = E[x'^2]             block_contribution_power [] = E[(x' - x)^2], both per element
+
+Products are float32, sums float64: a layer takes 8 (4 D^2 + I^2) bytes while its turn lasts, and as many layers take
+turns together as fit the memory.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
 
-from puzzle.blocks import Half, State
+from puzzle.blocks import GatedFFN, Half, State
 from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle.parents import Parent
-from puzzle.runs import Run, progress, read_tensors, write_tensors
+from puzzle.parents import LayerPass, Parent, ParentPasses
+from puzzle.runs import Run, Stage, progress, read_tensors, write_tensors
 from puzzle.training import CHECKPOINT_INTERVAL_S
 
 _BATCH_SIZE = 8
@@ -46,23 +58,56 @@ class Statistics:
         tensors = read_tensors(self.path / f"layer{layer:03d}.safetensors")
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+    def layer(self, layer: int) -> State:
+        """What is of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
+        tensors = read_tensors(self.path / f"layer{layer:03d}.safetensors")
+        return {name: value for name, value in tensors.items() if "." not in name}
+
     def influence(self, num_layers: int) -> list[float]:
         """Block influence of every layer: how far it turns the residual stream."""
-        files = (self.path / f"layer{layer:03d}.safetensors" for layer in range(num_layers))
-        return [float(read_tensors(file)["influence"]) for file in files]
+        return [float(self.layer(layer)["influence"]) for layer in range(num_layers)]
 
 
 def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
-    """Gather the moments of every layer in one pass of the parent over the calibration text."""
+    """Gather the moments of every layer; one pass of the parent over the calibration text if memory allows."""
     settings = {"tokens": run.recipe.calibration.tokens, "precision": run.recipe.precision}
-    stage = run.stage("calibrate", version=1, settings=settings, inputs=(parent.address, data.address))
+    stage = run.stage("calibrate", version=2, settings=settings, inputs=(parent.address, data.address))
     statistics = Statistics(stage.path, stage.address)
     if stage.done:
         return statistics
-    model = parent.load(dtype=getattr(torch, run.recipe.precision), device=run.device)
-    sums = _accumulate(run, model, data, stage.path / "partial.safetensors")
+
+    def calibration() -> Iterator[Tensor]:
+        for sequences in data.batches("calibration", _BATCH_SIZE, run.recipe.calibration.tokens):
+            yield sequences[:, :-1]
+
+    missing = [layer for layer in range(len(parent.architecture.blocks)) if not _file(stage, layer).exists()]
+    passes = ParentPasses(run, parent, stage.path / "activations")
+    for layers in passes.groups(missing, lambda layer: _moment_bytes(parent, layer)):
+        passes.prepare(layers.start, {"calibration": calibration})
+        passes.hold(layers)
+        _calibrate_layers(stage, passes, layers, calibration)
+    passes.close()
+    stage.commit(tokens=sum(tokens_BT.numel() for tokens_BT in calibration()))
+    return statistics
+
+
+def _file(stage: Stage, layer: int) -> Path:
+    return stage.path / f"layer{layer:03d}.safetensors"
+
+
+def _moment_bytes(parent: Parent, layer: int) -> int:
+    ffn = parent.architecture.blocks[layer].ffn
+    channels = ffn.intermediate_size if isinstance(ffn, GatedFFN) else 0
+    return 8 * (4 * parent.config.hidden_size**2 + channels**2)
+
+
+def _calibrate_layers(
+    stage: Stage, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
+) -> None:
+    partial_file = stage.path / f"partial{layers[0]:03d}-{layers[-1]:03d}.safetensors"
+    sums = _accumulate(passes, layers, calibration, partial_file)
     tokens = sums.pop("tokens")
-    for layer in range(len(model.model.layers)):
+    for layer in layers:
         prefix = f"{layer}."
         moments = {
             name.removeprefix(prefix): (total / tokens).float()
@@ -71,86 +116,112 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
         }
         if not all(moment.isfinite().all() for moment in moments.values()):
             raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
-        write_tensors(stage.path / f"layer{layer:03d}.safetensors", moments)
-    (stage.path / "partial.safetensors").unlink(missing_ok=True)
-    stage.commit(tokens=int(tokens))
-    return statistics
+        write_tensors(_file(stage, layer), moments)
+    partial_file.unlink(missing_ok=True)
 
 
 @torch.no_grad()
-def _accumulate(run: Run, model: PuzzleForCausalLM, data: TokenData, partial: Path) -> State:
-    """Sums over tokens in float64, named `layer.half.moment`; resumes from `partial`."""
-    sums = {name: tensor.to(run.device) for name, tensor in read_tensors(partial).items()} if partial.exists() else {}
+def _accumulate(
+    passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]], partial_file: Path
+) -> State:
+    """Sums over tokens in float64, named `layer.half.moment`; resumes from `partial_file`."""
+    device = passes.model.device
+    sums = (
+        {name: tensor.to(device) for name, tensor in read_tensors(partial_file).items()}
+        if partial_file.exists()
+        else {}
+    )
     tokens_done = int(sums.get("tokens", torch.tensor(0)))
-    tokens_total = min(run.recipe.calibration.tokens, data.num_sequences("calibration") * data.sequence_length)
+    tokens_total = sum(tokens_BT.numel() for tokens_BT in calibration())
     last_save = time.monotonic()
-    with progress("calibrate", tokens_total, tokens_done) as bar:
+    label = "calibrate" if len(layers) == len(passes.layer_bytes) else f"calibrate layers {layers[0]}-{layers[-1]}"
+    with progress(label, tokens_total, tokens_done) as bar, _Taps(passes, layers) as taps:
         seen = 0
-        for sequences in data.batches("calibration", _BATCH_SIZE, run.recipe.calibration.tokens):
-            inputs = sequences[:, :-1].to(run.device)
-            seen += inputs.numel()
+        for index, tokens_BT in enumerate(calibration()):
+            seen += tokens_BT.numel()
             if seen <= tokens_done:
                 continue
-            for name, value in _moments(model, inputs):
-                sums[name] = sums[name] + value.double() if name in sums else value.double()
+            for layer_pass in passes.through(layers, "calibration", index, tokens_BT):
+                for name, value in _layer_moments(layer_pass, taps.take(layer_pass.index)).items():
+                    full_name = f"{layer_pass.index}.{name}"
+                    sums[full_name] = sums[full_name] + value.double() if full_name in sums else value.double()
             sums["tokens"] = torch.tensor(seen, dtype=torch.float64)
-            bar.advance(inputs.numel())
+            bar.advance(tokens_BT.numel())
             if time.monotonic() - last_save > CHECKPOINT_INTERVAL_S:
-                write_tensors(partial, sums)
+                write_tensors(partial_file, sums)
                 last_save = time.monotonic()
     return sums
 
 
-def _moments(model: PuzzleForCausalLM, tokens_BT: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Sums over one batch's tokens of what is averaged."""
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
-    context = model.model.context(hidden_BTD)
-    for index, layer in enumerate(model.model.layers):
-        sums, hidden_BTD = _layer_moments(cast(PuzzleDecoderLayer, layer), hidden_BTD, context)
-        for name, value in sums.items():
-            yield f"{index}.{name}", value
+class _Taps:
+    """What passes inside layers: the normed inputs, and what enters the last projections. By module and layer."""
+
+    _INPUTS, _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj"), ("input_layernorm", "post_attention_layernorm")
+
+    def __init__(self, passes: ParentPasses, layers: range) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._taken: dict[int, State] = {layer: {} for layer in layers}
+        for index in layers:
+            for name, module in passes.model.model.layers[index].named_modules():
+                if name in self._INPUTS:
+                    self._handles.append(module.register_forward_pre_hook(partial(self._keep_input, index, name)))
+                elif name in self._OUTPUTS:
+                    self._handles.append(module.register_forward_hook(partial(self._keep_output, index, name)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def take(self, layer: int) -> State:
+        """Of the last pass through the layer, [B T, features] in float32."""
+        taken, self._taken[layer] = self._taken[layer], {}
+        return taken
+
+    def _keep_input(self, layer: int, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._taken[layer][name] = inputs[0].float().flatten(0, 1)
+
+    def _keep_output(self, layer: int, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._taken[layer][name] = output.float().flatten(0, 1)
 
 
-def _layer_moments(layer: PuzzleDecoderLayer, entered_BTD: Tensor, context: dict[str, Any]) -> tuple[State, Tensor]:
-    """One layer's sums, and its output."""
-    sums: State = {}
-    hidden_BTD = entered_BTD
-    if layer.has_attention:
-        normed_BTD = layer.input_layernorm(hidden_BTD)
-        output_BTD, _ = layer.self_attn(hidden_states=normed_BTD, **context)
-        sums |= _linear_moments("attention", normed_BTD, output_BTD)
-        hidden_BTD = hidden_BTD + output_BTD
-    if layer.has_ffn:
-        normed_BTD = layer.post_attention_layernorm(hidden_BTD)
-        output_BTD, activation_BTI = _ffn_with_activation(layer, normed_BTD)
-        sums |= _linear_moments("ffn", normed_BTD, output_BTD)
-        if activation_BTI is not None:
-            activation = activation_BTI.float().flatten(0, 1)
-            sums["ffn.activation_mean_abs"] = activation.abs().sum(0)
-            sums["ffn.activation_second_moment"] = activation.T @ activation
-        hidden_BTD = hidden_BTD + output_BTD
-    sums["influence"] = (1 - cosine_similarity(entered_BTD.float(), hidden_BTD.float(), dim=-1)).sum()
-    return sums, hidden_BTD
+def _layer_moments(seen: LayerPass, inside: State) -> State:
+    """One layer's sums over the tokens of a batch."""
+    entered_ND, left_ND = seen.entered_BTD.float().flatten(0, 1), seen.left_BTD.float().flatten(0, 1)
+    sums = {
+        "influence": (1 - cosine_similarity(entered_ND, left_ND, dim=-1)).sum(),
+        "block_power": left_ND.square().mean(-1).sum(),
+        "block_contribution_power": (left_ND - entered_ND).square().mean(-1).sum(),
+    }
+    if "input_layernorm" in inside:
+        sums |= _linear_moments("attention", inside["input_layernorm"], seen.attention_BTD)
+    if "post_attention_layernorm" in inside:
+        sums |= _linear_moments("ffn", inside["post_attention_layernorm"], seen.ffn_BTD)
+    if (heads_NH := inside.get("self_attn.o_proj")) is not None:
+        sums["attention.group_contribution"] = _group_contributions(seen, heads_NH)
+    if (activation_NI := inside.get("mlp.down_proj")) is not None:
+        sums["ffn.activation_mean_abs"] = activation_NI.abs().sum(0)
+        sums["ffn.activation_second_moment"] = activation_NI.T @ activation_NI
+    return sums
 
 
-def _linear_moments(half: Half, normed_BTD: Tensor, output_BTD: Tensor) -> State:
-    h, y = normed_BTD.float().flatten(0, 1), output_BTD.float().flatten(0, 1)
+def _linear_moments(half: Half, h_ND: Tensor, contribution_BTD: Tensor) -> State:
+    y_ND = contribution_BTD.float().flatten(0, 1)
     return {
-        f"{half}.input_mean": h.sum(0),
-        f"{half}.input_second_moment": h.T @ h,
-        f"{half}.output_mean": y.sum(0),
-        f"{half}.cross_moment": y.T @ h,
-        f"{half}.output_power": y.square().mean(-1).sum(),
+        f"{half}.input_mean": h_ND.sum(0),
+        f"{half}.input_second_moment": h_ND.T @ h_ND,
+        f"{half}.output_mean": y_ND.sum(0),
+        f"{half}.cross_moment": y_ND.T @ h_ND,
+        f"{half}.output_power": y_ND.square().mean(-1).sum(),
     }
 
 
-def _ffn_with_activation(layer: PuzzleDecoderLayer, normed_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The FFN's output, and the input of its down projection if it has one."""
-    captured: list[Tensor] = []
-    projections = [module for name, module in layer.mlp.named_children() if name == "down_proj"]
-    handles = [module.register_forward_pre_hook(lambda _, args: captured.append(args[0])) for module in projections]
-    try:
-        return layer.mlp(normed_BTD), captured[0] if captured else None
-    finally:
-        for handle in handles:
-            handle.remove()
+def _group_contributions(seen: LayerPass, heads_NH: Tensor) -> Tensor:
+    """Sum over tokens of the norm of what each group's query heads add through their columns of o_proj. [KV heads]"""
+    attention: Any = seen.layer.self_attn
+    weight_DH = attention.o_proj.weight.float()
+    groups: int = attention.k_proj.out_features // attention.head_dim
+    parts = zip(heads_NH.chunk(groups, dim=1), weight_DH.chunk(groups, dim=1), strict=True)
+    return torch.stack([(heads @ weight.T).norm(dim=1).sum() for heads, weight in parts])

@@ -1,30 +1,70 @@
-"""One student of BLD: a variant of one half of one layer, learning the parent's contribution."""
+"""Students of BLD: what is trained on one layer of the parent, with a loss for each variant that comes of it.
 
+A loss is E||y - y'||^2 / E||y||^2 (paper section 2.2). Its denominator is calibrated, so that a token's loss does not
+depend on the batch it is in.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from puzzle.blocks import Half, State, Variant, build_subblock
-from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
-
-HALVES: tuple[Half, Half] = ("attention", "ffn")
-
-
-def contribution(layer: PuzzleDecoderLayer, half: Half, hidden_BTD: Tensor, context: dict[str, Any]) -> Tensor:
-    """What one half of a layer adds to the residual stream, [B, T, D]; zeros where it has no such half."""
-    if half == "attention" and layer.has_attention:
-        return layer.attention_contribution(hidden_BTD, **context)
-    if half == "ffn" and layer.has_ffn:
-        return layer.ffn_contribution(hidden_BTD)
-    return torch.zeros_like(hidden_BTD)
+from puzzle.blocks import State, Variant, build_subblock, contribution
+from puzzle.modeling import PuzzleConfig
+from puzzle.parents import LayerPass
 
 
-class Student:
-    """A variant's subblock with its loss: E||y - y'||^2 / E||y||^2, y the parent's contribution (paper section 2.2).
+class Student(ABC):
+    """Something with parameters of its own on one layer, and the variants that come of it, by name such as `kv2`."""
 
-    In training the denominator is the calibrated `output_power`, so that a token's loss does not depend on its batch.
+    layer: int
+    half: str
+    """`attention`, `ffn`, or `block` for one that learns a whole block."""
+    power: float
+    """Calibrated E[y^2] of the target, per element: what the squared error is divided by."""
+
+    @property
+    @abstractmethod
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants that it trains: one, or all that share parameters."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by name; float32. Empty if there is nothing to train."""
+
+    @abstractmethod
+    def target(self, seen: LayerPass) -> Tensor:
+        """What it learns to give, [B, T, D]."""
+
+    @abstractmethod
+    def losses(self, seen: LayerPass) -> dict[str, Tensor]:
+        """Each variant's loss on a batch, a scalar with its gradient; BLD minimises their sum."""
+
+    @abstractmethod
+    def states(self) -> dict[str, State]:
+        """Each variant's weights as they are now, copies."""
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """By variant, the last linear map of each, whose output is the half's contribution; empty if there is none."""
+        return {}
+
+    def projection_inputs(self, seen: LayerPass) -> dict[str, Tensor]:
+        """What enters each of these maps on a batch, [B, T, inputs]."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.half}.{'-'.join(self.variants)}"
+
+
+class SubblockStudent(Student):
+    """One variant of one half, from the parent's own input to it towards the parent's contribution of that half.
+
+    Args:
+        trained: whether it has anything to learn.
+        target: `block` compares the block's output: an attention's goes through the parent's own FFN (the paper's).
     """
 
     def __init__(
@@ -33,40 +73,65 @@ class Student:
         variant: Variant,
         config: PuzzleConfig,
         state: State,
-        output_power: float,
+        power: float,
         device: torch.device,
+        *,
+        trained: bool = True,
+        target: Literal["contribution", "block"] = "contribution",
     ) -> None:
-        self.layer = layer
-        self.variant = variant
+        self.layer, self.half, self.variant = layer, variant.half, variant
         # Copied: variants of a half start from the same tensors of the parent, and each trains its own.
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self.module = build_subblock(variant, config, own)
-        self.module.requires_grad_(variant.trained)
-        self._output_power = output_power
+        self._module = build_subblock(variant, config, own)
+        self._module.requires_grad_(trained)
+        self.power, self._target = power, target
 
     @property
-    def name(self) -> str:
-        return f"{self.layer}.{self.variant.half}.{self.variant.name}"
+    def variants(self) -> tuple[str, ...]:
+        return (self.variant.name,)
 
     def parameters(self) -> dict[str, Tensor]:
-        return {f"{self.name}.{name}": parameter for name, parameter in self.module.named_parameters()}
+        return {name: value for name, value in self._module.named_parameters() if value.requires_grad}
 
-    def contribution(self, hidden_BTD: Tensor, context: dict[str, Any]) -> Tensor:
-        return contribution(self.module, self.variant.half, hidden_BTD, context)
+    def target(self, seen: LayerPass) -> Tensor:
+        return seen.left_BTD if self._target == "block" else seen.contribution(self.variant.half)
 
-    def loss(self, hidden_BTD: Tensor, target_BTD: Tensor, context: dict[str, Any]) -> Tensor:
-        error_BTD = self.contribution(hidden_BTD, context).float() - target_BTD.float()
-        return error_BTD.square().mean() / self._output_power
+    def losses(self, seen: LayerPass) -> dict[str, Tensor]:
+        output_BTD = self._contribution(seen)
+        if self._target == "block":
+            output_BTD = seen.entering(self.variant.half) + output_BTD
+            if self.variant.half == "attention":
+                middle_BTD = output_BTD.to(seen.entered_BTD.dtype)
+                output_BTD = output_BTD + contribution(seen.layer, "ffn", middle_BTD, seen.context)
+        error_BTD = output_BTD.float() - self.target(seen).float()
+        return {self.variant.name: error_BTD.square().mean() / self.power}
 
-    def state(self) -> State:
-        return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+    def states(self) -> dict[str, State]:
+        own = {name: parameter.detach().clone() for name, parameter in self._module.named_parameters()}
+        return {self.variant.name: own}
+
+    def projections(self) -> dict[str, nn.Linear]:
+        name = self.variant.output_projection
+        return {} if name is None else {self.variant.name: cast(nn.Linear, self._module.get_submodule(name))}
+
+    def projection_inputs(self, seen: LayerPass) -> dict[str, Tensor]:
+        captured: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: captured.update({name: args[0]}))
+            for name, module in self.projections().items()
+        ]
+        try:
+            self._contribution(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return captured
+
+    def _contribution(self, seen: LayerPass) -> Tensor:
+        return contribution(self._module, self.variant.half, seen.entering(self.variant.half).float(), seen.context)
 
 
 def clip_gradients(students: Sequence[Student], max_norm: float) -> None:
     """Clip every student by its own norm: their losses have nothing to do with each other."""
     for student in students:
-        torch.nn.utils.clip_grad_norm_(student.module.parameters(), max_norm)
-
-
-def half_of(student: Student) -> tuple[int, Half]:
-    return student.layer, student.variant.half
+        torch.nn.utils.clip_grad_norm_(student.parameters().values(), max_norm)

@@ -3,5 +3,15 @@
 from puzzle.modeling import finish
 from puzzle.parents.base import FamilyAdapter
 from puzzle.parents.parent import ADAPTERS, Parent, open_parent
+from puzzle.parents.passes import LayerPass, ParentPasses, Texts
 
-__all__ = ["ADAPTERS", "FamilyAdapter", "Parent", "finish", "open_parent"]
+__all__ = [
+    "ADAPTERS",
+    "FamilyAdapter",
+    "LayerPass",
+    "Parent",
+    "ParentPasses",
+    "Texts",
+    "finish",
+    "open_parent",
+]

@@ -1,7 +1,7 @@
 """A parent: a checkpoint found, checked, and read as a Puzzle model whose blocks are its own."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,20 +55,45 @@ class Parent:
         except Exception as error:  # whatever a tokenizer library raises, the reader needs one line
             raise PuzzleError(f"parent: {self.path} has no usable tokenizer ({one_line(error)})") from None
 
-    def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PuzzleForCausalLM:
-        """The whole parent, for inference; tensors are read once and cast one by one, so memory is the model's size."""
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layers: Collection[int] | None = None,
+    ) -> PuzzleForCausalLM:
+        """The parent for inference; tensors are read once and cast one by one, so memory is the model's size.
+
+        Args:
+            layers: those that get weights, the others stay on `meta` until `hold` asks for them; None: all.
+        """
         model = empty_model(self.config)
-        state = {name: tensor.to(device, dtype) for name, tensor in self._tensors(self._names)}
+        held = range(len(model.model.layers)) if layers is None else layers
+        outer = [name for name in self._names if not name.startswith("model.layers.")]
+        inner = [name for layer in held for name in self._layer_names(layer)]
+        state = {name: tensor.to(device, dtype) for name, tensor in self._tensors(outer + inner)}
         model.load_state_dict(state, strict=False, assign=True)
         if (self.path / "generation_config.json").exists():
             model.generation_config = _generation_config(self.path)
-        return finish(model, device)
+        return finish(model, device, partly=layers is not None)
+
+    def hold(self, model: PuzzleForCausalLM, layers: Collection[int]) -> None:
+        """Let exactly these layers of the loaded `model` have weights: others go, those that lack them are read."""
+        for index, layer in enumerate(model.model.layers):
+            held = all(not parameter.is_meta for parameter in layer.parameters())
+            if index not in layers:
+                layer.to("meta")
+            elif not held:
+                state = self.layer_state(index)
+                layer.load_state_dict(
+                    {name: value.to(model.device, model.dtype) for name, value in state.items()}, assign=True
+                )
+                layer.eval().requires_grad_(False)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors in float32 by their names within the layer; no others are read."""
         prefix = f"model.layers.{layer}."
-        names = [name for name in self._names if name.startswith(prefix)]
-        return {name.removeprefix(prefix): tensor.float() for name, tensor in self._tensors(names)}
+        return {name.removeprefix(prefix): tensor.float() for name, tensor in self._tensors(self._layer_names(layer))}
 
     def outer_state(self) -> dict[str, Tensor]:
         """What belongs to no layer (embeddings, final norm, untied head) in float32, by its names in the model."""
@@ -79,6 +104,9 @@ class Parent:
     def _names(self) -> list[str]:
         """Every parameter once, a tied one under the name that checkpoints keep."""
         return [name for name, _ in empty_model(self.config).named_parameters()]
+
+    def _layer_names(self, layer: int) -> list[str]:
+        return [name for name in self._names if name.startswith(f"model.layers.{layer}.")]
 
     def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         by_stored_name = {self.adapter.tensor_name(name): name for name in names}

@@ -13,7 +13,7 @@ from puzzle.report import numbers, theme
 from puzzle.report.data import ReportData
 
 _SLAB = 0.15
-"""Height of the mark for a linear map, which has neither KV heads nor a width."""
+"""Height of the mark for a linear map, of full or low rank, which has neither KV heads nor a width."""
 _FLOOR = 1e-6
 """Least KL with a colour of its own, nats per token; the parent's own blocks have a KL of 0."""
 
@@ -55,8 +55,8 @@ def _half_traces(
 ) -> list[Any]:
     """The parent's size as a pale column, on it what is left of it."""
     layers = range(len(variants))
-    sized = [layer for layer in layers if variants[layer].kind not in ("linear", "none")]
-    linear = [layer for layer in layers if variants[layer].kind == "linear"]
+    sized = [layer for layer in layers if isinstance(variants[layer], GroupedQuery | GatedFFN)]
+    linear = [layer for layer in layers if layer not in sized and variants[layer].kind != "none"]
     none = [layer for layer in layers if variants[layer].kind == "none"]
     pattern = {"shape": "/", "bgcolor": theme.LINEAR, "fgcolor": "#ffffff", "size": 5, "solidity": 0.3}
     return [
@@ -80,7 +80,7 @@ def _half_traces(
 
 def _share(variant: Variant, parent: Variant) -> float:
     if isinstance(variant, GroupedQuery) and isinstance(parent, GroupedQuery):
-        return variant.num_kv_heads / parent.num_kv_heads
+        return variant.num_kv_heads / parent.num_kv_heads  # a window is told by the text beside it
     if isinstance(variant, GatedFFN) and isinstance(parent, GatedFFN):
         return variant.intermediate_size / parent.intermediate_size
     return 1.0 if variant == parent else 0.0

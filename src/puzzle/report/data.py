@@ -35,6 +35,5 @@ class ReportData:
 
     @property
     def parent_blocks(self) -> tuple[str, ...]:
-        """The parent's own block of each layer: the one with a KL of exactly 0 that comes first."""
-        layers = (self.scores.layer(layer) for layer in range(self.scores.num_layers))
-        return tuple(next(row.block for row in rows if row.kl == 0) for rows in layers)
+        """The parent's own block of each layer."""
+        return tuple(self.scores.parent_row(layer).block for layer in range(self.scores.num_layers))

@@ -12,6 +12,7 @@ of its inputs.
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,24 @@ class Run:
             import torch
 
             torch.set_num_threads(self.recipe.execution.threads)
+
+    @property
+    def memory_bytes(self) -> int:
+        """`execution.memory`, or half of the device's free memory."""
+        if self.recipe.execution.memory is not None:
+            return self.recipe.execution.memory
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.mem_get_info(self.device)[0] // 2
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+    @property
+    def disk_bytes(self) -> int:
+        """`execution.disk`, or half of what is free where the run folder is."""
+        if self.recipe.execution.disk is not None:
+            return self.recipe.execution.disk
+        return shutil.disk_usage(self.path).free // 2
 
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""

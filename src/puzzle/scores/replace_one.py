@@ -1,178 +1,219 @@
-"""Replace-1-block scores: the parent with one block replaced, as a whole model, on held-out text (paper section 2.3).
-
-Layer by layer: the inputs of layer i are kept for all scoring text, so that a candidate costs its own block and the
-layers after it, not the whole model (law 9: the same as a full forward).
-"""
+"""Replace-1-block scores: the parent with one block replaced, as a model, on held-out text (paper section 2.3)."""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from puzzle.artefacts import ScoreRow, ScoreTable
-from puzzle.blocks import BlockVariant, LayerSpace, Space, Variant, build_subblock
+from puzzle.blocks import BlockVariant, Space, weight_bytes
 from puzzle.data import TokenData
+from puzzle.errors import PuzzleError
 from puzzle.library import Library
-from puzzle.metrics import TokenMetrics, compare
-from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
-from puzzle.parents import Parent
-from puzzle.runs import Run, Stage, progress, write_json, write_tensors, write_text
+from puzzle.parents import Parent, ParentPasses
+from puzzle.runs import Run, Stage, progress, read_json, read_tensors, write_json, write_tensors, write_text
+from puzzle.scores.race import rounds, survivors
+from puzzle.scores.suffix import METRICS, LayerBlocks, ScoringText, SuffixScorer
+from puzzle.scores.task import Task, load_task, run_task, task_name, with_block
+from puzzle.units import format_bytes
 
-_BATCH_SIZE = 4
-_METRICS = ("kl", "lm_loss", "top1_agreement")
+_KL, _LM_LOSS = METRICS.index("kl"), METRICS.index("lm_loss")
+PerSequence = dict[BlockVariant, Tensor]
+"""The metrics of each block, [sequences, METRICS]."""
 
 
-def score(run: Run, parent: Parent, data: TokenData, library: Library, space: Space) -> ScoreTable:
-    """Score every composed block of every layer; per-sequence figures are kept in `layerNNN.safetensors`."""
-    settings = {"tokens": run.recipe.score.tokens, "precision": run.recipe.precision}
-    stage = run.stage("score", version=1, settings=settings, inputs=(library.address, data.address))
+def score(
+    run: Run, parent: Parent, data: TokenData, library: Library, space: Space, task: Task | None = None
+) -> ScoreTable:
+    """Score every composed block of every layer; per-sequence figures are kept in `layerNNN.safetensors`.
+
+    Args:
+        task: in place of the recipe's `score.task`. The address has its module and name, not its code.
+    """
+    settings = run.recipe.score
+    if task is None and settings.task is not None:
+        task = load_task(settings.task)
+    identity = {
+        "tokens": settings.tokens,
+        "race": settings.race,
+        "task": None if task is None else task_name(task),
+        "precision": run.recipe.precision,
+    }
+    stage = run.stage("score", version=2, settings=identity, inputs=(library.address, data.address))
     table_file = stage.path / "scores.json"
     if not stage.done:
-        _score_layers(run, stage, parent, data, library, space)
-        rows = [
-            ScoreRow(**row)
-            for layer in range(len(space.layers))
-            for row in json.loads(_rows_file(stage, layer).read_text())
-        ]
-        table = ScoreTable(
-            num_layers=len(space.layers),
-            sequences=_num_sequences(run, data),
-            sequence_length=data.sequence_length,
-            rows=tuple(rows),
-        )
+        table = _Scoring(run, stage, parent, data, library, space, task).table()
         write_text(table_file, table.to_json())
-        stage.commit(blocks=len(rows))
+        stage.commit(blocks=len(table.rows))
     return ScoreTable.from_json(table_file.read_text())
 
 
-def _rows_file(stage: Stage, layer: int) -> Path:
-    return stage.path / f"layer{layer:03d}.json"
+class _Scoring:
+    """One stage's work, layer by layer; a finished layer is on disk, and so is the first round of a race."""
 
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        parent: Parent,
+        data: TokenData,
+        library: Library,
+        space: Space,
+        task: Task | None,
+    ) -> None:
+        self._run, self._stage, self._library, self._space, self._task = run, stage, library, space, task
+        self._parent = parent
+        self._sequences = min(math.ceil(run.recipe.score.tokens / data.sequence_length), data.num_sequences("scoring"))
+        self._text = ScoringText.cut(data, rounds(run.recipe.score.race, self._sequences))
 
-def _num_sequences(run: Run, data: TokenData) -> int:
-    return min(math.ceil(run.recipe.score.tokens / data.sequence_length), data.num_sequences("scoring"))
+    def table(self) -> ScoreTable:
+        if missing := [layer for layer in range(len(self._space.layers)) if not self._rows_file(layer).exists()]:
+            self._score(missing)
+        rows = [
+            ScoreRow(**row)
+            for layer in range(len(self._space.layers))
+            for row in json.loads(self._rows_file(layer).read_text())
+        ]
+        if len(self._text.rounds) > 1:
+            self._run.log(f"score: {_race_outcome(rows, self._sequences)}")
+        return ScoreTable(
+            num_layers=len(self._space.layers),
+            sequences=self._sequences,
+            sequence_length=self._text.data.sequence_length,
+            rows=tuple(rows),
+        )
 
+    @torch.no_grad()
+    def _score(self, layers: Sequence[int]) -> None:
+        passes, scorer = self._passes, SuffixScorer(self._run, self._passes, self._text)
+        num_layers = len(self._space.layers)
+        passes.prepare(num_layers, {"final": self._text.inputs})
+        parent = scorer.parent(range(len(self._text.batches)))
+        suffix_layers = {i: len(self._space.layers[i].blocks()) * (num_layers - i) for i in layers}
+        with progress("score", sum(suffix_layers.values())) as bar:
+            for layer in layers:
+                passes.prepare(layer, {"scoring": self._text.inputs})
+                blocks = LayerBlocks(self._library, layer, self._space.layers[layer], passes.model)
+                per_sequence = self._per_sequence(scorer, blocks)
+                write_tensors(self._stage.path / f"layer{layer:03d}.safetensors", _named(per_sequence))
+                rows = [asdict(row) for row in self._rows(layer, parent, per_sequence)]
+                write_json(self._rows_file(layer), rows)
+                self._first_round_file(layer).unlink(missing_ok=True)
+                bar.advance(suffix_layers[layer])
+        passes.close()
 
-@torch.no_grad()
-def _score_layers(run: Run, stage: Stage, parent: Parent, data: TokenData, library: Library, space: Space) -> None:
-    model = parent.load(dtype=getattr(torch, run.recipe.precision), device=run.device)
-    texts = _Texts.start(model, data, run)
-    suffix_layers = [len(layer.blocks()) * (len(space.layers) - i) for i, layer in enumerate(space.layers)]
-    with progress("score", sum(suffix_layers)) as bar:
-        for index, layer_space in enumerate(space.layers):
-            if not _rows_file(stage, index).exists():
-                per_sequence = _score_layer(model, texts, library, index, layer_space)
-                write_tensors(stage.path / f"layer{index:03d}.safetensors", _named(per_sequence))
-                rows = _rows(run, index, layer_space, per_sequence)
-                write_json(_rows_file(stage, index), [asdict(row) for row in rows])
-            texts.advance(model, index)
-            bar.advance(suffix_layers[index])
-
-
-@dataclass
-class _Texts:
-    """The scoring text in batches: targets, the inputs of the current layer, and the parent's final hidden states."""
-
-    targets_BT: list[Tensor]
-    hidden_BTD: list[Tensor]
-    final_BTD: list[Tensor]
-
-    @classmethod
-    def start(cls, model: PuzzleForCausalLM, data: TokenData, run: Run) -> "_Texts":
-        targets, embedded, final = [], [], []
-        for sequences in data.batches("scoring", _BATCH_SIZE, run.recipe.score.tokens):
-            tokens_BT = sequences.to(run.device)
-            targets.append(tokens_BT[:, 1:])
-            embedded.append(model.model.embed_tokens(tokens_BT[:, :-1]))
-            final.append(_run_layers(model, embedded[-1], first=0))
-        return cls(targets, embedded, final)
-
-    def advance(self, model: PuzzleForCausalLM, layer: int) -> None:
-        """From the inputs of `layer` to those of the next."""
-        for position, hidden_BTD in enumerate(self.hidden_BTD):
-            self.hidden_BTD[position] = model.model.layers[layer](hidden_BTD, **model.model.context(hidden_BTD))
-
-
-def _run_layers(model: PuzzleForCausalLM, hidden_BTD: Tensor, first: int) -> Tensor:
-    context = model.model.context(hidden_BTD)
-    for layer in model.model.layers[first:]:
-        hidden_BTD = layer(hidden_BTD, **context)
-    return hidden_BTD
-
-
-def _score_layer(
-    model: PuzzleForCausalLM, texts: _Texts, library: Library, index: int, layer_space: LayerSpace
-) -> dict[BlockVariant, dict[str, Tensor]]:
-    """Per-sequence metrics of every block but the parent's own, and of that for its LM loss."""
-    modules = {
-        variant: _module(model, library, index, variant) for variant in (*layer_space.attention, *layer_space.ffn)
-    }
-    collected: dict[BlockVariant, list[dict[str, Tensor]]] = {block: [] for block in layer_space.blocks()}
-    for targets_BT, hidden_BTD, final_BTD in zip(texts.targets_BT, texts.hidden_BTD, texts.final_BTD, strict=True):
-        context = model.model.context(hidden_BTD)
-        for attention in layer_space.attention:
-            blocks = [BlockVariant(attention, ffn) for ffn in layer_space.ffn]
-            attended_BTD = modules[attention](hidden_BTD, **context)
-            outputs = [modules[ffn](attended_BTD) for ffn in layer_space.ffn]
-            finals_BTD = _run_layers(model, torch.cat(outputs), first=index + 1).chunk(len(outputs))
-            metrics = compare(
-                model,
-                model,
-                final_BTD.flatten(0, 1),
-                [final.flatten(0, 1) for final in finals_BTD],
-                targets_BT.flatten(),
+    @cached_property
+    def _passes(self) -> ParentPasses:
+        config, dtype = self._parent.config, getattr(torch, self._run.recipe.precision)
+        state_bytes = self._text.state_bytes(config.hidden_size, dtype)
+        candidate_bytes = [
+            sum(weight_bytes(variant, config, dtype) for variant in (*layer.attention, *layer.ffn))
+            + len(layer.blocks()) * state_bytes
+            for layer in self._space.layers
+        ]
+        passes = ParentPasses(self._run, self._parent, self._stage.path / "activations", max(candidate_bytes))
+        if self._task is not None and not passes.resident:
+            raise PuzzleError(
+                f"score.task: needs the whole parent in memory, {format_bytes(sum(passes.layer_bytes))} and "
+                f"{format_bytes(max(candidate_bytes))} for candidates, allowed are "
+                f"{format_bytes(self._run.memory_bytes)}; raise execution.memory or leave score.task out"
             )
-            for block, block_metrics in zip(blocks, metrics, strict=True):
-                collected[block].append(_per_sequence(block_metrics, len(targets_BT)))
+        return passes
+
+    def _per_sequence(self, scorer: SuffixScorer, layer_blocks: LayerBlocks) -> PerSequence:
+        """Of every block but the parent's own: all sequences, or those of the first round for what lost the race."""
+        blocks = self._space.layers[layer_blocks.layer].blocks()[1:]
+        first, *later = self._text.rounds
+        if not later:
+            return scorer.blocks(layer_blocks, blocks, first)
+        file = self._first_round_file(layer_blocks.layer)
+        if not file.exists():
+            write_tensors(file, _named(scorer.blocks(layer_blocks, blocks, first)))
+        scores = _from_named(read_tensors(file), blocks)
+        left = survivors({block: values[:, _KL] for block, values in scores.items()}, self._parent.config)
+        for block, values in scorer.blocks(layer_blocks, left, later[0]).items():
+            scores[block] = torch.cat([scores[block], values])
+        return scores
+
+    def _rows(self, layer: int, parent: Tensor, per_sequence: PerSequence) -> list[ScoreRow]:
+        """Means and standard errors; blocks that are not finite are left out and named in the log."""
+        own = self._space.layers[layer].parent
+        rows = [
+            ScoreRow(
+                layer=layer,
+                block=own.name,
+                kl=0.0,
+                kl_se=0.0,
+                lm_loss=float(parent[:, _LM_LOSS].mean()),
+                top1_agreement=1.0,
+                cosine=0.0,
+                sequences=self._sequences,
+                task=self._task_score("parent"),
+            )
+        ]
+        for block, values in per_sequence.items():
+            if not values.isfinite().all():
+                self._run.log_warning(f"score of layer {layer} {block} is not finite; it cannot be chosen")
+                continue
+            scored_all = len(values) == self._sequences
+            task = self._task_score(f"layer {layer} {block}", layer, block) if scored_all else None
+            rows.append(_row(layer, block, values, parent, task))
+        return rows
+
+    def _task_score(self, label: str, layer: int = 0, block: BlockVariant | None = None) -> float | None:
+        """Of a block in the parent, or of the parent itself; kept in `task.json` from one start to the next."""
+        if self._task is None:
+            return None
+        file = self._stage.path / "task.json"
+        known: dict[str, float | None] = read_json(file) if file.exists() else {}
+        if label not in known:
+            model = self._passes.model
+            if block is not None:
+                model = with_block(model, layer, block, self._library.block_state(layer, block))
+            number = run_task(self._task, model)
+            if not math.isfinite(number):
+                if block is None:
+                    raise PuzzleError(f"score.task: {task_name(self._task)} is {number} for the parent itself")
+                self._run.log_warning(f"task score of {label} is {number}; it has none")
+            known[label] = number if math.isfinite(number) else None
+            write_json(file, known)
+        return known[label]
+
+    def _rows_file(self, layer: int) -> Path:
+        return self._stage.path / f"layer{layer:03d}.json"
+
+    def _first_round_file(self, layer: int) -> Path:
+        return self._stage.path / f"layer{layer:03d}.round1.safetensors"
+
+
+def _row(layer: int, block: BlockVariant, values: Tensor, parent: Tensor, task: float | None) -> ScoreRow:
+    """A block's row; what it was not scored on differs from the rest in loss, so its loss is the parent's and more."""
+    means = dict(zip(METRICS, values.mean(0).tolist(), strict=True))
+    rise = values[:, _LM_LOSS] - parent[: len(values), _LM_LOSS]
+    means["lm_loss"] = float(parent[:, _LM_LOSS].mean() + rise.mean())
+    kl_se = float(values[:, _KL].std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return ScoreRow(layer=layer, block=block.name, kl_se=kl_se, sequences=len(values), task=task, **means)
+
+
+def _race_outcome(rows: Sequence[ScoreRow], sequences: int) -> str:
+    others = [row for row in rows if row.kl != 0]
+    stopped = sum(row.sequences < sequences for row in others)
+    saved = 1 - sum(row.sequences for row in others) / max(1, len(others) * sequences)
+    return f"the race stopped {stopped} of {len(others)} blocks, which saved {saved:.0%} of the sequences"
+
+
+def _named(per_sequence: PerSequence) -> dict[str, Tensor]:
     return {
-        block: {name: torch.cat([part[name] for part in parts]) for name in _METRICS}
-        for block, parts in collected.items()
+        f"{block}.{name}": values[:, column]
+        for block, values in per_sequence.items()
+        for column, name in enumerate(METRICS)
     }
 
 
-def _module(model: PuzzleForCausalLM, library: Library, layer: int, variant: Variant) -> PuzzleDecoderLayer:
-    state = {name: tensor.to(model.device, model.dtype) for name, tensor in library.state(layer, variant).items()}
-    return build_subblock(variant, model.config, state)
-
-
-def _per_sequence(metrics: TokenMetrics, batch_size: int) -> dict[str, Tensor]:
-    return {name: getattr(metrics, name).double().unflatten(0, (batch_size, -1)).mean(1).cpu() for name in _METRICS}
-
-
-def _named(per_sequence: dict[BlockVariant, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{block}.{name}": value for block, metrics in per_sequence.items() for name, value in metrics.items()}
-
-
-def _rows(
-    run: Run, layer: int, layer_space: LayerSpace, per_sequence: dict[BlockVariant, dict[str, Tensor]]
-) -> list[ScoreRow]:
-    """Means and standard errors; blocks that are not finite are left out and named in the log."""
-    rows = []
-    for block, metrics in per_sequence.items():
-        if not all(value.isfinite().all() for value in metrics.values()):
-            run.log_warning(f"score of layer {layer} {block} is not finite; it cannot be chosen")
-            continue
-        rows.append(_row(layer, block, metrics, is_parent=block == layer_space.parent))
-    return rows
-
-
-def _row(layer: int, block: BlockVariant, metrics: dict[str, Tensor], *, is_parent: bool) -> ScoreRow:
-    kl: dict[str, Any] = {"kl": float(metrics["kl"].mean()), "kl_se": _standard_error(metrics["kl"])}
-    if is_parent:
-        # Its distribution is the parent's; what is left is the rounding of a batched against a single forward.
-        kl = {"kl": 0.0, "kl_se": 0.0}
-    return ScoreRow(
-        layer=layer,
-        block=block.name,
-        lm_loss=float(metrics["lm_loss"].mean()),
-        top1_agreement=1.0 if is_parent else float(metrics["top1_agreement"].mean()),
-        **kl,
-    )
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _from_named(tensors: Mapping[str, Tensor], blocks: Sequence[BlockVariant]) -> PerSequence:
+    return {block: torch.stack([tensors[f"{block}.{name}"] for name in METRICS], dim=1) for block in blocks}

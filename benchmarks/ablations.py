@@ -1,0 +1,58 @@
+"""The paper's ablations in small: what the child's KL before GKD owes to each choice, at equal measured cost.
+
+    python benchmarks/ablations.py PARENT TEXT FOLDER
+
+Every child meets the same bound on predicted speed from the same cost table; its KL is measured on test text.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from setting import opened, recipe
+
+from puzzle import CostTable, Pipeline, evaluate, realise, solve
+
+SPEEDS = ("1.5x", "2x", "3x")
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "as it is (decoupled, 131k tokens, KL)": {},
+    "BLD 0 tokens": {"library": {"tokens": 0}},
+    "BLD 33k tokens": {"library": {"tokens": 32_768}},
+    "BLD 524k tokens": {"library": {"tokens": 524_288}},
+    "paper's starts": {"library": {"start": "paper", "channels": "independent", "refit": False}},
+    "loss on the block's output": {"library": {"loss": "block"}},
+    "elastic": {"library": {"ffn": "elastic"}},
+    "coupled, 2 x 3 of a layer": {"library": {"coupled": 3}},
+    "scores: LM loss": {"search": {"score": "lm_loss"}},
+    "scores: cosine": {"search": {"score": "cosine"}},
+    "no race": {"score": {"race": None}},
+    "no-op only": {"space": {"kv_heads": [], "ffn_widths": [], "attention": ["none"], "ffn": ["none"]}},
+}
+
+
+def main(parent: str, text: str, folder: str) -> None:
+    """Print and keep one row per ablation and speed."""
+    rows, run = [], Path(folder) / "run"
+    with opened(run, recipe(parent, text)) as pipeline:
+        costs = pipeline.costs
+    for name, changes in ABLATIONS.items():
+        with opened(run, recipe(parent, text, **changes)) as pipeline:
+            for speed in SPEEDS:
+                rows.append({"ablation": name, "speed": speed, **child(pipeline, costs, speed)})
+                print(json.dumps(rows[-1]), flush=True)
+        Path(folder, "ablations.json").write_text("\n".join(map(json.dumps, rows)))
+
+
+def child(pipeline: Pipeline, costs: CostTable, speed: str) -> dict[str, float]:
+    """The best architecture at this speed by the one cost table, and its KL on test text."""
+    run = pipeline.run
+    target = type(run.recipe.target).model_validate({"throughput": speed})
+    solution = solve(pipeline.scores, costs, target, run.recipe.search)
+    made = realise(run, pipeline.parent, pipeline.library, solution.blocks)
+    quality = evaluate(run, pipeline.parent, made, pipeline.data, "child")
+    return {"sum of scores": solution.score, "kl": quality.kl, "loss": quality.test_loss}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

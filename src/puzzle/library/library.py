@@ -1,0 +1,127 @@
+"""The block library: which variants there are, and their weights.
+
+Variants are trained by `bld` and kept by `store`; a library is an index over them for one space. Law 4, wider is not
+worse, is a property of the index: where a narrower variant ended better, the wider one takes over its function.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from puzzle.artefacts import LibraryIndex, LibraryRow
+from puzzle.blocks import HALVES, BlockVariant, Half, Space, State, Variant, num_params, parse_variant, split_state
+from puzzle.data import TokenData
+from puzzle.library.bld import Group, train_groups
+from puzzle.library.groups import block_groups, subblock_groups
+from puzzle.library.statistics import Statistics
+from puzzle.library.store import Trained, VariantStore
+from puzzle.parents import Parent
+from puzzle.runs import Run, read_tensors, write_text
+
+
+@dataclass(frozen=True)
+class Library:
+    """The finished library: an index, and the weights on disk."""
+
+    root: Path
+    """The run folder."""
+    address: str
+    parent: Parent
+    index: LibraryIndex
+
+    def state(self, layer: int, variant: Variant) -> State:
+        """The weights of a variant of a layer, the parent's own included, in float32."""
+        half = variant.half
+        if variant == self.parent.architecture.blocks[layer].half(half):
+            return split_state(self.parent.layer_state(layer), half)
+        row = self.index.row(layer, half, variant.name)
+        state = read_tensors(self.root / row.file) if row.file else {}
+        if not row.widened_from:
+            return state
+        widened = parse_variant(half, row.widened_from).widen(state, variant, self.parent.config)
+        assert widened is not None, f"{row.widened_from} has no form as {variant}"
+        return widened
+
+    def block_state(self, layer: int, block: BlockVariant) -> State:
+        """The weights of a block: those it was trained with as a whole, else its halves'."""
+        row = self.index.find(layer, "block", block.name)
+        if row is not None:
+            return read_tensors(self.root / row.file)
+        return self.state(layer, block.attention) | self.state(layer, block.ffn)
+
+
+def build_library(
+    run: Run, parent: Parent, data: TokenData, statistics: Statistics, space: Space, *, coupled: bool = False
+) -> Library:
+    """Initialise and train all variants that `space` names beside the parent's own.
+
+    Args:
+        coupled: also train every block composed of them as a whole (paper section 2.2).
+    """
+    settings = run.recipe.library.model_dump(mode="json", exclude={"coupled"})
+    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 2}
+    inputs = [parent.address, data.address, statistics.address]
+    names = [[variant.name for half in HALVES for variant in layer.half(half)] for layer in space.layers]
+    halves = build_library(run, parent, data, statistics, space) if coupled else None
+    stage = run.stage("library", version=2, settings=settings | {"space": names, "coupled": coupled}, inputs=inputs)
+    index_file = stage.path / "index.json"
+    if not stage.done:
+        identity: dict[str, Any] = {"settings": settings, "inputs": inputs}
+        if halves is None:
+            groups = subblock_groups(run, parent, statistics, space)
+        else:
+            identity["halves"] = halves.address
+            groups = block_groups(run, parent, statistics, space, halves.block_state)
+        store = VariantStore(run, identity)
+        train_groups(run, stage, parent, data, store, groups)
+        rows = [row for group in groups for row in _rows(group, store)]
+        rows = rows if halves is not None else _nested(run.path, parent, rows)
+        index = LibraryIndex(rows=(*(() if halves is None else halves.index.rows), *rows))
+        write_text(index_file, index.to_json())
+        stage.commit(variants=len(index.rows))
+    return Library(run.path, stage.address, parent, LibraryIndex.from_json(index_file.read_text(encoding="utf-8")))
+
+
+def _rows(group: Group, store: VariantStore) -> list[LibraryRow]:
+    finished = store.finished(group.layer, group.half, group.variants)
+    assert finished is not None, "trained before"
+    return [_row(group, trained) for trained in finished]
+
+
+def _row(group: Group, trained: Trained) -> LibraryRow:
+    return LibraryRow(
+        layer=group.layer,
+        half=group.half,
+        variant=trained.variant,
+        file=trained.file,
+        widened_from="",
+        initial_loss=trained.initial_loss,
+        loss=trained.loss,
+        trained_tokens=trained.tokens,
+    )
+
+
+def _nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:
+    """Law 4: a variant that ended worse than a narrower one takes over the narrower one's function."""
+    best: dict[tuple[int, str], list[LibraryRow]] = {}
+    nested = []
+    for row in sorted(rows, key=lambda row: num_params(_variant(row), parent.config)):
+        variant = _variant(row)
+        for narrow in best.setdefault((row.layer, row.half), []):
+            source = parse_variant(variant.half, narrow.widened_from or narrow.variant)
+            if (
+                narrow.file
+                and narrow.loss < row.loss
+                and source.widen(read_tensors(root / narrow.file), variant, parent.config)
+            ):
+                row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
+        best[row.layer, row.half].append(row)
+        nested.append(row)
+    order = {(row.layer, row.half, row.variant): position for position, row in enumerate(rows)}
+    return sorted(nested, key=lambda row: order[row.layer, row.half, row.variant])
+
+
+def _variant(row: LibraryRow) -> Variant:
+    half: Half = "attention" if row.half == "attention" else "ffn"
+    return parse_variant(half, row.variant)

@@ -1,0 +1,67 @@
+"""Finished variants on disk: written at once, never trained twice, shared by every library of the run folder.
+
+    variants/DIGEST.json                       what came of one student
+    variants/DIGEST.VARIANT.safetensors        a variant's weights; none for a variant without weights
+
+The digest is that of everything that the result follows from.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from puzzle.blocks import State
+from puzzle.runs import Run, digest, read_json, write_json, write_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One variant with the weights that did best on held-out text."""
+
+    variant: str
+    file: str
+    """Relative to the run folder; empty without weights."""
+    initial_loss: float
+    loss: float
+    tokens: int
+
+
+class VariantStore:
+    """The finished variants that follow from `identity`, beside what names a student."""
+
+    def __init__(self, run: Run, identity: dict[str, Any]) -> None:
+        self._root, self._identity = run.path, identity
+
+    def finished(self, layer: int, half: str, variants: tuple[str, ...]) -> list[Trained] | None:
+        """What came of the student of these variants; None if it is not finished."""
+        file = self._file(layer, half, variants)
+        return [Trained(**row) for row in read_json(file)] if file.exists() else None
+
+    def write(
+        self,
+        layer: int,
+        half: str,
+        states: dict[str, State],
+        losses: dict[str, tuple[float, float]],
+        tokens: int,
+    ) -> None:
+        """Keep what came of a student.
+
+        Args:
+            losses: by variant, before and after training.
+        """
+        file = self._file(layer, half, tuple(states))
+        file.parent.mkdir(exist_ok=True)
+        rows = []
+        for variant, state in states.items():
+            weights = file.with_name(f"{file.stem}.{variant}.safetensors")
+            if state:
+                write_tensors(weights, state)
+            name = str(weights.relative_to(self._root)) if state else ""
+            initial, loss = losses[variant]
+            rows.append(Trained(variant=variant, file=name, initial_loss=initial, loss=loss, tokens=tokens))
+        write_json(file, [asdict(row) for row in rows])
+
+    def _file(self, layer: int, half: str, variants: tuple[str, ...]) -> Path:
+        identity = self._identity | {"layer": layer, "half": half, "variants": sorted(variants)}
+        return self._root / "variants" / f"{digest(identity)[:24]}.json"

@@ -1,0 +1,171 @@
+"""The parent run over texts a few layers at a time: neither its weights nor its activations need to fit in memory.
+
+A parent that fits is loaded once. Of a larger one, only the layers in use hold weights, and what enters the first of
+them is kept on disk for every batch of every text.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from puzzle.blocks import Half, contribution, num_params
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.parents.parent import Parent
+from puzzle.runs import Run, read_json, read_tensors, write_json, write_tensors
+from puzzle.units import format_bytes
+
+Texts = Mapping[str, Callable[[], Iterable[Tensor]]]
+"""Named texts: each gives its batches of tokens, [B, T], in order, as often as it is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPass:
+    """One layer seen in a pass. A half's contribution is what it adds to the residual stream, zeros if it is absent."""
+
+    index: int
+    layer: PuzzleDecoderLayer
+    context: dict[str, Any]
+    """What the layer is called with beside the hidden states."""
+    entered_BTD: Tensor
+    attention_BTD: Tensor
+    """The attention half's contribution."""
+    middle_BTD: Tensor
+    """What enters the FFN half."""
+    ffn_BTD: Tensor
+    """The FFN half's contribution."""
+    left_BTD: Tensor
+    """The layer's output."""
+
+    def entering(self, half: Half) -> Tensor:
+        return self.entered_BTD if half == "attention" else self.middle_BTD
+
+    def contribution(self, half: Half) -> Tensor:
+        return self.attention_BTD if half == "attention" else self.ffn_BTD
+
+
+class ParentPasses:
+    """The parent for inference, any range of layers over any text.
+
+    Args:
+        folder: where the inputs of layers are kept while they are needed; `close` deletes it.
+        reserved_bytes: memory that the caller needs beside the parent.
+    """
+
+    def __init__(self, run: Run, parent: Parent, folder: Path, reserved_bytes: int = 0) -> None:
+        self._run, self._parent, self._folder = run, parent, folder
+        dtype = getattr(torch, run.recipe.precision)
+        config = parent.config
+        blocks = parent.architecture.blocks
+        self.layer_bytes = [
+            dtype.itemsize * (num_params(block.attention, config) + num_params(block.ffn, config)) for block in blocks
+        ]
+        self.resident = sum(self.layer_bytes) + reserved_bytes <= run.memory_bytes
+        self.model = parent.load(dtype=dtype, device=run.device, layers=None if self.resident else ())
+
+    def hold(self, layers: Collection[int]) -> None:
+        """Have the weights of these layers; of a streamed parent, of no others."""
+        if not self.resident:
+            self._parent.hold(self.model, layers)
+
+    def groups(self, layers: Iterable[int], extra_bytes: Callable[[int], int]) -> Iterator[range]:
+        """Runs of adjoining layers, each run as long as its layers' weights and `extra_bytes` fit into the memory.
+
+        Args:
+            extra_bytes: what a layer needs beside its own weights.
+        """
+        budget = self._run.memory_bytes - (sum(self.layer_bytes) if self.resident else 0)
+        group: list[int] = []
+        used = 0
+        for layer in layers:
+            needed = extra_bytes(layer) + (0 if self.resident else self.layer_bytes[layer])
+            if group and (used + needed > budget or layer != group[-1] + 1):
+                yield range(group[0], group[-1] + 1)
+                group, used = [], 0
+            group.append(layer)
+            used += needed
+        if group:
+            yield range(group[0], group[-1] + 1)
+
+    @torch.no_grad()
+    def prepare(self, layer: int, texts: Texts) -> None:
+        """Have what enters `layer` on disk for every batch of `texts`; layer 0 takes the embeddings."""
+        for name, batches in texts.items():
+            start = self._ready(name)
+            if start == layer:
+                continue
+            self._check_disk(name, batches)
+            for group in self.groups(range(start if start < layer else 0, layer), lambda _: 0):
+                self.hold(group)
+                for index, tokens_BT in enumerate(batches()):
+                    hidden_BTD = self.entering(group.start, name, index, tokens_BT)
+                    for seen in self._through(group, hidden_BTD):
+                        hidden_BTD = seen.left_BTD
+                    file = self._file(name, group.stop, index)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(file, {"hidden_BTD": hidden_BTD})
+                write_json(self._folder / f"{name}.json", {"ready": group.stop})
+                shutil.rmtree(self._file(name, group.start, 0).parent, ignore_errors=True)
+
+    @torch.no_grad()
+    def entering(self, layer: int, text: str, index: int, tokens_BT: Tensor) -> Tensor:
+        """What enters `layer` for batch `index` of a text that was prepared for it, [B, T, D]."""
+        if layer == 0:
+            return self.model.model.embed_tokens(tokens_BT.to(self.model.device))
+        return read_tensors(self._file(text, layer, index))["hidden_BTD"].to(self.model.device)
+
+    def through(self, layers: range, text: str, index: int, tokens_BT: Tensor) -> Iterator[LayerPass]:
+        """Each of `layers` in order, for batch `index` of a text that was prepared for the first of them."""
+        return self._through(layers, self.entering(layers.start, text, index, tokens_BT))
+
+    def close(self) -> None:
+        """Delete what was kept on disk."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _through(self, layers: range, hidden_BTD: Tensor) -> Iterator[LayerPass]:
+        """Gradients are off for the parent alone: what the caller does with a layer may train."""
+        with torch.no_grad():
+            context = self.model.model.context(hidden_BTD)
+        for index in layers:
+            layer = cast(PuzzleDecoderLayer, self.model.model.layers[index])
+            with torch.no_grad():
+                attention_BTD = contribution(layer, "attention", hidden_BTD, context)
+                middle_BTD = hidden_BTD + attention_BTD
+                ffn_BTD = contribution(layer, "ffn", middle_BTD, context)
+                left_BTD = middle_BTD + ffn_BTD
+            yield LayerPass(
+                index=index,
+                layer=layer,
+                context=context,
+                entered_BTD=hidden_BTD,
+                attention_BTD=attention_BTD,
+                middle_BTD=middle_BTD,
+                ffn_BTD=ffn_BTD,
+                left_BTD=left_BTD,
+            )
+            hidden_BTD = left_BTD
+
+    def _ready(self, text: str) -> int:
+        """The layer whose inputs are complete on disk."""
+        file = self._folder / f"{text}.json"
+        return int(read_json(file)["ready"]) if file.exists() else 0
+
+    def _file(self, text: str, layer: int, index: int) -> Path:
+        return self._folder / f"{text}{layer:03d}" / f"{index:06d}.safetensors"
+
+    def _check_disk(self, text: str, batches: Callable[[], Iterable[Tensor]]) -> None:
+        """Inputs of two layers are on disk for a while."""
+        tokens = sum(tokens_BT.numel() for tokens_BT in batches())
+        needed = 2 * tokens * self._parent.config.hidden_size * self.model.dtype.itemsize
+        if needed > self._run.disk_bytes:
+            raise PuzzleError(
+                f"execution.disk: the activations of {tokens:,} {text} tokens take {format_bytes(needed)}, allowed are "
+                f"{format_bytes(self._run.disk_bytes)}; raise execution.disk or execution.memory, or take fewer tokens"
+            )
