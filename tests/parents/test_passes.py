@@ -91,6 +91,7 @@ def test_groups_are_as_long_as_memory_allows(pico_run: Run, pico_parent: Parent,
     )
     resident = passes(pico_run, pico_parent, tmp_path, memory=f"{sum(layer_bytes) + 25}B")
     assert list(resident.groups(range(4), lambda _: 10)) == [range(2), range(2, 4)]
+    assert list(resident.groups([0, 2, 3], lambda _: 10)) == [range(3), range(3, 4)]
     streamed = passes(pico_run, pico_parent, tmp_path, memory=f"{3 * layer_bytes[0]}B")
     assert list(streamed.groups(range(4), lambda _: 0)) == [range(3), range(3, 4)]
     assert list(streamed.groups([0, 2, 3], lambda _: 0)) == [range(1), range(2, 4)]

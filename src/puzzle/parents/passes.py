@@ -76,7 +76,9 @@ class ParentPasses:
             self._parent.hold(self.model, layers)
 
     def groups(self, layers: Iterable[int], extra_bytes: Callable[[int], int]) -> Iterator[range]:
-        """Runs of adjoining layers, each run as long as its layers' weights and `extra_bytes` fit into the memory.
+        """Runs of layers, each as long as its weights and `extra_bytes` fit into the memory.
+
+        Of a streamed parent runs do not reach over layers that are not asked for.
 
         Args:
             extra_bytes: what a layer needs beside its own weights.
@@ -86,7 +88,8 @@ class ParentPasses:
         used = 0
         for layer in layers:
             needed = extra_bytes(layer) + (0 if self.resident else self.layer_bytes[layer])
-            if group and (used + needed > budget or layer != group[-1] + 1):
+            gap = bool(group) and layer != group[-1] + 1 and not self.resident
+            if group and (used + needed > budget or gap):
                 yield range(group[0], group[-1] + 1)
                 group, used = [], 0
             group.append(layer)
@@ -102,6 +105,7 @@ class ParentPasses:
             if start == layer:
                 continue
             self._check_disk(name, batches)
+            self._folder.mkdir(parents=True, exist_ok=True)
             for group in self.groups(range(start if start < layer else 0, layer), lambda _: 0):
                 self.hold(group)
                 for index, tokens_BT in enumerate(batches()):
