@@ -2,13 +2,14 @@
 
     python benchmarks/scoring.py PARENT TEXT FOLDER [LAYERS]
 
-Processor time of one thread, all in one process. Blocks of `LAYERS` (`0,4,9`) are scored, with 64 sequences of 256.
+Processor time of one thread, all in one process. Only `LAYERS` (such as `0,4,9`) have alternatives.
 """
 
+import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,50 +18,274 @@ from setting import opened, recipe
 from torch import Tensor
 
 from puzzle import Library, Pipeline, ScoreTable, build_library, score
-from puzzle.blocks import Architecture, BlockVariant, LayerSpace, Space
+from puzzle.blocks import Architecture, BlockVariant, LayerSpace, Space, Variant
 from puzzle.child import assemble
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.runs import read_tensors
-from puzzle.scores.race import _smaller, _sizes, _sum, rounds
+from puzzle.scores.race import Sizes, _sizes, _smaller, _sum, rounds
 from puzzle.scores.suffix import LayerBlocks, SuffixScorer
 
-LAYERS, TOKENS, RACE = (0, 2, 5, 7, 9), 16_384, 0.0625
-FULL_FORWARDS = 3
+LAYERS = (0, 2, 5, 7, 9)
+TOKENS, RACE, BATCH_SIZE = 16_384, 0.0625, 4
+TIMED_FORWARDS = 3
 """Candidates a layer that are timed by a forward of the whole model; the others are taken to need as long."""
 FISHER_SEQUENCES, FISHER_SAMPLES = 32, 4
 Scores = dict[tuple[int, str], float]
 
 
 def main(parent: str, text: str, folder: str, layers: str = "") -> None:
-    """Print the tables of scoring.md."""
+    """Print the numbers of scoring.md."""
     torch.set_num_threads(1)
-    chosen = tuple(int(layer) for layer in layers.split(",")) if layers else LAYERS
-    path = Path(folder) / "run"
-    library_settings = {"tokens": 32_768, "validation_tokens": 8192}
-    times: dict[str, float] = {}
-    tables: dict[str, ScoreTable] = {}
-    for name, race in (("suffix, with race", RACE), ("suffix, no race", None)):
-        settings = recipe(parent, text, library=library_settings, score={"tokens": TOKENS, "race": race})
+    chosen = [int(layer) for layer in layers.split(",")] if layers else list(LAYERS)
+    path, tables, seconds = Path(folder) / "run", {}, {}
+    for race in (RACE, None):
+        library = {"tokens": 32_768, "validation_tokens": 8192}
+        settings = recipe(parent, text, library=library, score={"tokens": TOKENS, "race": race})
         with opened(path, settings) as method:
-            space, library = prepared(method, chosen)
+            space, library_ = prepared(method, chosen)
             with parts_timed() as parts:
                 began = time.process_time()
-                tables[name] = score(method.run, method.parent, method.data, library, space)
-                times[name] = time.process_time() - began
-            print(f"{name}: {times[name]:.1f} s, of these " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()))
+                tables[race] = score(method.run, method.parent, method.data, library_, space)
+                seconds[race] = time.process_time() - began
+            shares = ", ".join(f"{name} {part / seconds[race]:.0%}" for name, part in parts.items())
+            print(f"race {race}: {seconds[race]:.1f} s; {shares}", flush=True)
             if race is None:
-                times["full forwards"] = time_full_forwards(method, library, chosen)
-                report_times(times)
-                stage = next(path.glob("stages/score-*/layer000.safetensors")) if False else None
-                report_proxies(method, library, chosen, tables[name], times[name])
-    report_race(method, chosen, tables, path)
+                full = time_full_forwards(method, library_, space, chosen)
+                print(
+                    f"full forwards: {full:.1f} s, {full / seconds[None]:.1f} times as long as without race, ", end=""
+                )
+                print(f"{full / seconds[RACE]:.1f} times as long as with it")
+                report_proxies(method, library_, space, chosen, tables[None], seconds[None])
+                report_race(method, tables, kl_by_sequence(path, chosen))
+                report_control_variate(space, kl_by_sequence(path, chosen))
 
 
-def prepared(method: Pipeline, layers: tuple[int, ...]) -> tuple[Space, Library]:
+def prepared(method: Pipeline, layers: Sequence[int]) -> tuple[Space, Library]:
     """The space with alternatives in `layers` alone, and its library."""
-    own = (LayerSpace(layer.attention[:1], layer.ffn[:1]) for layer in method.full_space.layers)
     space = Space(
-        tuple(layer if i in layers else alone for i, (layer, alone) in enumerate(zip(method.full_space.layers, own)))
+        tuple(
+            layer if index in layers else LayerSpace(layer.attention[:1], layer.ffn[:1])
+            for index, layer in enumerate(method.full_space.layers)
+        )
     )
     return space, build_library(method.run, method.parent, method.data, method.statistics, space)
+
+
+@contextmanager
+def parts_timed() -> Iterator[dict[str, float]]:
+    """Processor time in the blocks themselves, the layers after them, and the head with the metrics."""
+    parts: dict[str, float] = defaultdict(float)
+    places = {
+        "blocks": (LayerBlocks, "outputs"),
+        "suffix": (SuffixScorer, "_through"),
+        "head": (SuffixScorer, "_metrics"),
+    }
+    plain = {name: getattr(*place) for name, place in places.items()}
+
+    def timed(name: str):  # type: ignore[no-untyped-def]
+        def call(*args):  # type: ignore[no-untyped-def]
+            began = time.process_time()
+            result = plain[name](*args)
+            parts[name] += time.process_time() - began
+            return result
+
+        return call
+
+    for name, (owner, method) in places.items():
+        setattr(owner, method, timed(name))
+    try:
+        yield parts
+    finally:
+        for name, (owner, method) in places.items():
+            setattr(owner, method, plain[name])
+
+
+@torch.no_grad()
+def time_full_forwards(method: Pipeline, library: Library, space: Space, layers: Sequence[int]) -> float:
+    """Every candidate as a whole model over all the text, metrics included; assembling is not counted."""
+    model, total = method.parent.load(), 0.0
+    batches = list(method.data.batches("scoring", BATCH_SIZE, TOKENS))
+    finals = [last_hidden(model, sequences[:, :-1]) for sequences in batches]
+    for layer in layers:
+        blocks = space.layers[layer].blocks()[1:]
+        step = max(1, len(blocks) // TIMED_FORWARDS)
+        taken = []
+        for block in blocks[step // 2 :: step]:
+            child = assemble(method.parent, library, Architecture(replaced(method, layer, block)))
+            began = time.process_time()
+            for sequences, final_ND in zip(batches, finals, strict=True):
+                hidden_ND = last_hidden(child, sequences[:, :-1])
+                compare(model, model, final_ND, [hidden_ND], sequences[:, 1:].flatten())
+            taken.append(time.process_time() - began)
+        total += len(blocks) * sum(taken) / len(taken)
+    return total
+
+
+def replaced(method: Pipeline, layer: int, block: BlockVariant) -> tuple[BlockVariant, ...]:
+    blocks = list(method.parent.architecture.blocks)
+    blocks[layer] = block
+    return tuple(blocks)
+
+
+def last_hidden(model: PuzzleForCausalLM, tokens_BT: Tensor) -> Tensor:
+    hidden_BTD = model.model.embed_tokens(tokens_BT)
+    context = model.model.context(hidden_BTD)
+    for layer in model.model.layers:
+        hidden_BTD = layer(hidden_BTD, **context)
+    return hidden_BTD.flatten(0, 1)
+
+
+def report_proxies(
+    method: Pipeline, library: Library, space: Space, layers: Sequence[int], table: ScoreTable, kl_s: float
+) -> None:
+    """A line for each cheaper score: its cost, and Spearman against the KL over all blocks and within layers."""
+    blocks = {(layer, block.name): block for layer in layers for block in space.layers[layer].blocks()[1:]}
+    kl = {key: table.row(*key).kl for key in blocks}
+    halves = sum(len(half) - 1 for layer in layers for half in (space.layers[layer].attention, space.layers[layer].ffn))
+    began = time.process_time()
+    fisher = fisher_scores(method, library, space, layers)
+    fisher_s = time.process_time() - began
+    proxies: dict[str, tuple[float, Scores]] = {
+        # One number of candidates' share of the whole: each costs the same.
+        "halves added": (kl_s * halves / len(blocks), {key: halves_added(space, table, *key) for key in blocks}),
+        "block error": (0.0, {key: block_error(method, library, key[0], block) for key, block in blocks.items()}),
+        "Fisher sketch": (fisher_s, fisher),
+    }
+    for name, (cost_s, scores) in proxies.items():
+        within = [
+            spearman([scores[k] for k in blocks if k[0] == i], [kl[k] for k in blocks if k[0] == i]) for i in layers
+        ]
+        overall = spearman([scores[key] for key in blocks], [kl[key] for key in blocks])
+        print(f"{name}: {cost_s:.1f} s, Spearman {overall:.4f}; within layers {min(within):.4f} to {max(within):.4f}")
+
+
+def halves_added(space: Space, table: ScoreTable, layer: int, block: str) -> float:
+    """The KL of the attention beside the parent's FFN, plus that of the FFN beside the parent's attention."""
+    own, (attention, ffn) = space.layers[layer].parent, block.split("+")
+    return table.value(layer, f"{attention}+{own.ffn}") + table.value(layer, f"{own.attention}+{ffn}")
+
+
+def block_error(method: Pipeline, library: Library, layer: int, block: BlockVariant) -> float:
+    """The halves' held-out errors, as shares of the power of the block's output."""
+    own = method.parent.architecture.blocks[layer]
+
+    def error(variant: Variant) -> float:
+        if variant == own.half(variant.half):
+            return 0.0
+        power = float(method.statistics.half(layer, variant.half)["output_power"])
+        return library.index.row(layer, variant.half, variant.name).loss * power
+
+    return (error(block.attention) + error(block.ffn)) / float(method.statistics.layer(layer)["block_power"])
+
+
+def fisher_scores(method: Pipeline, library: Library, space: Space, layers: Sequence[int]) -> Scores:
+    """1/2 E(g . d)^2 a token: d what a block changes in its layer's output, g the gradient there of the log-likelihood
+    of next tokens that the parent itself samples.
+    """
+    model = method.parent.load()
+    modules = {layer: LayerBlocks(library, layer, space.layers[layer], model) for layer in layers}
+    scores: dict[tuple[int, str], float] = defaultdict(float)
+    generator = torch.Generator().manual_seed(0)
+    for sequences in method.data.sequences("scoring", slice(0, FISHER_SEQUENCES)).split(1):
+        inputs, gradients = gradients_of_samples(model, sequences[:, :-1], layers, generator)
+        for layer in layers:
+            blocks = space.layers[layer].blocks()
+            with torch.no_grad():
+                outputs_ATD = modules[layer].outputs(blocks, inputs[layer])
+                change_AK = torch.einsum("atd,ktd->ak", outputs_ATD[1:] - outputs_ATD[:1], gradients[layer])
+            for block, change_K in zip(blocks[1:], change_AK, strict=True):
+                scores[layer, block.name] += float(change_K.square().mean()) / 2
+    return dict(scores)
+
+
+def gradients_of_samples(
+    model: PuzzleForCausalLM, tokens_BT: Tensor, layers: Sequence[int], generator: torch.Generator
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What enters each layer, [1, T, D], and the gradients at its output, [samples, T, D]."""
+    hidden_BTD = model.model.embed_tokens(tokens_BT).requires_grad_()
+    context = model.model.context(hidden_BTD)
+    inputs, outputs = {}, {}
+    for index, layer in enumerate(model.model.layers):
+        inputs[index] = hidden_BTD.detach()
+        hidden_BTD = outputs[index] = layer(hidden_BTD, **context)
+    logits_TV = model.lm_head(model.model.norm(hidden_BTD))[0]
+    labels_TK = logits_TV.detach().softmax(-1).multinomial(FISHER_SAMPLES, replacement=True, generator=generator)
+    kept = [outputs[layer] for layer in layers]
+    gradients = [
+        torch.autograd.grad(
+            torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum"), kept, retain_graph=True
+        )
+        for labels_T in labels_TK.T
+    ]
+    return inputs, {layer: torch.cat(each) for layer, each in zip(layers, zip(*gradients, strict=True), strict=True)}
+
+
+def kl_by_sequence(path: Path, layers: Sequence[int]) -> dict[tuple[int, str], Tensor]:
+    """The KL of every block on every sequence, from the scores without race."""
+    stages = path.glob("stages/score-*/stage.json")
+    (folder,) = (file.parent for file in stages if json.loads(file.read_text())["settings"]["race"] is None)
+    return {
+        (layer, name.removesuffix(".kl")): values
+        for layer in layers
+        for name, values in read_tensors(folder / f"layer{layer:03d}.safetensors").items()
+        if name.endswith(".kl")
+    }
+
+
+def first_round(values: Tensor) -> int:
+    return rounds(RACE, len(values))[0]
+
+
+def report_race(method: Pipeline, tables: dict[float | None, ScoreTable], kl: dict[tuple[int, str], Tensor]) -> None:
+    """How well the first round ranks, and whether a block that it stopped could have been chosen."""
+    full = {key: float(values.mean()) for key, values in kl.items()}
+    first = {key: float(values[: first_round(values)].mean()) for key, values in kl.items()}
+    print(f"first round: Spearman {spearman(list(first.values()), list(full.values())):.4f} against all the text")
+    stopped = {key for key in first if tables[RACE].row(*key).sequences < tables[RACE].sequences}
+    saved = 1 - sum(tables[RACE].row(*key).sequences for key in first) / len(first) / tables[RACE].sequences
+    sizes = {key: size_of(method, *key) for key in first}
+    lost = [
+        key
+        for key in stopped
+        if not any(
+            other[0] == key[0] and full[other] <= full[key] and _smaller(sizes[other], sizes[key]) for other in first
+        )
+    ]
+    print(f"race: {len(stopped)} of {len(first)} blocks stopped, {saved:.0%} of the sequences saved, ", end="")
+    print(f"{len(lost)} of them are on their layer's front of KL, parameters and KV cache: {lost}")
+
+
+def report_control_variate(space: Space, kl: dict[tuple[int, str], Tensor]) -> None:
+    """What the halves know of the blocks composed of them: halves on all sequences, blocks on the first round alone.
+
+    The estimate is the halves' sum on all sequences, plus the mean of what the block has more than they on the first.
+    """
+    errors, first_errors = [], []
+    for (layer, name), values in kl.items():
+        own, (attention, ffn) = space.layers[layer].parent, name.split("+")
+        halves = (layer, f"{attention}+{own.ffn}"), (layer, f"{own.attention}+{ffn}")
+        if (layer, name) in halves:
+            continue
+        summed, count, full = kl[halves[0]] + kl[halves[1]], first_round(values), values.mean()
+        estimate = summed.mean() + (values - summed)[:count].mean()
+        errors.append(float((estimate - full).abs() / full))
+        first_errors.append(float((values[:count].mean() - full).abs() / full))
+    means = [sum(each) / len(each) for each in (errors, first_errors)]
+    print(
+        f"composed blocks from the first round: mean error {means[0]:.2%} with the halves known, {means[1]:.2%} without"
+    )
+
+
+def size_of(method: Pipeline, layer: int, name: str) -> Sizes:
+    block, config = BlockVariant.parse(name), method.parent.config
+    return _sum(_sizes(block.attention, config), _sizes(block.ffn, config))
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    ranks = torch.stack([torch.tensor(each).argsort().argsort().double() for each in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -21,9 +21,11 @@ Scorer = Callable[..., ScoreTable]
 
 @pytest.fixture
 def small_space(pico_space: Space) -> Space:
-    """Six blocks a layer."""
-    attention = (GroupedQuery(4), GroupedQuery(1), NoAttention())
-    return Space(tuple(LayerSpace(attention, (GatedFFN(64), NoFFN())) for _ in pico_space.layers))
+    """Six blocks a layer, and a layer without a choice."""
+    some = LayerSpace((GroupedQuery(4), GroupedQuery(1), NoAttention()), (GatedFFN(64), NoFFN()))
+    only = LayerSpace((GroupedQuery(4),), (GatedFFN(64),))
+    assert len(pico_space.layers) == 4
+    return Space((some, some, some, only))
 
 
 @pytest.fixture

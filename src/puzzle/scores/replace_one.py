@@ -100,7 +100,8 @@ class _Scoring:
                 passes.prepare(layer, {"scoring": self._text.inputs})
                 blocks = LayerBlocks(self._library, layer, self._space.layers[layer], passes.model)
                 per_sequence = self._per_sequence(scorer, blocks)
-                write_tensors(self._stage.path / f"layer{layer:03d}.safetensors", _named(per_sequence))
+                if per_sequence:
+                    write_tensors(self._stage.path / f"layer{layer:03d}.safetensors", _named(per_sequence))
                 rows = [asdict(row) for row in self._rows(layer, parent, per_sequence)]
                 write_json(self._rows_file(layer), rows)
                 self._first_round_file(layer).unlink(missing_ok=True)
@@ -129,7 +130,7 @@ class _Scoring:
         """Of every block but the parent's own: all sequences, or those of the first round for what lost the race."""
         blocks = self._space.layers[layer_blocks.layer].blocks()[1:]
         first, *later = self._text.rounds
-        if not later:
+        if not blocks or not later:
             return scorer.blocks(layer_blocks, blocks, first)
         file = self._first_round_file(layer_blocks.layer)
         if not file.exists():

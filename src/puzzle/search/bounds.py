@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from puzzle.artefacts import Bounds, CostTable, ScoreTable, Totals
+from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Totals
 from puzzle.errors import PuzzleError
 from puzzle.recipe import TargetSettings
 
@@ -89,19 +89,9 @@ def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
     these if there are several. So `2x` of throughput and `50%` of memory speak of the same parent, served as
     well as the scenario lets it be.
     """
-    blocks = [_parent_block(scores, layer) for layer in range(scores.num_layers)]
+    blocks = [scores.parent_row(layer).block for layer in range(scores.num_layers)]
     totals = [costs.totals(blocks, batch_size) for batch_size in sorted(costs.batch_sizes)]
     return dict(max(totals, key=lambda each: each.throughput_tok_s).as_dict())
-
-
-def _parent_block(scores: ScoreTable, layer: int) -> str:
-    """The first of the layer's rows whose KL is exactly 0; others with 0 are tables' ties."""
-    for row in scores.layer(layer):
-        if row.kl == 0:
-            return row.block
-    raise PuzzleError(
-        f"scores of layer {layer}: no block has a KL of 0, so the parent's own is missing; score that layer again"
-    )
 
 
 def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: float = 0.0) -> Bounds:
@@ -124,11 +114,11 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: 
 
 
 def evaluate_blocks(
-    scores: ScoreTable, costs: CostTable, blocks: Sequence[str], batch_size: int
+    scores: ScoreTable, costs: CostTable, blocks: Sequence[str], batch_size: int, score: ScoreName = "kl"
 ) -> tuple[float, Totals]:
     """Summed score and predicted totals of an architecture, from the raw tables, bytes and parameters as integers."""
     assert len(blocks) == scores.num_layers, f"{len(blocks)} blocks for {scores.num_layers} layers"
-    return scores.total(blocks), costs.totals(blocks, batch_size)
+    return scores.total(blocks, score), costs.totals(blocks, batch_size)
 
 
 def excesses(totals: Totals, bounds: Bounds) -> dict[str, float]:

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from puzzle.artefacts import Bounds, CostTable, Proof, ScoreTable, Solution, Totals
+from puzzle.artefacts import Bounds, CostTable, Proof, ScoreName, ScoreTable, Solution, Totals
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings
 from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE, evaluate_blocks, excesses, parent_totals
@@ -13,6 +13,8 @@ from puzzle.search.problem import Choices, Program, build_program, tabulate
 
 _SAME = 1e-9
 """Relative difference below which two sums of scores count as one sum added up in two orders."""
+_ZERO = 1e-12
+"""So do two sums this close to 0, where terms of both signs cancel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +22,24 @@ class Instance:
     """The tables, and what all searches over them share."""
 
     scores: ScoreTable
+    """Of the blocks that have the score."""
+    score: ScoreName
+    """What is added up."""
     costs: CostTable
     choices: list[Choices]
     """One per allowed batch size."""
     parent: dict[str, float]
 
     @classmethod
-    def of(cls, scores: ScoreTable, costs: CostTable) -> "Instance":
-        return cls(scores=scores, costs=costs, choices=tabulate(scores, costs), parent=parent_totals(scores, costs))
+    def of(cls, scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> "Instance":
+        scores = scores.having(score)
+        return cls(
+            scores=scores,
+            score=score,
+            costs=costs,
+            choices=tabulate(scores, costs, score),
+            parent=parent_totals(scores, costs),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +52,7 @@ class Candidate:
 
     def beats(self, other: "Candidate | None") -> bool:
         """A lower score, or the same and faster."""
-        if other is None or not math.isclose(self.score, other.score, rel_tol=_SAME):
+        if other is None or not math.isclose(self.score, other.score, rel_tol=_SAME, abs_tol=_ZERO):
             return other is None or self.score < other.score
         return self.totals.throughput_tok_s > other.totals.throughput_tok_s
 
@@ -73,7 +85,7 @@ def best_architecture(instance: Instance, bounds: Bounds, settings: SearchSettin
     best: Candidate | None = None
     proven, lower = True, math.inf
     for relaxed, place in sorted((relaxed_bound(program), place) for place, (_, program) in enumerate(programs)):
-        if relaxed == math.inf or (best and relaxed > best.score + _SAME * abs(best.score)):
+        if relaxed == math.inf or (best and relaxed > best.score + _SAME * abs(best.score) + _ZERO):
             lower = min(lower, relaxed)
             break
         found, done, bound = _solve(instance, *programs[place], bounds, settings)
@@ -88,7 +100,8 @@ def best_architecture(instance: Instance, bounds: Bounds, settings: SearchSettin
     proof = Proof(
         status="optimal" if proven else "feasible",
         bound=bound,
-        gap=(best.score - bound) / abs(best.score) if bound < best.score else 0.0,
+        # Scores such as a rise in loss may be negative, so that their sum may be about 0 while its bound is not.
+        gap=(best.score - bound) / max(abs(best.score), abs(bound)) if bound < best.score else 0.0,
         solver=solver_name(),
         seconds=time.monotonic() - start,
     )
@@ -131,7 +144,7 @@ def _solve(
         if outcome.positions is None:
             return None, outcome.status == "infeasible", outcome.bound
         blocks = tuple(choices.blocks[entry] for entry in program.entries[outcome.positions])
-        score, totals = evaluate_blocks(instance.scores, instance.costs, blocks, choices.batch_size)
+        score, totals = evaluate_blocks(instance.scores, instance.costs, blocks, choices.batch_size, instance.score)
         broken = excesses(totals, bounds)
         if not broken:
             found = Candidate(blocks=blocks, score=score, totals=totals)

@@ -27,7 +27,7 @@ def frontier(
     Raises:
         PuzzleError: the other bounds cannot be met.
     """
-    instance = Instance.of(scores, costs)
+    instance = Instance.of(scores, costs, settings.score)
     others = replace(resolve_bounds(target, instance.parent, settings.margin), **{quantity: None})
     best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
     if best is None:

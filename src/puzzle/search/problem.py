@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle.artefacts import Bounds, Cost, CostTable, ScoreTable, Totals
+from puzzle.artefacts import Bounds, Cost, CostTable, ScoreName, ScoreTable, Totals
 from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE
 
 Floats = NDArray[np.float64]
@@ -42,11 +42,11 @@ class Choices:
         return self.fixed[name] + float(lowest.sum())
 
 
-def tabulate(scores: ScoreTable, costs: CostTable) -> list[Choices]:
-    """The choices at each allowed batch size."""
+def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> list[Choices]:
+    """The choices at each allowed batch size, with `score` to add up: every row must have it."""
     rows = sorted(scores.rows, key=lambda row: row.layer)
-    kl = np.array([row.kl for row in rows], dtype=np.float64)
-    assert np.isfinite(kl).all(), "a score that is not finite must not be in the score table"
+    values = np.array([scores.value(row.layer, row.block, score) for row in rows], dtype=np.float64)
+    assert np.isfinite(values).all(), "a score that is not finite must not be in the score table"
 
     def at(batch_size: int) -> Choices:
         def terms(cost: Cost) -> list[float]:
@@ -61,7 +61,7 @@ def tabulate(scores: ScoreTable, costs: CostTable) -> list[Choices]:
             num_layers=scores.num_layers,
             layers=np.array([row.layer for row in rows], dtype=np.int64),
             blocks=tuple(row.block for row in rows),
-            scores=kl,
+            scores=values,
             costs=dict(zip(QUANTITIES, table.T, strict=True)),
             fixed=dict(zip(QUANTITIES, terms(costs.fixed(batch_size)), strict=True)),
         )

@@ -16,7 +16,7 @@ def solve(scores: ScoreTable, costs: CostTable, target: TargetSettings, settings
     Raises:
         PuzzleError: the target is empty or cannot be met, with the range that can be reached.
     """
-    instance = Instance.of(scores, costs)
+    instance = Instance.of(scores, costs, settings.score)
     bounds = resolve_bounds(target, instance.parent, settings.margin)
     if not bounds.given():
         settable = ", ".join(quantity.setting for quantity in QUANTITIES.values())

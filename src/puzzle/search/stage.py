@@ -7,6 +7,7 @@ from puzzle.runs import Run, write_text
 from puzzle.search.solve import solve
 
 _VERSION = 1
+_SUMMED = {"kl": "KL", "lm_loss": "rise in loss", "cosine": "cosine distance", "task": "fall in the task"}
 
 
 def search(
@@ -33,17 +34,18 @@ def search(
     solution = solve(scores, costs, target, settings)
     write_text(path, solution.to_json())
     stage.commit()
-    run.log(f"search: {_describe(solution)}")
+    run.log(f"search: {_describe(solution, _SUMMED[settings.score])}")
     return solution
 
 
-def _describe(solution: Solution) -> str:
+def _describe(solution: Solution, summed: str) -> str:
     """The solution in one line."""
     predicted, parent, proof = solution.predicted, solution.parent, solution.proof
     speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
     assert proof is not None, "a searched solution has a proof"
     return (
-        f"summed KL {solution.score:.4g} ({proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s) at batch size "
-        f"{solution.batch_size}; predicted {speed:.4g} generated tok/s ({speed / parent['throughput_tok_s']:.2f}x the "
-        f"parent's), {memory / 1e9:.4g} GB of weights and KV cache ({memory / parent['memory_bytes']:.2f}x)"
+        f"summed {summed} {solution.score:.4g} ({proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s) at "
+        f"batch size {solution.batch_size}; predicted {speed:.4g} generated tok/s "
+        f"({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights and KV cache "
+        f"({memory / parent['memory_bytes']:.2f}x)"
     )
