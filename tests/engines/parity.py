@@ -1,0 +1,51 @@
+"""Children of all kinds, and how far an engine's logits are from torch's."""
+
+from pathlib import Path
+
+import torch
+from tests.conftest import pico_puzzle, save_byte_tokenizer
+from torch import Tensor
+
+from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
+
+VOCAB = 288
+"""More than the tokenizer has: the rest only pads the embeddings."""
+PLAIN = "kv4+w48"
+ATTENTIONS = ("kv4", "kv2", "kv1", "linear", "none")
+FFNS = ("w48", "w16", "rank6", "linear", "none")
+POSITIONS = ("first", "middle", "last")
+MIXED = (
+    ("none+w48", "kv4+none", "linear+linear", "none+none", "kv1+w16", "none+linear", "none+w48", "kv2+none"),
+    ("none+none", "none+linear", "kv4+rank6", "linear+none", "kv2+linear", "none+w16", "kv4+w48", "none+none"),
+    ("linear+none", "linear+none", "none+rank6", "none+linear", "kv4+linear", "kv1+none", "none+none", "none+linear"),
+    ("kv4+none", "kv2+none", "kv1+none", "none+w48", "none+w16", "none+linear", "linear+w48", "linear+none"),
+)
+
+
+def save(folder: Path, *blocks: str, **overrides: object) -> tuple[PuzzleForCausalLM, Path]:
+    """A random child of these blocks, in memory and on disk."""
+    model = pico_puzzle(*blocks, vocab_size=VOCAB, hidden_size=64, **overrides)
+    folder.mkdir(parents=True)
+    save_byte_tokenizer(folder)
+    save_checkpoint(model, folder / "child", extra_files_from=folder)
+    return model, folder / "child"
+
+
+def in_position(attention: str, ffn: str, position: str) -> list[str]:
+    blocks = [PLAIN] * 4
+    blocks[{"first": 0, "middle": 1, "last": 3}[position]] = f"{attention}+{ffn}"
+    return blocks
+
+
+@torch.no_grad()
+def logits_of(model: PuzzleForCausalLM, tokens: list[int]) -> Tensor:
+    return model(torch.tensor([tokens])).logits[0]
+
+
+def greedy(model: PuzzleForCausalLM, tokens: list[int], count: int) -> list[int]:
+    generated = model.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return generated[0, len(tokens) :].tolist()
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())

@@ -1,0 +1,124 @@
+"""GGUF files: types, metadata, tokenizer; that llama.cpp computes the same is tested in tests/engines."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.export.conftest import SaveChild
+
+from puzzle.errors import PuzzleError
+from puzzle.export import export_gguf
+from puzzle.export.gguf_tokenizer import read_vocabulary
+from puzzle.modeling import PuzzleConfig
+
+gguf = pytest.importorskip("gguf", reason="pip install puzzle-llm[gguf]")
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def edit_json(path: Path, change: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_metadata(save_child: SaveChild, tmp_path: Path) -> None:
+    _, child = save_child("none+w48", "kv2+w48", "kv1+w48")
+    found = fields(export_gguf(child, tmp_path / "model.gguf"))
+    assert found["general.architecture"] == "deci"
+    assert found["deci.attention.head_count"] == 4  # layers agree: a scalar
+    assert found["deci.attention.head_count_kv"] == [0, 2, 1]
+    assert found["deci.feed_forward_length"] == 48
+    assert found["deci.attention.key_length"] == found["deci.rope.dimension_count"] == 12
+    assert found["deci.block_count"] == 3
+    assert found["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert len(found["tokenizer.ggml.tokens"]) == found["deci.vocab_size"] == 260
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (0, 3)
+    assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1e-2)])
+def test_types(save_child: SaveChild, tmp_path: Path, dtype: Any, error: float) -> None:
+    model, child = save_child("kv4+w48")
+    tensors = {
+        tensor.name: tensor for tensor in gguf.GGUFReader(export_gguf(child, tmp_path / "m", dtype=dtype)).tensors
+    }
+    assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
+    assert tensors["blk.0.ffn_gate.weight"].tensor_type.name == dtype.upper()
+    # Its rows of 48 are no whole blocks of 32.
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == ("F16" if dtype == "q8_0" else dtype.upper())
+    stored = tensors["blk.0.ffn_gate.weight"]
+    values = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+    expected = model.model.layers[0].mlp.gate_proj.weight.detach()
+    assert float((values - expected).abs().max() / expected.abs().max()) <= error
+
+
+def test_without_the_package(save_child: SaveChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, child = save_child("kv4+w48")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(PuzzleError, match=r"pip install puzzle-llm\[gguf\]"):
+        export_gguf(child, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"type": "Unigram"}}, "is Unigram; only byte-level BPE"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "SentencePiece-like BPE"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalises text"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text by .*Whitespace"),
+        ({"added_tokens": [{"id": 260, "content": "<x>", "special": True}]}, "has the token 260, the model only 260"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_would_read_otherwise(
+    save_child: SaveChild, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    _, child = save_child("kv4+w48")
+    edit_json(child / "tokenizer.json", change)
+    with pytest.raises(PuzzleError, match=message):
+        export_gguf(child, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+LLAMA3_SPLIT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {
+                "Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
+                "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+            },
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+
+
+@pytest.mark.parametrize(("ignore_merges", "name"), [(True, "llama-bpe"), (False, "smaug-bpe")])
+def test_llama_3_tokenizers_are_known(save_child: SaveChild, ignore_merges: bool, name: str) -> None:
+    _, child = save_child("kv4+w48")
+    model = json.loads((child / "tokenizer.json").read_text())["model"] | {"ignore_merges": ignore_merges}
+    edit_json(child / "tokenizer.json", {"pre_tokenizer": LLAMA3_SPLIT, "model": model})
+    config = PuzzleConfig.from_pretrained(child)
+    assert read_vocabulary(child, config).pre_tokenizer == name
+
+
+def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild) -> None:
+    _, child = save_child("kv4+w48")
+    begin = {"id": "<eos>", "type_id": 0}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": begin}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}},
+    }
+    edit_json(child / "tokenizer.json", {"post_processor": template})
+    edit_json(child / "tokenizer_config.json", {"bos_token": "<eos>"})
+    vocabulary = read_vocabulary(child, PuzzleConfig.from_pretrained(child))
+    assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.special["bos"]) == (True, False, 0)
