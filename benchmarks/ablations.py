@@ -12,21 +12,27 @@ from typing import Any
 
 from setting import opened, recipe
 
-from puzzle import CostTable, Pipeline, evaluate, realise, solve
+from puzzle import CostTable, Pipeline, Recipe, evaluate, realise, solve
 
 SPEEDS = ("1.5x", "2x", "3x")
+SPACE = {"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]}
+BASE: dict[str, dict[str, Any]] = {
+    "space": {**SPACE, "prune": None},
+    "library": {"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
+    "score": {"tokens": 8192},
+}
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "as it is (decoupled, 131k tokens, KL)": {},
+    "as it is (decoupled, 65k tokens, KL)": {},
     "BLD 0 tokens": {"library": {"tokens": 0}},
-    "BLD 33k tokens": {"library": {"tokens": 32_768}},
-    "BLD 524k tokens": {"library": {"tokens": 524_288}},
+    "BLD 16k tokens": {"library": {"tokens": 16_384}},
+    "BLD 262k tokens": {"library": {"tokens": 262_144}},
     "paper's starts": {"library": {"start": "paper", "channels": "independent", "refit": False}},
     "loss on the block's output": {"library": {"loss": "block"}},
     "elastic": {"library": {"ffn": "elastic"}},
-    "coupled, 2 x 3 of a layer": {"library": {"coupled": 3}},
+    "coupled, 2 x 2 of a layer": {"library": {"coupled": 2}},
     "scores: LM loss": {"search": {"score": "lm_loss"}},
     "scores: cosine": {"search": {"score": "cosine"}},
-    "no race": {"score": {"race": None}},
+    "scores: every block on all tokens": {"score": {"race": None}},
     "no-op only": {"space": {"kv_heads": [], "ffn_widths": [], "attention": ["none"], "ffn": ["none"]}},
 }
 
@@ -34,14 +40,19 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 def main(parent: str, text: str, folder: str) -> None:
     """Print and keep one row per ablation and speed."""
     rows, run = [], Path(folder) / "run"
-    with opened(run, recipe(parent, text)) as pipeline:
+    with opened(run, settings(parent, text, {})) as pipeline:
         costs = pipeline.costs
     for name, changes in ABLATIONS.items():
-        with opened(run, recipe(parent, text, **changes)) as pipeline:
+        with opened(run, settings(parent, text, changes)) as pipeline:
             for speed in SPEEDS:
                 rows.append({"ablation": name, "speed": speed, **child(pipeline, costs, speed)})
                 print(json.dumps(rows[-1]), flush=True)
         Path(folder, "ablations.json").write_text("\n".join(map(json.dumps, rows)))
+
+
+def settings(parent: str, text: str, changes: dict[str, dict[str, Any]]) -> Recipe:
+    """The base recipe with some settings changed."""
+    return recipe(parent, text, **{name: BASE.get(name, {}) | changes.get(name, {}) for name in {*BASE, *changes}})
 
 
 def child(pipeline: Pipeline, costs: CostTable, speed: str) -> dict[str, float]:

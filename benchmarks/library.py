@@ -13,10 +13,10 @@ from pathlib import Path
 from setting import opened, recipe
 
 from puzzle import Pipeline, Space, build_library, score
-from puzzle.blocks import LayerSpace
+from puzzle.blocks import HALVES, Half, LayerSpace
 
 STEPS = (0, 10, 100, 1000)
-BATCH, LENGTH = 4, 256
+BATCH, LENGTH = 2, 256
 METHODS = {
     "paper": {"start": "paper", "channels": "independent", "refit": False},
     "closed form": {},
@@ -31,7 +31,7 @@ def main(parent: str, text: str, folder: str) -> None:
     for steps in STEPS:
         for method, settings in METHODS.items():
             library = {"tokens": steps * BATCH * LENGTH, "batch_size": BATCH, "learning_rate": 3e-3, **settings}
-            chosen = recipe(parent, text, space=SPACE, library=library, score={"race": None})
+            chosen = recipe(parent, text, space=SPACE, library=library, score={"tokens": 8192, "race": None})
             with opened(Path(folder) / "run", chosen) as pipeline:
                 rows += [{"method": method, "steps": steps, **row} for row in measure(pipeline)]
             Path(folder, "library.json").write_text("\n".join(map(json.dumps, rows)))
@@ -42,12 +42,23 @@ def measure(pipeline: Pipeline) -> Iterator[dict[str, object]]:
     run, parent, data = pipeline.run, pipeline.parent, pipeline.data
     space = thinned(pipeline.full_space)
     library = build_library(run, parent, data, pipeline.statistics, space)
-    scores = score(run, parent, data, library, space)
-    for row in library.index.rows:
-        own = space.layers[row.layer].parent
-        block = f"{row.variant}+{own.ffn}" if row.half == "attention" else f"{own.attention}+{row.variant}"
-        kl = scores.row(row.layer, block).kl
-        yield {"layer": row.layer, "half": row.half, "variant": row.variant, "loss": row.loss, "kl": kl}
+    for half in HALVES:
+        beside = Space(tuple(_alone(layer, half) for layer in space.layers))
+        scores = score(run, parent, data, library, beside)
+        for row in library.index.rows:
+            if row.half == half:
+                own = space.layers[row.layer].parent
+                block = f"{row.variant}+{own.ffn}" if half == "attention" else f"{own.attention}+{row.variant}"
+                kl = scores.row(row.layer, block).kl
+                yield {"layer": row.layer, "half": half, "variant": row.variant, "loss": row.loss, "kl": kl}
+
+
+def _alone(layer: LayerSpace, half: Half) -> LayerSpace:
+    return (
+        LayerSpace(layer.attention, layer.ffn[:1])
+        if half == "attention"
+        else LayerSpace(layer.attention[:1], layer.ffn)
+    )
 
 
 def thinned(space: Space) -> Space:

@@ -28,6 +28,7 @@ from puzzle.scores.suffix import LayerBlocks, SuffixScorer
 
 LAYERS = (0, 2, 5, 7, 9)
 TOKENS, RACE, BATCH_SIZE = 16_384, 0.0625, 4
+WAYS = {"all": {"race": None}, "raced": {"race": RACE, "composed": "raced"}, "estimated": {"race": RACE}}
 TIMED_FORWARDS = 3
 """Candidates a layer that are timed by a forward of the whole model; the others are taken to need as long."""
 FISHER_SEQUENCES, FISHER_SAMPLES = 32, 4
@@ -39,26 +40,23 @@ def main(parent: str, text: str, folder: str, layers: str = "") -> None:
     torch.set_num_threads(1)
     chosen = [int(layer) for layer in layers.split(",")] if layers else list(LAYERS)
     path, tables, seconds = Path(folder) / "run", {}, {}
-    for race in (RACE, None):
+    for way, settings in WAYS.items():
         library = {"tokens": 32_768, "validation_tokens": 8192}
-        settings = recipe(parent, text, library=library, score={"tokens": TOKENS, "race": race})
-        with opened(path, settings) as method:
+        with opened(path, recipe(parent, text, library=library, score={"tokens": TOKENS, **settings})) as method:
             space, library_ = prepared(method, chosen)
             with parts_timed() as parts:
                 began = time.process_time()
-                tables[race] = score(method.run, method.parent, method.data, library_, space)
-                seconds[race] = time.process_time() - began
-            shares = ", ".join(f"{name} {part / seconds[race]:.0%}" for name, part in parts.items())
-            print(f"race {race}: {seconds[race]:.1f} s; {shares}", flush=True)
-            if race is None:
+                tables[way] = score(method.run, method.parent, method.data, library_, space)
+                seconds[way] = time.process_time() - began
+            shares = ", ".join(f"{name} {part / seconds[way]:.0%}" for name, part in parts.items())
+            print(f"{way}: {seconds[way]:.1f} s; {shares}", flush=True)
+            if way == "all":
                 full = time_full_forwards(method, library_, space, chosen)
-                print(
-                    f"full forwards: {full:.1f} s, {full / seconds[None]:.1f} times as long as without race, ", end=""
-                )
-                print(f"{full / seconds[RACE]:.1f} times as long as with it")
-                report_proxies(method, library_, space, chosen, tables[None], seconds[None])
-                report_race(method, tables, kl_by_sequence(path, chosen))
-                report_control_variate(space, kl_by_sequence(path, chosen))
+                print(f"full forwards: {full:.1f} s", flush=True)
+                report_proxies(method, library_, space, chosen, tables[way], seconds[way])
+    print(", ".join(f"{way} {full / taken:.1f} times cheaper" for way, taken in seconds.items()))
+    report_race(method, tables, kl_by_sequence(path, chosen))
+    report_estimate(space, tables)
 
 
 def prepared(method: Pipeline, layers: Sequence[int]) -> tuple[Space, Library]:
@@ -237,13 +235,13 @@ def first_round(values: Tensor) -> int:
     return rounds(RACE, len(values))[0]
 
 
-def report_race(method: Pipeline, tables: dict[float | None, ScoreTable], kl: dict[tuple[int, str], Tensor]) -> None:
+def report_race(method: Pipeline, tables: dict[str, ScoreTable], kl: dict[tuple[int, str], Tensor]) -> None:
     """How well the first round ranks, and whether a block that it stopped could have been chosen."""
     full = {key: float(values.mean()) for key, values in kl.items()}
     first = {key: float(values[: first_round(values)].mean()) for key, values in kl.items()}
     print(f"first round: Spearman {spearman(list(first.values()), list(full.values())):.4f} against all the text")
-    stopped = {key for key in first if tables[RACE].row(*key).sequences < tables[RACE].sequences}
-    saved = 1 - sum(tables[RACE].row(*key).sequences for key in first) / len(first) / tables[RACE].sequences
+    stopped = {key for key in first if tables["raced"].row(*key).sequences < tables["raced"].sequences}
+    saved = 1 - sum(tables["raced"].row(*key).sequences for key in first) / len(first) / tables["raced"].sequences
     sizes = {key: size_of(method, *key) for key in first}
     lost = [
         key
@@ -256,25 +254,20 @@ def report_race(method: Pipeline, tables: dict[float | None, ScoreTable], kl: di
     print(f"{len(lost)} of them are on their layer's front of KL, parameters and KV cache: {lost}")
 
 
-def report_control_variate(space: Space, kl: dict[tuple[int, str], Tensor]) -> None:
-    """What the halves know of the blocks composed of them: halves on all sequences, blocks on the first round alone.
-
-    The estimate is the halves' sum on all sequences, plus the mean of what the block has more than they on the first.
-    """
-    errors, first_errors = [], []
-    for (layer, name), values in kl.items():
-        own, (attention, ffn) = space.layers[layer].parent, name.split("+")
-        halves = (layer, f"{attention}+{own.ffn}"), (layer, f"{own.attention}+{ffn}")
-        if (layer, name) in halves:
-            continue
-        summed, count, full = kl[halves[0]] + kl[halves[1]], first_round(values), values.mean()
-        estimate = summed.mean() + (values - summed)[:count].mean()
-        errors.append(float((estimate - full).abs() / full))
-        first_errors.append(float((values[:count].mean() - full).abs() / full))
-    means = [sum(each) / len(each) for each in (errors, first_errors)]
+def report_estimate(space: Space, tables: dict[str, ScoreTable]) -> None:
+    """How near estimated scores of composed blocks are to those of all the text, beside the latter's own errors."""
+    pairs = []
+    for row in tables["estimated"].rows:
+        own, block = space.layers[row.layer].parent, BlockVariant.parse(row.block)
+        if own.attention != block.attention and own.ffn != block.ffn:
+            pairs.append((row, tables["all"].row(row.layer, row.block)))
+    error = sum(abs(row.kl - true.kl) / true.kl for row, true in pairs) / len(pairs)
+    own_error = sum(true.kl_se / true.kl for _, true in pairs) / len(pairs)
     print(
-        f"composed blocks from the first round: mean error {means[0]:.2%} with the halves known, {means[1]:.2%} without"
+        f"estimated KL of composed blocks: off by {error:.2%} on average (standard error of all {own_error:.2%}), ",
+        end="",
     )
+    print(f"Spearman {spearman([row.kl for row, _ in pairs], [true.kl for _, true in pairs]):.4f}")
 
 
 def size_of(method: Pipeline, layer: int, name: str) -> Sizes:

@@ -128,7 +128,10 @@ class ScoreSettings(Section):
     tokens: PositiveCount = 65_536
     """Tokens on which every block is scored."""
     race: Share | None = 0.0625
-    """Share of the tokens after which blocks stop that are larger and worse than others; null: none stops."""
+    """Share of the tokens that every block is scored on at first; null: all of them, and nothing is estimated."""
+    composed: Literal["estimated", "raced"] = "estimated"
+    """After that share: `estimated` takes blocks with both halves replaced from it and from their halves' scores on all
+    tokens; `raced` goes on with all blocks but those that are larger and clearly worse than others."""
     task: Text | None = None
     """`module:function` from a model to a number, the higher the better: a score of your own."""
 

@@ -12,7 +12,7 @@ from puzzle.blocks import BlockVariant
 from puzzle.runs import read_tensors
 from puzzle.scores import replace_one
 from puzzle.scores.race import rounds, survivors
-from puzzle.scores.suffix import SuffixScorer
+from puzzle.scores.suffix import METRICS, SuffixScorer
 
 CONFIG = pico_puzzle("kv4+w48").config
 
@@ -105,7 +105,7 @@ def test_losers_are_scored_on_the_first_round_alone(
 ) -> None:
     full = scored("full", race=None)
     _worse_when_larger(monkeypatch)
-    raced = scored("raced", race=0.25)
+    raced = scored("raced", race=0.25, composed="raced")
     assert {row.sequences for row in full.rows} == {16}
     losers = [row for row in raced.rows if row.sequences == 4]
     assert [row.block for row in losers if row.block == "kv1+w64"] == ["kv1+w64"] * 3
@@ -118,24 +118,25 @@ def test_losers_are_scored_on_the_first_round_alone(
     assert len(kept["kv1+w64.kl"]) == 4
     assert len(kept["kv1+none.kl"]) == raced.row(0, "kv1+none").sequences
     saved = len(losers) * 12 / (15 * 16)
-    assert f"the race stopped {len(losers)} of 15 blocks, which saved {saved:.0%}" in capsys.readouterr().out
+    assert (
+        f"{len(losers)} of 15 blocks stopped after the first round, which saved {saved:.0%}" in capsys.readouterr().out
+    )
 
 
-def test_a_loss_of_part_of_the_text_is_compared_with_the_parents_of_that_part(
-    scored: Scorer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_of_part_of_the_text_is_compared_with_the_parents_of_that_part() -> None:
     """Else what the first sequences are like would count as the block's doing."""
-    _worse_when_larger(monkeypatch)
-    monkeypatch.setattr(replace_one, "_LM_LOSS", replace_one._KL)
-    row = scored(race=0.25).row(2, "kv1+w64")
+    parent = torch.rand(16, len(METRICS), dtype=torch.float64)
+    values = parent[:4] + 0.25
+    row = replace_one._row(2, BlockVariant.parse("kv1+w64"), values, parent, None, None)
     assert row.sequences == 4
-    assert row.lm_loss == pytest.approx(row.kl)  # the parent's KL is 0 everywhere
+    assert row.lm_loss == pytest.approx(float(parent[:, METRICS.index("lm_loss")].mean()) + 0.25)
+    assert row.kl == pytest.approx(float(values[:, METRICS.index("kl")].mean()))
 
 
 def test_a_run_that_was_cut_off_between_the_rounds_goes_on_there(
     scored: Scorer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    whole = scored("whole", race=0.25)
+    whole = scored("whole", race=0.25, composed="raced")
 
     class Killed(BaseException):
         pass
@@ -146,11 +147,11 @@ def test_a_run_that_was_cut_off_between_the_rounds_goes_on_there(
     with monkeypatch.context() as patched:
         patched.setattr(replace_one, "survivors", killed)
         with pytest.raises(Killed):
-            scored("cut", race=0.25)
+            scored("cut", race=0.25, composed="raced")
     (folder,) = (tmp_path / "cut" / "stages").glob("score-*")
     assert [file.name for file in folder.glob("*round1*")] == ["layer000.round1.safetensors"]
     calls = _calls(monkeypatch)
-    assert scored("cut", race=0.25) == whole
+    assert scored("cut", race=0.25, composed="raced") == whole
     assert calls[0][0] == 0
     assert calls[0][1] > 0
     assert (1, 0) in calls

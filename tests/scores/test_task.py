@@ -26,7 +26,7 @@ def remaining(model: PuzzleForCausalLM) -> float:
 
 
 def test_every_block_that_was_scored_on_everything_has_a_task_score(scored: Scorer, pico_parent: Parent) -> None:
-    table = scored(function=remaining, race=0.25)
+    table = scored(function=remaining, race=0.25, composed="raced")
     for row in table.rows:
         assert (row.task is None) == (row.sequences < table.sequences)
     full, smaller = table.parent_row(1), table.row(1, "none+none")

@@ -22,7 +22,7 @@ from puzzle.scores.suffix import METRICS, LayerBlocks, ScoringText, SuffixScorer
 from puzzle.scores.task import Task, load_task, run_task, task_name, with_block
 from puzzle.units import format_bytes
 
-_KL, _LM_LOSS = METRICS.index("kl"), METRICS.index("lm_loss")
+_KL, _LM_LOSS, _AGREEMENT, _COSINE = (METRICS.index(name) for name in ("kl", "lm_loss", "top1_agreement", "cosine"))
 PerSequence = dict[BlockVariant, Tensor]
 """The metrics of each block, [sequences, METRICS]."""
 
@@ -41,6 +41,7 @@ def score(
     identity = {
         "tokens": settings.tokens,
         "race": settings.race,
+        "composed": settings.composed,
         "task": None if task is None else task_name(task),
         "precision": run.recipe.precision,
     }
@@ -127,7 +128,7 @@ class _Scoring:
         return passes
 
     def _per_sequence(self, scorer: SuffixScorer, layer_blocks: LayerBlocks) -> PerSequence:
-        """Of every block but the parent's own: all sequences, or those of the first round for what lost the race."""
+        """Of every block but the parent's own: all sequences, or those of the first round for what stops there."""
         blocks = self._space.layers[layer_blocks.layer].blocks()[1:]
         first, *later = self._text.rounds
         if not blocks or not later:
@@ -136,7 +137,10 @@ class _Scoring:
         if not file.exists():
             write_tensors(file, _named(scorer.blocks(layer_blocks, blocks, first)))
         scores = _from_named(read_tensors(file), blocks)
-        left = survivors({block: values[:, _KL] for block, values in scores.items()}, self._parent.config)
+        if self._run.recipe.score.composed == "estimated":
+            left = [block for block in blocks if self._halves(layer_blocks.layer, block) is None]
+        else:
+            left = survivors({block: values[:, _KL] for block, values in scores.items()}, self._parent.config)
         for block, values in scorer.blocks(layer_blocks, left, later[0]).items():
             scores[block] = torch.cat([scores[block], values])
         return scores
@@ -161,10 +165,22 @@ class _Scoring:
             if not values.isfinite().all():
                 self._run.log_warning(f"score of layer {layer} {block} is not finite; it cannot be chosen")
                 continue
-            scored_all = len(values) == self._sequences
-            task = self._task_score(f"layer {layer} {block}", layer, block) if scored_all else None
-            rows.append(_row(layer, block, values, parent, task))
+            estimated = self._run.recipe.score.composed == "estimated"
+            runs_task = estimated or len(values) == self._sequences
+            task = self._task_score(f"layer {layer} {block}", layer, block) if runs_task else None
+            halves = self._halves(layer, block) if estimated and len(values) < self._sequences else None
+            scored_halves = None if halves is None else [per_sequence[half] for half in halves]
+            if scored_halves is not None and not all(half.isfinite().all() for half in scored_halves):
+                scored_halves = None
+            rows.append(_row(layer, block, values, parent, scored_halves, task))
         return rows
+
+    def _halves(self, layer: int, block: BlockVariant) -> tuple[BlockVariant, BlockVariant] | None:
+        """The blocks in which one of its halves stands beside the parent's own; None if it is such a block itself."""
+        own = self._space.layers[layer].parent
+        if own.attention == block.attention or own.ffn == block.ffn:
+            return None
+        return BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)
 
     def _task_score(self, label: str, layer: int = 0, block: BlockVariant | None = None) -> float | None:
         """Of a block in the parent, or of the parent itself; kept in `task.json` from one start to the next."""
@@ -192,20 +208,45 @@ class _Scoring:
         return self._stage.path / f"layer{layer:03d}.round1.safetensors"
 
 
-def _row(layer: int, block: BlockVariant, values: Tensor, parent: Tensor, task: float | None) -> ScoreRow:
-    """A block's row; what it was not scored on differs from the rest in loss, so its loss is the parent's and more."""
-    means = dict(zip(METRICS, values.mean(0).tolist(), strict=True))
-    rise = values[:, _LM_LOSS] - parent[: len(values), _LM_LOSS]
-    means["lm_loss"] = float(parent[:, _LM_LOSS].mean() + rise.mean())
-    kl_se = float(values[:, _KL].std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return ScoreRow(layer=layer, block=block.name, kl_se=kl_se, sequences=len(values), task=task, **means)
+def _row(
+    layer: int,
+    block: BlockVariant,
+    values: Tensor,
+    parent: Tensor,
+    halves: Sequence[Tensor] | None,
+    task: float | None,
+) -> ScoreRow:
+    """A block's row, as the parent's figures on all sequences and what the block adds to them.
+
+    What it was not scored on is known by its halves, if given: their sum on all sequences is a control variate, to
+    which comes what the block has beyond them on the sequences that it was scored on. That has no bias.
+    """
+    base = parent.clone()
+    base[:, _KL], base[:, _COSINE], base[:, _AGREEMENT] = 0.0, 0.0, 1.0
+    added, count = values - base[: len(values)], len(values)
+    variance = _variance_of_mean(added[:, _KL])
+    mean = added.mean(0)
+    if halves is not None:
+        summed = torch.stack([half - base for half in halves]).sum(0)
+        beyond = added - summed[:count]
+        estimate = summed.mean(0) + beyond.mean(0)
+        # A divergence is positive, and by chance an estimate of a small one is not.
+        if estimate[_KL] > 0:
+            mean = estimate
+            variance = _variance_of_mean(summed[:, _KL]) + _variance_of_mean(beyond[:, _KL])
+    means = dict(zip(METRICS, (base.mean(0) + mean).tolist(), strict=True))
+    return ScoreRow(layer=layer, block=block.name, kl_se=math.sqrt(variance), sequences=count, task=task, **means)
+
+
+def _variance_of_mean(values: Tensor) -> float:
+    return float(values.var() / len(values)) if len(values) > 1 else 0.0
 
 
 def _race_outcome(rows: Sequence[ScoreRow], sequences: int) -> str:
     others = [row for row in rows if row.kl != 0]
     stopped = sum(row.sequences < sequences for row in others)
     saved = 1 - sum(row.sequences for row in others) / max(1, len(others) * sequences)
-    return f"the race stopped {stopped} of {len(others)} blocks, which saved {saved:.0%} of the sequences"
+    return f"{stopped} of {len(others)} blocks stopped after the first round, which saved {saved:.0%} of the sequences"
 
 
 def _named(per_sequence: PerSequence) -> dict[str, Tensor]:
