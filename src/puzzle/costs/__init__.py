@@ -1,10 +1,9 @@
 """Costs of blocks and of whole models: the memory model, the engines' times, and the table made of both."""
 
-from puzzle.costs.compare import time_architectures
+from puzzle.costs.compare import time_architectures, time_checkpoints
 from puzzle.costs.engine import Engine, Sample, Times
 from puzzle.costs.memory import fixed_memory, subblock_memory
 from puzzle.costs.stage import ENGINES, measure_costs
-from puzzle.costs.torch_engine import measure_models
 
 __all__ = [
     "ENGINES",
@@ -13,7 +12,7 @@ __all__ = [
     "Times",
     "fixed_memory",
     "measure_costs",
-    "measure_models",
     "subblock_memory",
     "time_architectures",
+    "time_checkpoints",
 ]

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from puzzle.blocks import BlockVariant
@@ -39,6 +40,9 @@ class Engine(Protocol):
 
     def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
         """Time these blocks once; a `PuzzleError` where they do not fit into the device's memory."""
+
+    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
+        """Time a whole model on disk once, a parent or a child."""
 
 
 def summarise(samples: Sequence[Sample]) -> Times:

@@ -24,6 +24,7 @@ from puzzle.blocks import BlockVariant, GroupedQuery, Variant, num_params
 from puzzle.costs.engine import Sample
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleConfig
+from puzzle.parents import open_parent
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -80,6 +81,11 @@ class RooflineEngine:
             prefill_ms=self._step_ms(blocks, batch_size, new=prompt, context=prompt),
             decode_ms=self._step_ms(blocks, batch_size, new=1, context=prompt + generated // 2),
         )
+
+    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
+        """Calculate a model's times from its shapes."""
+        model = open_parent(str(checkpoint))
+        return RooflineEngine(model.config, self._scenario).measure(model.architecture.blocks, batch_size)
 
     def _step_ms(self, blocks: Sequence[BlockVariant], batch_size: int, new: int, context: int) -> float:
         """One step of `new` tokens a sequence, after which the cache holds `context`."""

@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.allocator import freed_memory_kept, is_glibc
-from puzzle.costs.engine import Sample, Times, summarise
+from puzzle.costs.engine import Sample
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
+from puzzle.parents import open_parent
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
@@ -37,6 +38,7 @@ class TorchEngine:
         self._device, self._dtype = torch.device(scenario.device), getattr(torch, scenario.dtype)
         self._pool = torch.empty(0, dtype=self._dtype, device=self._device)
         self._warm: set[tuple[tuple[BlockVariant, ...], int]] = set()
+        self._loaded: dict[Path, PuzzleForCausalLM] = {}
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -59,6 +61,13 @@ class TorchEngine:
             self._warm.add((shape, batch_size))
         return time_model(model, self._scenario, batch_size)
 
+    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
+        """Time a whole model; it stays loaded for the next round."""
+        if checkpoint not in self._loaded:
+            self._loaded[checkpoint] = open_parent(str(checkpoint)).load(dtype=self._dtype, device=self._device)
+            time_model(self._loaded[checkpoint], self._scenario, batch_size)
+        return time_model(self._loaded[checkpoint], self._scenario, batch_size)
+
     def _build(self, blocks: Sequence[BlockVariant]) -> PuzzleForCausalLM:
         """The stack with weights out of the pool, so that a new stack costs neither memory nor time."""
         model = empty_model(Architecture(tuple(blocks)).configure(self._config))
@@ -73,23 +82,6 @@ class TorchEngine:
         }
         model.load_state_dict(state, strict=False, assign=True)
         return finish(model, self._device)
-
-
-def measure_models(
-    models: Mapping[str, PuzzleForCausalLM], scenario: Scenario, batch_size: int, repeats: int
-) -> dict[str, Times]:
-    """Time whole models in turns, in the way in which the cost table was measured, on the device they are on.
-
-    Args:
-        repeats: rounds over all models; one more goes before them uncounted.
-    """
-    samples: dict[str, list[Sample]] = {name: [] for name in models}
-    device = next((model.device for model in models.values()), torch.device("cpu"))
-    with _conditions(device):
-        for _ in range(repeats + 1):
-            for name, model in models.items():
-                samples[name].append(time_model(model, scenario, batch_size))
-    return {name: summarise(rounds[1:]) for name, rounds in samples.items()}
 
 
 def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) -> Sample:

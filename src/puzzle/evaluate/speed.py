@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from puzzle.artefacts import Cost, CostTable, Totals
 from puzzle.child import Child
-from puzzle.costs import Times, measure_models
+from puzzle.costs import Times, time_checkpoints
 from puzzle.parents import Parent
 from puzzle.runs import Run
 
@@ -25,9 +23,9 @@ def measure_speed(
     }
     stage = run.stage("speed", version=1, settings=settings, inputs=[models[name].address for name in names])
     if not stage.done:
-        dtype = getattr(torch, costs.scenario.dtype)
-        loaded = {name: models[name].load(dtype=dtype, device=run.device) for name in names}
-        times = measure_models(loaded, costs.scenario, batch_size, run.recipe.cost.repeats)
+        (config,) = (model.config for model in models.values() if isinstance(model, Parent))
+        checkpoints = {name: models[name].path for name in names}
+        times = time_checkpoints(config, checkpoints, costs.scenario, batch_size, run.recipe.cost.repeats)
         stage.commit(rows={name: _row(times[name], costs, batch_size) for name in names})
     rows: dict[str, dict[str, float]] = stage.facts["rows"]
     return rows

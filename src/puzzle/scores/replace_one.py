@@ -39,6 +39,7 @@ def score(
     if task is None and settings.task is not None:
         task = load_task(settings.task)
     identity = {
+        "blocks": [[block.name for block in layer.blocks()] for layer in space.layers],
         "tokens": settings.tokens,
         "race": settings.race,
         "composed": settings.composed,
