@@ -24,7 +24,7 @@ from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.distill import distil, distillation_curve
 from puzzle.evaluate import evaluate, measure_speed, table_row
-from puzzle.export import export_hf
+from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.parents import Parent, open_parent
 from puzzle.plan import estimate
@@ -58,15 +58,16 @@ class Pipeline:
 
     @cached_property
     def full_space(self) -> Space:
-        """The variants that the recipe asks for."""
+        """The variants that the recipe asks for, as far as what it is deployed on can run them."""
         settings = self.run.recipe.space
-        return derive_space(
+        space = derive_space(
             self.parent.config,
             kv_heads=settings.kv_heads,
             ffn_widths=settings.ffn_widths,
             attention=settings.attention,
             ffn=settings.ffn,
         )
+        return deployable(space, self.parent.config, self.run.recipe.deploy)
 
     @cached_property
     def data(self) -> TokenData:

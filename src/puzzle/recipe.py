@@ -213,23 +213,68 @@ class DistilSettings(Section):
     """Highest rate of the schedule."""
     batch_size: PositiveInt = 8
     """Sequences a step."""
+    accumulate: PositiveInt = 1
+    """Parts in which a step's sequences are run, one after another: less memory, the same step."""
     warmup: Annotated[Fraction, Field(ge=0, lt=1)] = 0.05
     """Share of the steps."""
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
+    """`muon`: on the layers' matrices, AdamW on the rest; `adamw8bit`: torchao's, a quarter of the moments' memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW."""
+    """Of matrices."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to it."""
     cosine_weight: Annotated[float, Field(ge=0)] = 1.0
     """Of the cosine distance between hidden states, layer by layer."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of the KL divergence between next-token distributions."""
+    """Of the divergence between next-token distributions."""
+    lm_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the negative log-likelihood of the text itself."""
+    divergence: Literal["forward", "reverse", "skewed"] = "forward"
+    """`forward`: KL(parent || child); `reverse`: KL(child || parent); `skewed`: KL(parent || mixture of both)."""
+    skew: Share = 0.1
+    """The parent's share of the mixture of `skewed`."""
+    temperature: PositiveFloat = 1.0
+    """Logits of both are divided by it in training."""
+    new_only: Annotated[Fraction, Field(ge=0, le=1)] = 0.0
+    """Share of the steps, the first ones, that train only the blocks that differ from the parent's; 1: all steps."""
+    ladder: Annotated[Fraction, Field(ge=0, le=0.5)] = 0.0
+    """Share of the steps that read sequences cut into four, and then as many that read halves; 0: none."""
+    documents: bool = True
+    """Tokens of a packed sequence attend only to their own document, where its end can be told."""
+    teacher_cache: PositiveInt | None = None
+    """Train on so many of the parent's likeliest tokens from disk, without the parent in memory and without cosine."""
+    checkpointing: bool = False
+    """Compute activations inside layers again in the backward pass: less memory, a third more time."""
     validation_tokens: PositiveCount = 32_768
-    """Held-out text of each point of the curve."""
+    """Held-out text of each point of the curve; the child that was best on it is the result."""
+    patience: PositiveInt | None = None
+    """Stop after so many points of the curve, of ten in all, without a better one; null: never."""
+    log: list[Literal["tensorboard", "wandb"]] | None = None
+    """Where curves are shown while it trains; null: TensorBoard, if it is installed."""
 
     @model_validator(mode="after")
     def _have_a_loss(self) -> Self:
-        if self.cosine_weight == self.kl_weight == 0:
+        if self.cosine_weight == self.kl_weight == self.lm_weight == 0:
             raise ValueError("cosine_weight and kl_weight are both 0, so nothing would be learned; raise one")
+        return self
+
+    @model_validator(mode="after")
+    def _split_evenly(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; give a divisor of it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cache_what_is_asked_for(self) -> Self:
+        if self.teacher_cache and (self.divergence, self.temperature) != ("forward", 1.0):
+            raise ValueError(
+                "teacher_cache keeps too little for another divergence or temperature; leave those at forward and 1, "
+                "or set it to null"
+            )
+        if self.teacher_cache and self.kl_weight == 0:
+            raise ValueError("teacher_cache serves the KL divergence alone; raise kl_weight, or set it to null")
         return self
 
 
@@ -264,6 +309,8 @@ class Recipe(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """In which the parent runs during calibration, BLD, scoring and GKD."""
     space: SpaceSettings = SpaceSettings()
+    deploy: list[Text] = []
+    """What must be able to run the child, such as `vllm` or `gguf` (docs/engines.md); restricts the space."""
     calibration: CalibrationSettings = CalibrationSettings()
     library: LibrarySettings = LibrarySettings()
     score: ScoreSettings = ScoreSettings()

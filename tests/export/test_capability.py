@@ -6,9 +6,18 @@ import pytest
 from tests.conftest import pico_puzzle
 from tests.export.conftest import SaveChild
 
-from puzzle.blocks import GatedFFN, GroupedQuery, LinearAttention, LinearFFN, LowRankFFN, NoAttention, NoFFN
+from puzzle.blocks import (
+    GatedFFN,
+    GroupedQuery,
+    LinearAttention,
+    LinearFFN,
+    LowRankFFN,
+    NoAttention,
+    NoFFN,
+    derive_space,
+)
 from puzzle.errors import PuzzleError
-from puzzle.export import TARGETS, check, convert, require, supported, table
+from puzzle.export import TARGETS, check, convert, deployable, require, supported, table
 from puzzle.modeling import PuzzleConfig
 
 
@@ -115,3 +124,14 @@ def test_only_checkpoints_are_replaced_and_never_the_child(save_child: SaveChild
 def test_the_table_in_the_documentation_is_this_one() -> None:
     page = Path(__file__).parents[2] / "docs" / "engines.md"
     assert table() in page.read_text(encoding="utf-8"), "docs/engines.md: put `puzzle.export.table()` into it again"
+
+
+def test_a_space_is_restricted_to_what_is_deployed_on() -> None:
+    config = pico_puzzle("kv4+w48", "kv4+w48").config
+    space = derive_space(config, ffn_widths=[16], attention=["linear", "none", "kv4win8"], ffn=["linear", "none"])
+    assert deployable(space, config, []) == deployable(space, config, ["hf"]) == space
+    deci = deployable(space, config, ["deci", "gguf"])
+    assert [variant.name for variant in deci.layers[1].attention] == ["kv4", "kv2", "kv1", "none"]
+    assert [variant.name for variant in deci.layers[1].ffn] == ["w48", "w16", "none"]
+    with pytest.raises(PuzzleError, match="export target 'lamma' is unknown; use one of hf, vllm"):
+        deployable(space, config, ["lamma"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from puzzle.errors import PuzzleError
-from puzzle.export.capability import Finding, check, require, supported, table
+from puzzle.export.capability import Finding, check, deployable, require, supported, table
 from puzzle.export.deci import export_deci
 from puzzle.export.gguf import GGUFType, export_gguf
 from puzzle.export.hf import export_hf
@@ -42,6 +42,7 @@ __all__ = [
     "Target",
     "check",
     "convert",
+    "deployable",
     "export_deci",
     "export_gguf",
     "export_hf",

@@ -1,9 +1,10 @@
 """Whether a model can be exported to a format, layer by layer, before anything is written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle.blocks import Half, Variant
+from puzzle.blocks import Half, LayerSpace, Space, Variant
 from puzzle.errors import PuzzleError
 from puzzle.export.targets import POSITIONS, TARGETS, YES, Alternative, Cell, Position, Support, Target, Verdict
 from puzzle.modeling import Block, PuzzleConfig
@@ -52,6 +53,20 @@ def supported(variant: Variant, name: str, position: Position | None = None) -> 
     chosen, entry = target(name), variant.module_config()
     positions = POSITIONS if position is None else (position,)
     return all(_support(chosen, variant.half, entry, place).verdict != "no" for place in positions)
+
+
+def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Space:
+    """`space` without what one of these targets cannot hold where it would stand; the parent's own must be possible."""
+    for name in names:
+        require(config, name)
+
+    def kept(index: int, half: Half) -> tuple[Variant, ...]:
+        last = len(space.layers) - 1
+        position: Position = "first" if index == 0 else "last" if index == last else "middle"
+        own, *others = space.layers[index].half(half)
+        return (own, *(each for each in others if all(supported(each, name, position) for name in names)))
+
+    return Space(tuple(LayerSpace(kept(i, "attention"), kept(i, "ffn")) for i in range(len(space.layers))))
 
 
 def table() -> str:
