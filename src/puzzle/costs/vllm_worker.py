@@ -59,12 +59,10 @@ def measure(request: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    import vllm
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     # Standard output belongs to vLLM and what it calls; answers have a descriptor of their own.
     with os.fdopen(int(sys.argv[1]), "w", buffering=1) as answers:
-        answers.write(json.dumps({"version": vllm.__version__}) + "\n")
         for line in sys.stdin:
             try:
                 answer: dict[str, Any] = measure(json.loads(line))
