@@ -1,4 +1,4 @@
-"""The engine `vllm` beside a stand-in for vLLM's interpreter: what is asked, what is made of the answers, and errors."""
+"""The engine `vllm` beside a stand-in for its interpreter: what is asked, what is made of the answers, and errors."""
 
 import json
 import sys
