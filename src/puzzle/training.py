@@ -2,10 +2,12 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,24 +42,29 @@ class TrainingState:
         self._last_save = time.monotonic()
 
     def restore(self) -> int:
-        """Put the saved state back, if there is one; returns the number of steps done."""
-        if not self._path.exists():
+        """Put the saved state back, if there is one of all these parameters; returns the number of steps done.
+
+        What was saved of others is left out: of trainings that share only their steps, some may be finished already.
+        """
+        saved = saved_parameters(self._path)
+        if not saved or not self._parameters.keys() <= saved:
             return 0
         tensors = read_tensors(self._path)
-        steps = int(tensors.pop("steps"))
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors.pop(f"parameter.{name}"))
+        groups = {parameter: group for optimizer in self._optimizers for parameter, group in _groups(optimizer)}
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter] = {}
+            for parameter, _ in _groups(optimizer):
+                optimizer.state[parameter] = {}
         for full_name, value in tensors.items():
             key, _, name = full_name.partition(".")
+            if key in ("steps", "parameter") or name not in self._parameters:
+                continue
             parameter = self._parameters[name]
-            # AdamW keeps its step counters on the CPU.
-            moved = value if key == "step" else value.to(parameter.device)
-            self._state(parameter)[key] = moved
-        return steps
+            # Step counters stay on the CPU but for fused optimisers, whose kernels read them where the weights are.
+            moved = key != "step" or groups[parameter].get("fused")
+            self._state(parameter)[key] = value.to(parameter.device) if moved else value
+        return int(tensors["steps"])
 
     def save_if_due(self, steps: int) -> None:
         if time.monotonic() - self._last_save >= CHECKPOINT_INTERVAL_S:
@@ -75,6 +82,26 @@ class TrainingState:
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Moments and step counter; empty of a parameter that was never stepped."""
         return next((optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state), {})
+
+
+def saved_parameters(path: Path) -> set[str]:
+    """Names of the parameters whose training state is in this file; none if there is no such file."""
+    if not path.exists():
+        return set()
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name.partition(".") for name in file.keys()]
+    except SafetensorError:
+        read_tensors(path)  # says what to do
+        raise
+    return {name for kind, _, name in names if kind == "parameter"}
+
+
+def _groups(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Every parameter with the settings of its group."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, group
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

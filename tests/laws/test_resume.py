@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from puzzle.runs import Run
+from puzzle.library import Library
+from puzzle.pipeline import run_stage
+from puzzle.runs import Run, open_run
 
 # State is saved after every step, so that a kill can fall between any two.
 RUN_TO_THE_END = """
@@ -25,7 +28,7 @@ puzzle.training.CHECKPOINT_INTERVAL_S = puzzle.library.statistics.CHECKPOINT_INT
 from puzzle.pipeline import run_stage
 from puzzle.runs import open_run
 with open_run(Path(sys.argv[1])) as run:
-    run_stage(run, "distil")
+    run_stage(run, sys.argv[2])
 """
 KILLS = 6
 
@@ -67,6 +70,39 @@ def test_a_killed_run_ends_like_one_left_alone(pico_run: Run, tmp_path: Path) ->
     assert next(disturbed.glob("stages/realise-*/architecture.json")).read_text() == expected_blocks
 
 
+def test_a_killed_library_of_a_streamed_parent_has_the_same_weights(
+    pico_run: Run, pico_library: Library, tmp_path: Path
+) -> None:
+    """With room for one layer at a time; compared with the variants of a parent in memory, which was left alone."""
+    folder = _fresh_copy(pico_run, tmp_path / "streamed")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {
+        "space": {"kv_heads": [2], "ffn_widths": [16], "attention": [], "ffn": []},
+        "execution": {"memory": "1B"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in ("data", "calibrate"):
+        (found,) = pico_run.path.glob(f"stages/{stage}-*")
+        shutil.copytree(found, folder / "stages" / found.name)
+    process = _run(folder, "library")
+    # In the training of the third layer.
+    while len(_files(folder, "variants/*.json")) < 4 or not _files(folder, "stages/library-*/training.safetensors"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(_files(folder, "variants/*.json")) < 8
+    with open_run(folder) as run:
+        run_stage(run, "library")
+    expected, found_files = _files(pico_run.path, "variants/*"), _files(folder, "variants/*")
+    assert len(found_files) == 2 * 8
+    for name, file in found_files.items():
+        if file.suffix == ".safetensors":
+            _equal(expected[name], file)
+        else:
+            assert file.read_text() == expected[name].read_text()
+
+
 def _fresh_copy(run: Run, folder: Path) -> Path:
     """A run folder of the same recipe with nothing done."""
     folder.mkdir()
@@ -76,8 +112,8 @@ def _fresh_copy(run: Run, folder: Path) -> Path:
     return folder
 
 
-def _run(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", RUN_TO_THE_END, str(folder)]
+def _run(folder: Path, stage: str = "distil") -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", RUN_TO_THE_END, str(folder), stage]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 

@@ -8,16 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import puzzle.library.bld
+import puzzle.runs.files
+import puzzle.training
 from puzzle.artefacts import LibraryIndex
 from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, ParentSubblock, Space, State, parse_variant
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics, build_library
+from puzzle.library.coupled import CoupledStudent
 from puzzle.library.library import _nested
 from puzzle.library.students import SubblockStudent
 from puzzle.parents import LayerPass, Parent
 from puzzle.recipe import ExecutionSettings
-from puzzle.runs import Run
+from puzzle.runs import Run, read_tensors
+from puzzle.training import learning_rate
 
 Build = Callable[..., Library]
 
@@ -33,11 +39,16 @@ def build(
         *,
         library: dict[str, Any] | None = None,
         execution: ExecutionSettings | None = None,
+        precision: str = "float32",
         coupled: bool = False,
     ) -> Library:
         recipe = pico_run.recipe
-        settings = recipe.library.model_copy(update=library or {})
-        recipe = recipe.model_copy(update={"library": settings, "execution": execution or recipe.execution})
+        settings = {
+            "library": recipe.library.model_copy(update=library or {}),
+            "execution": execution or recipe.execution,
+            "precision": precision,
+        }
+        recipe = recipe.model_copy(update=settings)
         run = replace(pico_run, path=tmp_path, recipe=recipe, _used={})
         return build_library(run, pico_parent, pico_data, pico_statistics, space, coupled=coupled)
 
@@ -121,6 +132,69 @@ def test_nothing_is_trained_twice(build: Build, pico_library: Library, monkeypat
     assert {row.variant for row in wider.index.rows} == {"kv2", "kv1", "w32", "w16"}
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let so many more files be written, training state after every step among them, and nothing afterwards."""
+    write, left = puzzle.runs.files.write_atomically, [0]
+    monkeypatch.setattr(puzzle.training, "CHECKPOINT_INTERVAL_S", 0.0)
+
+    def counted(path: Path, content: Callable[[Path], object]) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        write(path, content)
+
+    def set_left(files: int) -> None:
+        left[0] = files
+
+    monkeypatch.setattr(puzzle.runs.files, "write_atomically", counted)
+    return set_left
+
+
+@pytest.mark.parametrize(("memory", "files"), [(None, 6), ("1B", 61)])
+def test_a_library_killed_between_any_files_is_the_same(
+    memory: str | None, files: int, build: Build, pico_library: Library, kill_after: Callable[[int], None]
+) -> None:
+    kills, library = 0, None
+    while library is None:
+        kill_after(files + kills % 5)  # so that it falls between other files each time
+        try:
+            library = build(narrow(pico_library, ("kv2",), ("w16",)), execution=ExecutionSettings(memory=memory))
+        except Killed:
+            kills += 1
+            assert kills < 99
+    assert kills > 1
+    for row in library.index.rows:
+        assert replace(row, file="") == replace(pico_library.index.row(row.layer, row.half, row.variant), file="")
+        variant = parse_variant(row.half, row.variant)  # type: ignore[arg-type]
+        assert_equal(library.state(row.layer, variant), pico_library.state(row.layer, variant))
+    assert not list(library.root.rglob("training*"))
+
+
+def test_training_goes_on_where_it_stood_with_more_memory_too(
+    build: Build, pico_library: Library, kill_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, steps = narrow(pico_library, (), ("w16",)), []
+
+    def noted(step: int, **settings: Any) -> float:
+        steps.append(step)
+        return learning_rate(step, **settings)
+
+    monkeypatch.setattr(puzzle.library.bld, "learning_rate", noted)
+    kill_after(2 + 9)  # the stage's own two, and the state of nine steps
+    with pytest.raises(Killed):
+        build(space, execution=ExecutionSettings(memory="1B"))
+    assert steps == list(range(10))
+    steps.clear()
+    kill_after(1000)
+    build(space)
+    assert steps == [*range(9, 16), *range(16)]  # layer 0, then all others together
+
+
 def test_what_diverges_stops_alone(
     build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +217,42 @@ def test_what_diverges_stops_alone(
             assert expected.loss < row.loss
         else:
             assert row.loss == expected.loss
+
+
+def test_training_does_not_wait_for_the_device_every_step(build: Build, pico_library: Library) -> None:
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    space, counts = narrow(pico_library, (), ("w16",)), []
+    for steps in (16, 48):
+        with Waits() as waits:
+            build(space, library={"tokens": steps * 8 * 32, "refit": False})
+        counts.append(waits.count)
+    # Once a pass of the parent, for its attention mask; beside that only now and then.
+    assert counts[1] - counts[0] <= (48 - 16) + (48 - 16) // 4
+
+
+def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    casts: set[bool] = set()
+    losses = SubblockStudent.losses
+
+    def noted(self: SubblockStudent, seen: LayerPass) -> dict[str, Tensor]:
+        assert seen.entered_BTD.dtype == torch.bfloat16
+        if torch.is_grad_enabled():
+            casts.add(torch.is_autocast_enabled("cpu"))
+        return losses(self, seen)
+
+    monkeypatch.setattr(SubblockStudent, "losses", noted)
+    library = build(narrow(pico_library, ("kv2",), ("w16",)), precision="bfloat16")
+    assert casts == {True}
+    for row in library.index.rows:
+        assert row.loss < row.initial_loss
+        assert {value.dtype for value in read_tensors(library.root / row.file).values()} == {torch.float32}
+        assert row.loss == pytest.approx(pico_library.index.row(row.layer, row.half, row.variant).loss, rel=0.05)
 
 
 def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Library) -> None:
@@ -199,6 +309,24 @@ def test_coupled_blocks_are_better_than_their_halves(
     block = BlockVariant.parse("kv1+w16")
     halves = library.state(0, block.attention) | library.state(0, block.ffn)
     assert any(not torch.equal(halves[name], tensor) for name, tensor in library.block_state(0, block).items())
+
+
+def test_blocks_are_not_trained_again_for_another_choice_of_them(
+    build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tokens": 256}
+    first = build(narrow(pico_library, ("kv1",), ("w16",)), library=settings, coupled=True)
+    trained: list[str] = []
+    initialise = CoupledStudent.__init__
+
+    def counted(self: CoupledStudent, layer: int, block: BlockVariant, *args: Any, **kwargs: Any) -> None:
+        trained.append(block.name)
+        initialise(self, layer, block, *args, **kwargs)
+
+    monkeypatch.setattr(CoupledStudent, "__init__", counted)
+    second = build(narrow(pico_library, ("kv1",), ("w16", "none")), library=settings, coupled=True)
+    assert trained == ["kv4+none", "kv1+none"] * 4
+    assert second.index.row(0, "block", "kv1+w16") == first.index.row(0, "block", "kv1+w16")
 
 
 def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:

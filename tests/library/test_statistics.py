@@ -1,15 +1,20 @@
 """Calibration moments against a plain computation in float64, with hooks on the original modules."""
 
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from puzzle.blocks import State
 from puzzle.data import TokenData
-from puzzle.library import Statistics, calibrate
-from puzzle.parents import Parent
+from puzzle.library import Statistics, calibrate, statistics
+from puzzle.parents import LayerPass, Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
 
@@ -57,16 +62,94 @@ def _close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_streamed_parent_gives_the_same_moments(
-    pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, tmp_path: Path
-) -> None:
-    recipe = pico_run.recipe.model_copy(update={"execution": ExecutionSettings(memory="1B")})
-    run = replace(pico_run, path=tmp_path, recipe=recipe, _used={})
-    streamed = calibrate(run, pico_parent, pico_data)
-    assert streamed.address == pico_statistics.address
-    files = sorted(file.name for file in streamed.path.glob("*.safetensors"))
-    assert files == [f"layer{layer:03d}.safetensors" for layer in range(4)]
+def calibrated(run: Run, folder: Path, parent: Parent, data: TokenData, memory: str | None) -> Statistics:
+    recipe = run.recipe.model_copy(update={"execution": ExecutionSettings(memory=memory)})
+    return calibrate(replace(run, path=folder, recipe=recipe, _used={}), parent, data)
+
+
+def assert_the_same(found: Statistics, expected: Statistics) -> None:
+    """To the last bit, and nothing else is left in the folder."""
+    assert found.address == expected.address
+    files = [f"layer{layer:03d}.safetensors" for layer in range(4)]
+    assert sorted(file.name for file in found.path.rglob("*.safetensors")) == files
     for file in files:
-        found, expected = read_tensors(streamed.path / file), read_tensors(pico_statistics.path / file)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        moments, expected_moments = read_tensors(found.path / file), read_tensors(expected.path / file)
+        assert moments.keys() == expected_moments.keys()
+        assert all(torch.equal(moments[name], expected_moments[name]) for name in moments)
+
+
+@pytest.mark.parametrize("memory", ["1B", "150kB"])
+def test_a_streamed_parent_gives_the_same_moments(
+    pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, tmp_path: Path, memory: str
+) -> None:
+    assert_the_same(calibrated(pico_run, tmp_path, pico_parent, pico_data, memory), pico_statistics)
+
+
+class CutError(Exception):
+    """Stands for a kill."""
+
+
+def cut_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Cut off at this addition of a layer's moments; gives the layers of all before it, as they come."""
+    layers: list[int] = []
+    add = statistics._add_moments
+
+    def add_moments(sums: State, seen: LayerPass, inside: State) -> None:
+        if len(layers) == call:
+            raise CutError
+        layers.append(seen.index)
+        add(sums, seen, inside)
+
+    monkeypatch.setattr(statistics, "_add_moments", add_moments)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("before", "call", "after", "calls_after"),
+    [
+        (None, 4 * 3 + 2, None, [0, 1, 2, 3] * 7),
+        ("1B", 2 * 8 + 3, "1B", [2] * 7 + [3] * 8),
+        ("1B", 2 * 8 + 3, None, [2] * 7 + [3] * 8),
+        (None, 4 * 3 + 2, "1B", [0] * 7 + [1] * 8 + [2] * 8 + [3] * 8),
+    ],
+)
+def test_calibration_goes_on_where_it_was_saved(
+    pico_run: Run,
+    pico_parent: Parent,
+    pico_data: TokenData,
+    pico_statistics: Statistics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: str | None,
+    call: int,
+    after: str | None,
+    calls_after: list[int],
+) -> None:
+    """A clock on which everything takes long: each group is saved after its first batch."""
+    clock = SimpleNamespace(monotonic=partial(next, count(0, 1000)))
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "time", clock)
+        cut_at(call, patch)
+        with pytest.raises(CutError):
+            calibrated(pico_run, tmp_path, pico_parent, pico_data, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(statistics, "time", clock)
+        layers = cut_at(-1, patch)
+        found = calibrated(pico_run, tmp_path, pico_parent, pico_data, after)
+    assert layers == calls_after
+    assert_the_same(found, pico_statistics)
+
+
+def test_what_is_saved_is_all_that_sums_take(
+    pico_run: Run, pico_parent: Parent, pico_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory that groups of layers are cut by."""
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(monotonic=partial(next, count(0, 1000))))
+    cut_at(4 * 3, monkeypatch)
+    with pytest.raises(CutError):
+        calibrated(pico_run, tmp_path, pico_parent, pico_data, None)
+    (file,) = tmp_path.rglob("partial.safetensors")
+    saved_bytes = sum(total.nbytes for total in read_tensors(file).values())
+    matrices_bytes = 4 * (32 * 32**2 + 4 * 64**2)
+    assert matrices_bytes == sum(statistics._sum_bytes(pico_parent, layer) for layer in range(4))
+    assert matrices_bytes < saved_bytes < 1.1 * matrices_bytes

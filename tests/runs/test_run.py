@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from puzzle.errors import PuzzleError
-from puzzle.recipe import Recipe
+from puzzle.recipe import ExecutionSettings, Recipe
 from puzzle.runs import Run, create_folder, digest, open_run
 
 _HOLD = """
@@ -178,3 +178,23 @@ def test_log_lines_are_printed_and_kept(folder: Path, recipe: Recipe, capsys: py
     run.log_warning("two")
     assert capsys.readouterr().out == "one\nwarning: two\n"
     assert [line[20:] for line in (folder / "log.txt").read_text().splitlines()] == ["one", "warning: two"]
+
+
+def test_half_of_what_is_available_is_the_default(
+    folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = recipe.model_copy(update={"execution": ExecutionSettings(device="cpu")})
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < Run(folder, here).memory_bytes <= installed // 2
+
+    def read_text(path: Path) -> str:
+        return "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        assert Run(folder, here).memory_bytes == 1024 * 2000
+    with monkeypatch.context() as patch:  # as on systems without that file
+        patch.setattr(Path, "read_text", lambda path: "")
+        assert Run(folder, here).memory_bytes == installed // 2
+    stated = recipe.model_copy(update={"execution": ExecutionSettings(memory="3kB")})
+    assert Run(folder, stated).memory_bytes == 3000

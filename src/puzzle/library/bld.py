@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ from puzzle.library.store import VariantStore
 from puzzle.library.students import Student, clip_gradients
 from puzzle.parents import LayerPass, Parent, ParentPasses, Texts
 from puzzle.runs import Run, Stage, progress
-from puzzle.training import BETAS, TrainingState, autocast, learning_rate, set_learning_rate
+from puzzle.training import BETAS, TrainingState, autocast, learning_rate, saved_parameters, set_learning_rate
 
 _WARMUP = 0.05
 _MAX_GRAD_NORM = 1.0
 _BYTES_PER_TRAINED_PARAMETER = 28
 """float32 weight, gradient, two AdamW moments, and three copies of weights: start, best so far, now."""
+_BYTES_PER_REFITTED_PARAMETER = 12
+"""What is left of these in a refit: weight, best so far, and the copy that is compared with it."""
 _STEPS_BETWEEN_CHECKS = 16
 """Whether losses are finite is looked at so often: each look waits for the device."""
 
@@ -67,6 +70,7 @@ def train_groups(
             missing[group.layer].append(group)
     if not missing:
         return
+    memory_bytes = run.memory_bytes  # asked before weights are loaded
     passes = ParentPasses(run, parent, stage.path / "activations")
     steps = math.ceil(run.recipe.library.tokens / (run.recipe.library.batch_size * data.sequence_length))
     texts = _texts(run, data, steps)
@@ -74,12 +78,26 @@ def train_groups(
     def extra_bytes(layer: int) -> int:
         return sum(_BYTES_PER_TRAINED_PARAMETER * group.params for group in missing[layer])
 
-    for layers in passes.groups(sorted(missing), extra_bytes):
-        passes.prepare(layers.start, texts)
-        passes.hold(layers)
-        students = [group.build() for layer in layers for group in missing[layer]]
-        _Flight(run, stage, passes, texts, layers, students).train(store, steps)
+    state_file = stage.path / "training.safetensors"
+    # What was begun before a kill is ended first and together, though there may be more memory now than then.
+    begun = [int(name.partition(".")[0]) for name in saved_parameters(state_file)]
+    first = [layer for layer in sorted(missing) if begun and min(begun) <= layer <= max(begun)]
+    for part in (first, [layer for layer in sorted(missing) if layer not in first]):
+        for layers in passes.groups(part, extra_bytes):
+            passes.prepare(layers.start, texts)
+            passes.hold(layers)
+            together = [group for layer in layers for group in missing.pop(layer, [])]
+            refit_bytes = memory_bytes - _bytes_in_refit(passes, layers, together)
+            students = [group.build() for group in together]
+            _Flight(run, state_file, passes, texts, layers, students, refit_bytes).train(store, steps)
     passes.close()
+
+
+def _bytes_in_refit(passes: ParentPasses, layers: range, groups: Sequence[Group]) -> int:
+    """What the parent and the students hold while projections are refitted."""
+    parent = passes.layer_bytes if passes.resident else [passes.layer_bytes[layer] for layer in layers]
+    students = _BYTES_PER_REFITTED_PARAMETER * sum(group.params for group in groups)
+    return passes.outer_bytes + sum(parent) + students
 
 
 def _texts(run: Run, data: TokenData, steps: int) -> Texts:
@@ -101,15 +119,26 @@ def _texts(run: Run, data: TokenData, steps: int) -> Texts:
 
 
 class _Flight:
-    """The students of the layers in flight, from their start to files on disk."""
+    """The students of the layers in flight, from their start to files on disk.
+
+    Args:
+        refit_bytes: memory that a refit may take.
+    """
 
     def __init__(
-        self, run: Run, stage: Stage, passes: ParentPasses, texts: Texts, layers: range, students: list[Student]
+        self,
+        run: Run,
+        state_file: Path,
+        passes: ParentPasses,
+        texts: Texts,
+        layers: range,
+        students: list[Student],
+        refit_bytes: int,
     ) -> None:
         self._run, self._passes, self._texts, self._layers, self._students = run, passes, texts, layers, students
+        self._state_file, self._refit_bytes = state_file, refit_bytes
         self._settings = run.recipe.library
         self._label = f"BLD of layer {layers[0]}" if len(layers) == 1 else f"BLD of layers {layers[0]}-{layers[-1]}"
-        self._state_file = stage.path / f"training{layers[0]:03d}-{layers[-1]:03d}.safetensors"
         self._precision: torch.dtype = getattr(torch, run.recipe.precision)
 
     def train(self, store: VariantStore, steps: int) -> None:
@@ -149,6 +178,7 @@ class _Flight:
         optimizer = torch.optim.AdamW(parameters.values(), betas=BETAS, weight_decay=0.0, fused=True)
         state = TrainingState(self._state_file, parameters, optimizer)
         first = state.restore()
+        shown: dict[str, float] = {}
         with progress(self._label, steps, first) as bar:
             for step, tokens_BT in enumerate(self._texts["training"]()):
                 if step < first:
@@ -158,11 +188,12 @@ class _Flight:
                 losses = self._backward(students, step, tokens_BT)
                 if step % _STEPS_BETWEEN_CHECKS == 0 or step == steps - 1:
                     students = self._finite(students, losses)
+                    shown = {"loss": float(torch.stack([*losses.values()]).nanmean())} if losses else {}
                 clip_gradients(students, _MAX_GRAD_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
                 state.save_if_due(step + 1)
-                bar.advance(loss=float(torch.stack(list(losses.values())).nanmean()) if losses else math.nan)
+                bar.advance(**shown)
 
     def _backward(self, students: Sequence[Student], step: int, tokens_BT: Tensor) -> dict[str, Tensor]:
         """Gradients of every student on one batch; the mean loss of each."""
@@ -180,19 +211,18 @@ class _Flight:
 
     def _finite(self, students: Sequence[Student], losses: dict[str, Tensor]) -> list[Student]:
         """The students that go on: one whose loss or weights are not finite stops alone, and keeps its start."""
-        going = []
-        for student in students:
-            weights = [value.detach().sum() for value in student.parameters().values()]
-            if torch.stack([losses[student.name], *weights]).isfinite().all():
-                going.append(student)
-                continue
+        if not students:
+            return []
+        sums = [torch.stack([value.detach().sum() for value in s.parameters().values()]).sum() for s in students]
+        finite = (torch.stack(sums) + torch.stack([losses[s.name] for s in students])).isfinite().tolist()
+        for student in (student for student, goes_on in zip(students, finite, strict=True) if not goes_on):
             for value in student.parameters().values():
                 value.grad = None  # AdamW leaves it alone from here on
             self._run.log_warning(
                 f"{self._label}: {', '.join(student.variants)} of layer {student.layer} diverged and keeps its start; "
                 "lower library.learning_rate"
             )
-        return going
+        return [student for student, goes_on in zip(students, finite, strict=True) if goes_on]
 
     def _refit(self, students: Sequence[Student]) -> None:
         passes, layers = self._passes, self._layers
@@ -201,22 +231,25 @@ class _Flight:
             for index, tokens_BT in enumerate(self._texts["calibration"]()):
                 yield from passes.through(layers, "calibration", index, tokens_BT)
 
-        refit([student for student in students if student.projections()], calibration, self._run.memory_bytes)
+        refit([student for student in students if student.projections()], calibration, self._refit_bytes)
 
     @torch.no_grad()
     def _held_out(self, students: Sequence[Student]) -> dict[str, dict[str, float]]:
         """E||y - y'||^2 / E||y||^2 of every variant on validation text, by student; inf where it is not finite."""
-        errors: dict[str, dict[str, float]] = {student.name: defaultdict(float) for student in students}
-        powers: dict[str, float] = defaultdict(float)
+        zero = torch.zeros((), dtype=torch.float64, device=self._run.device)  # sums stay where they are made
+        errors: dict[str, dict[str, Tensor]] = {student.name: defaultdict(zero.clone) for student in students}
+        powers: dict[str, Tensor] = defaultdict(zero.clone)
         for index, tokens_BT in enumerate(self._texts["validation"]()):
             for seen in self._passes.through(self._layers, "validation", index, tokens_BT):
                 for student in students:
                     if student.layer == seen.index:
-                        powers[student.name] += float(student.target(seen).float().square().mean()) * tokens_BT.numel()
+                        power = student.target(seen).float().square().mean().double()
+                        powers[student.name] += power * tokens_BT.numel()
                         for name, loss in student.losses(seen).items():
-                            errors[student.name][name] += float(loss) * student.power * tokens_BT.numel()
+                            errors[student.name][name] += loss.double() * student.power * tokens_BT.numel()
         losses = {
-            student: {name: error / powers[student] for name, error in own.items()} for student, own in errors.items()
+            student: {name: float(error / powers[student]) for name, error in own.items()}
+            for student, own in errors.items()
         }
         return {
             student: {name: loss if math.isfinite(loss) else math.inf for name, loss in own.items()}

@@ -50,6 +50,11 @@ class Library:
             return read_tensors(self.root / row.file)
         return self.state(layer, block.attention) | self.state(layer, block.ffn)
 
+    def sources(self, layer: int, block: BlockVariant) -> list[list[str]]:
+        """What the halves of a block are made of: their files, and the variants that are widened."""
+        rows = [self.index.find(layer, half, block.half(half).name) for half in HALVES]
+        return [[row.file, row.widened_from] for row in rows if row is not None]
+
 
 def build_library(
     run: Run, parent: Parent, data: TokenData, statistics: Statistics, space: Space, *, coupled: bool = False
@@ -60,7 +65,7 @@ def build_library(
         coupled: also train every block composed of them as a whole (paper section 2.2).
     """
     settings = run.recipe.library.model_dump(mode="json", exclude={"coupled"})
-    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 2}
+    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 3}
     inputs = [parent.address, data.address, statistics.address]
     names = [[variant.name for half in HALVES for variant in layer.half(half)] for layer in space.layers]
     halves = build_library(run, parent, data, statistics, space) if coupled else None
@@ -69,11 +74,14 @@ def build_library(
     if not stage.done:
         identity: dict[str, Any] = {"settings": settings, "inputs": inputs}
         if halves is None:
-            groups = subblock_groups(run, parent, statistics, space)
+            groups, starts = subblock_groups(run, parent, statistics, space), {}
         else:
-            identity["halves"] = halves.address
             groups = block_groups(run, parent, statistics, space, halves.block_state)
-        store = VariantStore(run, identity)
+            starts = {
+                (group.layer, group.variants): halves.sources(group.layer, BlockVariant.parse(group.variants[0]))
+                for group in groups
+            }
+        store = VariantStore(run, identity, starts)
         train_groups(run, stage, parent, data, store, groups)
         rows = [row for group in groups for row in _rows(group, store)]
         rows = rows if halves is not None else _nested(run.path, parent, rows)

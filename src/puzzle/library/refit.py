@@ -19,7 +19,10 @@ Seen = Callable[[], Iterable[LayerPass]]
 
 @torch.no_grad()
 def refit(students: Sequence[Student], calibration: Seen, memory_bytes: int) -> None:
-    """Set the students' projections to their optimum, in passes over as many students as fit the memory."""
+    """Set the students' projections to their optimum, in passes over as many students as fit the memory.
+
+    What became infinite or NaN stays as it is.
+    """
     for group in _groups(students, memory_bytes):
         moments = {student.name: _Moments(student) for student in group}
         for seen in calibration():
@@ -55,24 +58,28 @@ class _Moments:
 
     def solve(self) -> None:
         for name, projection in self._student.projections().items():
-            second, cross = self._second[name] / self._tokens, self._cross[name] / self._tokens
+            second, cross = self._second.pop(name).div_(self._tokens), self._cross.pop(name).div_(self._tokens)
             weight = projection.weight.double()
             left = cross - weight @ second
             second.diagonal().add_(damping(second))
-            projection.weight.copy_(weight + torch.linalg.solve(second, left.T).T)
+            solved = weight + torch.linalg.solve(second, left.T).T
+            if solved.isfinite().all():
+                projection.weight.copy_(solved)
 
 
 def _groups(students: Sequence[Student], memory_bytes: int) -> Iterator[list[Student]]:
-    """Students whose moments fit together; three matrices of float64 each while they are solved."""
+    """Students whose moments fit together, with two more of the largest: while it is added to, and solved."""
     group: list[Student] = []
-    used = 0
+    used = largest = 0
     for student in students:
-        sizes = [(each.in_features, each.out_features) for each in student.projections().values()]
-        needed = sum(8 * (3 * inputs * inputs + 2 * inputs * outputs) for inputs, outputs in sizes)
-        if group and used + needed > memory_bytes:
+        sizes = [
+            8 * each.in_features * (each.in_features + each.out_features) for each in student.projections().values()
+        ]
+        needed, workspace = sum(sizes), 2 * max(sizes)
+        if group and used + needed + max(largest, workspace) > memory_bytes:
             yield group
-            group, used = [], 0
+            group, used, largest = [], 0, 0
         group.append(student)
-        used += needed
+        used, largest = used + needed, max(largest, workspace)
     if group:
         yield group

@@ -20,8 +20,11 @@ and per layer, x being its input and x' its output:
     influence [] = 1 - E[cos(x, x')] (block influence, ShortGPT)
     block_power [] = E[x'^2]             block_contribution_power [] = E[(x' - x)^2], both per element
 
-Products are float32, sums float64: a layer takes 8 (4 D^2 + I^2) bytes while its turn lasts, and as many layers take
-turns together as fit the memory.
+The sums of a layer take 32 D^2 + 4 I^2 bytes while its turn lasts, and as many layers take turns together as fit the
+memory. Products are float32 and sums float64, from which means can be taken off without loss; only the moment of
+activations, the largest by far and never centred, is summed in float32. Measured against float64 throughout (I = 384,
+three channels 100 times the rest, 2026-11-21): 4e-6 of sqrt(C_ii C_jj) off after 8192 batches, and a down projection
+solved from it (damping 1e-3) loses 4e-8 more.
 """
 
 import time
@@ -44,6 +47,7 @@ from puzzle.runs import Run, Stage, progress, read_tensors, write_tensors
 from puzzle.training import CHECKPOINT_INTERVAL_S
 
 _BATCH_SIZE = 8
+_NORMS: tuple[tuple[Half, str], ...] = (("attention", "input_layernorm"), ("ffn", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Statistics:
 def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
     """Gather the moments of every layer; one pass of the parent over the calibration text if memory allows."""
     settings = {"tokens": run.recipe.calibration.tokens, "precision": run.recipe.precision}
-    stage = run.stage("calibrate", version=2, settings=settings, inputs=(parent.address, data.address))
+    stage = run.stage("calibrate", version=3, settings=settings, inputs=(parent.address, data.address))
     statistics = Statistics(stage.path, stage.address)
     if stage.done:
         return statistics
@@ -81,12 +85,16 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
             yield sequences[:, :-1]
 
     missing = [layer for layer in range(len(parent.architecture.blocks)) if not _file(stage, layer).exists()]
+    begun = _layers_of(_read_partial(stage))
     passes = ParentPasses(run, parent, stage.path / "activations")
-    for layers in passes.groups(missing, lambda layer: _moment_bytes(parent, layer)):
-        passes.prepare(layers.start, {"calibration": calibration})
-        passes.hold(layers)
-        _calibrate_layers(stage, passes, layers, calibration)
+    # What was begun before a kill is ended first and together, though there may be more memory now than then.
+    for part in ([i for i in missing if i in begun], [i for i in missing if i not in begun]):
+        for layers in passes.groups(part, lambda layer: _sum_bytes(parent, layer)):
+            passes.prepare(layers.start, {"calibration": calibration})
+            passes.hold(layers)
+            _calibrate_layers(stage, passes, layers, calibration)
     passes.close()
+    _partial_file(stage).unlink(missing_ok=True)
     stage.commit(tokens=sum(tokens_BT.numel() for tokens_BT in calibration()))
     return statistics
 
@@ -95,45 +103,55 @@ def _file(stage: Stage, layer: int) -> Path:
     return stage.path / f"layer{layer:03d}.safetensors"
 
 
-def _moment_bytes(parent: Parent, layer: int) -> int:
+def _partial_file(stage: Stage) -> Path:
+    return stage.path / "partial.safetensors"
+
+
+def _read_partial(stage: Stage) -> State:
+    """The sums of a group that was cut off; none, if none was."""
+    return read_tensors(_partial_file(stage)) if _partial_file(stage).exists() else {}
+
+
+def _layer_of(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _layers_of(sums: State) -> set[int]:
+    return {_layer_of(name) for name in sums if name != "tokens"}
+
+
+def _sum_bytes(parent: Parent, layer: int) -> int:
     ffn = parent.architecture.blocks[layer].ffn
     channels = ffn.intermediate_size if isinstance(ffn, GatedFFN) else 0
-    return 8 * (4 * parent.config.hidden_size**2 + channels**2)
+    return 32 * parent.config.hidden_size**2 + 4 * channels**2
 
 
 def _calibrate_layers(
     stage: Stage, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
 ) -> None:
-    partial_file = stage.path / f"partial{layers[0]:03d}-{layers[-1]:03d}.safetensors"
-    sums = _accumulate(passes, layers, calibration, partial_file)
-    tokens = sums.pop("tokens")
+    sums = _accumulate(stage, passes, layers, calibration)
+    tokens = sums.pop("tokens").item()
     for layer in layers:
-        prefix = f"{layer}."
-        moments = {
-            name.removeprefix(prefix): (total / tokens).float()
-            for name, total in sums.items()
-            if name.startswith(prefix)
-        }
-        if not all(moment.isfinite().all() for moment in moments.values()):
+        names = [name for name in sums if _layer_of(name) == layer]
+        moments = {name.partition(".")[2]: sums.pop(name).div_(tokens).float() for name in names}
+        if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
             raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
         write_tensors(_file(stage, layer), moments)
-    partial_file.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def _accumulate(
-    passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]], partial_file: Path
+    stage: Stage, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
 ) -> State:
-    """Sums over tokens in float64, named `layer.half.moment`; resumes from `partial_file`."""
-    device = passes.model.device
-    sums = (
-        {name: tensor.to(device) for name, tensor in read_tensors(partial_file).items()}
-        if partial_file.exists()
-        else {}
-    )
-    tokens_done = int(sums.get("tokens", torch.tensor(0)))
+    """Sums over the tokens of the text, named `layer.half.moment`, and how many these are; goes on after a kill."""
+    saved = _read_partial(stage)
+    sums: State = {}
+    if _layers_of(saved) >= set(layers):
+        mine = [name for name in saved if name == "tokens" or _layer_of(name) in layers]
+        sums = {name: saved[name].to(passes.model.device) for name in mine}
+    tokens_done = int(sums.get("tokens", 0))
     tokens_total = sum(tokens_BT.numel() for tokens_BT in calibration())
-    last_save = time.monotonic()
+    last_save, save_seconds = time.monotonic(), 0.0
     label = "calibrate" if len(layers) == len(passes.layer_bytes) else f"calibrate layers {layers[0]}-{layers[-1]}"
     with progress(label, tokens_total, tokens_done) as bar, _Taps(passes, layers) as taps:
         seen = 0
@@ -142,14 +160,15 @@ def _accumulate(
             if seen <= tokens_done:
                 continue
             for layer_pass in passes.through(layers, "calibration", index, tokens_BT):
-                for name, value in _layer_moments(layer_pass, taps.take(layer_pass.index)).items():
-                    full_name = f"{layer_pass.index}.{name}"
-                    sums[full_name] = sums[full_name] + value.double() if full_name in sums else value.double()
-            sums["tokens"] = torch.tensor(seen, dtype=torch.float64)
+                _add_moments(sums, layer_pass, taps.take(layer_pass.index))
+            sums["tokens"] = torch.tensor(seen)
             bar.advance(tokens_BT.numel())
-            if time.monotonic() - last_save > CHECKPOINT_INTERVAL_S:
-                write_tensors(partial_file, sums)
+            # Of a large parent the sums are tens of gigabytes: saving takes a tenth of the time at most.
+            if time.monotonic() - last_save > max(CHECKPOINT_INTERVAL_S, 10 * save_seconds):
+                begin = time.monotonic()
+                write_tensors(_partial_file(stage), sums)
                 last_save = time.monotonic()
+                save_seconds = last_save - begin
     return sums
 
 
@@ -187,35 +206,36 @@ class _Taps:
         self._taken[layer][name] = output.float().flatten(0, 1)
 
 
-def _layer_moments(seen: LayerPass, inside: State) -> State:
-    """One layer's sums over the tokens of a batch."""
+def _add_moments(sums: State, seen: LayerPass, inside: State) -> None:
+    """Add one layer's moments, over the tokens of a batch, to the sums."""
+
+    def add(name: str, value: Tensor) -> None:
+        full_name = f"{seen.index}.{name}"
+        if full_name in sums:
+            sums[full_name] += value
+        else:
+            sums[full_name] = value.double()
+
     entered_ND, left_ND = seen.entered_BTD.float().flatten(0, 1), seen.left_BTD.float().flatten(0, 1)
-    sums = {
-        "influence": (1 - cosine_similarity(entered_ND, left_ND, dim=-1)).sum(),
-        "block_power": left_ND.square().mean(-1).sum(),
-        "block_contribution_power": (left_ND - entered_ND).square().mean(-1).sum(),
-    }
-    if "input_layernorm" in inside:
-        sums |= _linear_moments("attention", inside["input_layernorm"], seen.attention_BTD)
-    if "post_attention_layernorm" in inside:
-        sums |= _linear_moments("ffn", inside["post_attention_layernorm"], seen.ffn_BTD)
+    add("influence", (1 - cosine_similarity(entered_ND, left_ND, dim=-1)).sum())
+    add("block_power", left_ND.square().mean(-1).sum())
+    add("block_contribution_power", (left_ND - entered_ND).square().mean(-1).sum())
+    for half, norm in _NORMS:
+        if (h_ND := inside.get(norm)) is not None:
+            y_ND = seen.contribution(half).float().flatten(0, 1)
+            add(f"{half}.input_mean", h_ND.sum(0))
+            add(f"{half}.input_second_moment", h_ND.T @ h_ND)
+            add(f"{half}.output_mean", y_ND.sum(0))
+            add(f"{half}.cross_moment", y_ND.T @ h_ND)
+            add(f"{half}.output_power", y_ND.square().mean(-1).sum())
     if (heads_NH := inside.get("self_attn.o_proj")) is not None:
-        sums["attention.group_contribution"] = _group_contributions(seen, heads_NH)
+        add("attention.group_contribution", _group_contributions(seen, heads_NH))
     if (activation_NI := inside.get("mlp.down_proj")) is not None:
-        sums["ffn.activation_mean_abs"] = activation_NI.abs().sum(0)
-        sums["ffn.activation_second_moment"] = activation_NI.T @ activation_NI
-    return sums
-
-
-def _linear_moments(half: Half, h_ND: Tensor, contribution_BTD: Tensor) -> State:
-    y_ND = contribution_BTD.float().flatten(0, 1)
-    return {
-        f"{half}.input_mean": h_ND.sum(0),
-        f"{half}.input_second_moment": h_ND.T @ h_ND,
-        f"{half}.output_mean": y_ND.sum(0),
-        f"{half}.cross_moment": y_ND.T @ h_ND,
-        f"{half}.output_power": y_ND.square().mean(-1).sum(),
-    }
+        add("ffn.activation_mean_abs", activation_NI.abs().sum(0))
+        name, channels = f"{seen.index}.ffn.activation_second_moment", activation_NI.shape[1]
+        if name not in sums:
+            sums[name] = activation_NI.new_zeros(channels, channels)
+        sums[name].addmm_(activation_NI.T, activation_NI)
 
 
 def _group_contributions(seen: LayerPass, heads_NH: Tensor) -> Tensor:

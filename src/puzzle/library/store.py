@@ -6,6 +6,7 @@
 The digest is that of everything that the result follows from.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,16 @@ class Trained:
 
 
 class VariantStore:
-    """The finished variants that follow from `identity`, beside what names a student."""
+    """The finished variants that follow from `identity`, beside what names a student.
 
-    def __init__(self, run: Run, identity: dict[str, Any]) -> None:
-        self._root, self._identity = run.path, identity
+    Args:
+        starts: by layer and variants, what else a student follows from.
+    """
+
+    def __init__(
+        self, run: Run, identity: dict[str, Any], starts: Mapping[tuple[int, tuple[str, ...]], Any] | None = None
+    ) -> None:
+        self._root, self._identity, self._starts = run.path, identity, starts or {}
 
     def finished(self, layer: int, half: str, variants: tuple[str, ...]) -> list[Trained] | None:
         """What came of the student of these variants; None if it is not finished."""
@@ -64,4 +71,6 @@ class VariantStore:
 
     def _file(self, layer: int, half: str, variants: tuple[str, ...]) -> Path:
         identity = self._identity | {"layer": layer, "half": half, "variants": sorted(variants)}
+        if (start := self._starts.get((layer, variants))) is not None:
+            identity["start"] = start
         return self._root / "variants" / f"{digest(identity)[:24]}.json"

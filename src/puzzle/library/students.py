@@ -97,13 +97,13 @@ class SubblockStudent(Student):
         return seen.left_BTD if self._target == "block" else seen.contribution(self.variant.half)
 
     def losses(self, seen: LayerPass) -> dict[str, Tensor]:
-        output_BTD = self._contribution(seen)
-        if self._target == "block":
-            output_BTD = seen.entering(self.variant.half) + output_BTD
-            if self.variant.half == "attention":
-                middle_BTD = output_BTD.to(seen.entered_BTD.dtype)
-                output_BTD = output_BTD + contribution(seen.layer, "ffn", middle_BTD, seen.context)
-        error_BTD = output_BTD.float() - self.target(seen).float()
+        output_BTD, target_BTD = self._contribution(seen), seen.contribution(self.variant.half)
+        if self._target == "block" and self.variant.half == "attention":
+            # What an FFN misses of the block's output is what it misses of its own, without the rounding of the sum.
+            output_BTD, target_BTD = seen.entered_BTD + output_BTD, seen.left_BTD
+            middle_BTD = output_BTD.to(seen.entered_BTD.dtype)
+            output_BTD = output_BTD + contribution(seen.layer, "ffn", middle_BTD, seen.context)
+        error_BTD = output_BTD.float() - target_BTD.float()
         return {self.variant.name: error_BTD.square().mean() / self.power}
 
     def states(self) -> dict[str, State]:

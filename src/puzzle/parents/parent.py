@@ -80,15 +80,18 @@ class Parent:
     def hold(self, model: PuzzleForCausalLM, layers: Collection[int]) -> None:
         """Let exactly these layers of the loaded `model` have weights: others go, those that lack them are read."""
         for index, layer in enumerate(model.model.layers):
-            held = all(not parameter.is_meta for parameter in layer.parameters())
             if index not in layers:
                 layer.to("meta")
-            elif not held:
-                state = self.layer_state(index)
-                layer.load_state_dict(
-                    {name: value.to(model.device, model.dtype) for name, value in state.items()}, assign=True
-                )
-                layer.eval().requires_grad_(False)
+        for index in layers:
+            layer = model.model.layers[index]
+            if any(parameter.is_meta for parameter in layer.parameters()):
+                prefix = f"model.layers.{index}."
+                state = {
+                    name.removeprefix(prefix): tensor.to(model.device, model.dtype)
+                    for name, tensor in self._tensors(self._layer_names(index))
+                }
+                layer.load_state_dict(state, assign=True)
+                layer.requires_grad_(False)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors in float32 by their names within the layer; no others are read."""

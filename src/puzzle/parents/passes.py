@@ -1,7 +1,8 @@
 """The parent run over texts a few layers at a time: neither its weights nor its activations need to fit in memory.
 
 A parent that fits is loaded once. Of a larger one, only the layers in use hold weights, and what enters the first of
-them is kept on disk for every batch of every text.
+them is kept on disk for every batch of every text. What is counted is weights and what the caller says that it keeps;
+what one batch takes on its way through a layer, and its logits, come on top.
 
 Shapes: B batch, T tokens, D hidden size.
 """
@@ -56,18 +57,22 @@ class ParentPasses:
 
     Args:
         folder: where the inputs of layers are kept while they are needed; `close` deletes it.
-        reserved_bytes: memory that the caller needs beside the parent.
+        reserved_bytes: memory that the caller needs beside the parent all the time.
     """
 
     def __init__(self, run: Run, parent: Parent, folder: Path, reserved_bytes: int = 0) -> None:
         self._run, self._parent, self._folder = run, parent, folder
+        # Asked once: what is free is less as soon as the weights are loaded.
+        memory_bytes = run.memory_bytes
         dtype = getattr(torch, run.recipe.precision)
         config = parent.config
         blocks = parent.architecture.blocks
-        self.layer_bytes = [
-            dtype.itemsize * (num_params(block.attention, config) + num_params(block.ffn, config)) for block in blocks
-        ]
-        self.resident = sum(self.layer_bytes) + reserved_bytes <= run.memory_bytes
+        params = [num_params(block.attention, config) + num_params(block.ffn, config) for block in blocks]
+        self.layer_bytes = [dtype.itemsize * count for count in params]
+        self.outer_bytes = dtype.itemsize * (parent.num_params - sum(params))
+        """Of what belongs to no layer, which is always held."""
+        self._budget = memory_bytes - reserved_bytes - self.outer_bytes
+        self.resident = sum(self.layer_bytes) <= self._budget
         self.model = parent.load(dtype=dtype, device=run.device, layers=None if self.resident else ())
 
     def hold(self, layers: Collection[int]) -> None:
@@ -76,14 +81,15 @@ class ParentPasses:
             self._parent.hold(self.model, layers)
 
     def groups(self, layers: Iterable[int], extra_bytes: Callable[[int], int]) -> Iterator[range]:
-        """Runs of layers, each as long as its weights and `extra_bytes` fit into the memory.
+        """Runs of layers, each as long as its weights and `extra_bytes` fit into the memory, but never empty.
 
-        Of a streamed parent runs do not reach over layers that are not asked for.
+        A layer that does not fit at all is a run by itself. Of a streamed parent runs do not reach over layers that
+        are not asked for.
 
         Args:
             extra_bytes: what a layer needs beside its own weights.
         """
-        budget = self._run.memory_bytes - (sum(self.layer_bytes) if self.resident else 0)
+        budget = self._budget - (sum(self.layer_bytes) if self.resident else 0)
         group: list[int] = []
         used = 0
         for layer in layers:
@@ -99,24 +105,20 @@ class ParentPasses:
 
     @torch.no_grad()
     def prepare(self, layer: int, texts: Texts) -> None:
-        """Have what enters `layer` on disk for every batch of `texts`; layer 0 takes the embeddings."""
-        for name, batches in texts.items():
-            start = self._ready(name)
-            if start == layer:
-                continue
-            self._check_disk(name, batches)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for group in self.groups(range(start if start < layer else 0, layer), lambda _: 0):
-                self.hold(group)
-                for index, tokens_BT in enumerate(batches()):
-                    hidden_BTD = self.entering(group.start, name, index, tokens_BT)
-                    for seen in self._through(group, hidden_BTD):
-                        hidden_BTD = seen.left_BTD
-                    file = self._file(name, group.stop, index)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(file, {"hidden_BTD": hidden_BTD})
-                write_json(self._folder / f"{name}.json", {"ready": group.stop})
-                shutil.rmtree(self._file(name, group.start, 0).parent, ignore_errors=True)
+        """Have what enters `layer` on disk for every batch of `texts`; layer 0 takes the embeddings and needs nothing.
+
+        Goes on from the nearest layer below that is on disk, and after a kill from the last batch that was written. Of
+        a text, no more than two layers' inputs are on disk at a time.
+        """
+        starts = {name: self._start(name, layer) for name in texts}
+        if all(start == layer for start in starts.values()):
+            return
+        self._check_disk({name: batches for name, batches in texts.items() if starts[name] < layer})
+        for group in self.groups(range(min(starts.values()), layer), lambda _: 0):
+            self.hold(group)
+            for name, batches in texts.items():
+                if (start := max(group.start, starts[name])) < group.stop:
+                    self._advance(name, batches, range(start, group.stop))
 
     @torch.no_grad()
     def entering(self, layer: int, text: str, index: int, tokens_BT: Tensor) -> Tensor:
@@ -156,20 +158,57 @@ class ParentPasses:
             )
             hidden_BTD = left_BTD
 
-    def _ready(self, text: str) -> int:
-        """The layer whose inputs are complete on disk."""
-        file = self._folder / f"{text}.json"
-        return int(read_json(file)["ready"]) if file.exists() else 0
+    def _advance(self, text: str, batches: Callable[[], Iterable[Tensor]], layers: range) -> None:
+        """Replace what enters the first of `layers` by what leaves the last; files that are there are as they were."""
+        self._keep_only(text, layers.start, layers.stop)
+        self._file(text, layers.stop, 0).parent.mkdir(parents=True, exist_ok=True)
+        for index, tokens_BT in enumerate(batches()):
+            file = self._file(text, layers.stop, index)
+            if not file.exists():
+                for seen in self.through(layers, text, index, tokens_BT):
+                    if seen.index == layers[-1]:
+                        write_tensors(file, {"hidden_BTD": seen.left_BTD})
+        write_json(self._ready_file(text), {"layer": layers.stop})
+        self._keep_only(text, layers.stop)
+
+    def _start(self, text: str, layer: int) -> int:
+        """The layer up to `layer` whose inputs are complete; what is of a later one is of no use."""
+        file = self._ready_file(text)
+        ready = int(read_json(file)["layer"]) if file.exists() else 0
+        if ready <= layer:
+            return ready
+        file.unlink()
+        self._keep_only(text)
+        return 0
+
+    def _keep_only(self, text: str, *layers: int) -> None:
+        for folder in (self._folder / text).glob("[0-9]*"):
+            if int(folder.name) not in layers:
+                shutil.rmtree(folder)
+
+    def _ready_file(self, text: str) -> Path:
+        return self._folder / text / "ready.json"
 
     def _file(self, text: str, layer: int, index: int) -> Path:
-        return self._folder / f"{text}{layer:03d}" / f"{index:06d}.safetensors"
+        return self._folder / text / f"{layer:03d}" / f"{index:06d}.safetensors"
 
-    def _check_disk(self, text: str, batches: Callable[[], Iterable[Tensor]]) -> None:
-        """Inputs of two layers are on disk for a while."""
-        tokens = sum(tokens_BT.numel() for tokens_BT in batches())
-        needed = 2 * tokens * self._parent.config.hidden_size * self.model.dtype.itemsize
-        if needed > self._run.disk_bytes:
+    def _check_disk(self, texts: Texts) -> None:
+        """The inputs of one layer for every text, and of a second for one text at a time, beside what there is."""
+        tokens = {name: sum(tokens_BT.numel() for tokens_BT in batches()) for name, batches in texts.items()}
+        token_bytes = self._parent.config.hidden_size * self.model.dtype.itemsize
+        others = sum(_size(folder) for folder in self._folder.glob("*") if folder.name not in texts)
+        needed = (sum(tokens.values()) + max(tokens.values())) * token_bytes + others
+        allowed = self._run.disk_bytes
+        if self._run.recipe.execution.disk is None:  # what is free does not hold what is here already
+            allowed += _size(self._folder)
+        if needed > allowed:
             raise PuzzleError(
-                f"execution.disk: the activations of {tokens:,} {text} tokens take {format_bytes(needed)}, allowed are "
-                f"{format_bytes(self._run.disk_bytes)}; raise execution.disk or execution.memory, or take fewer tokens"
+                f"execution.disk: the activations of {sum(tokens.values()):,} tokens ({', '.join(texts)}) take "
+                f"{format_bytes(needed)}, allowed are {format_bytes(allowed)}; raise execution.disk or "
+                "execution.memory, or take fewer tokens"
             )
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the inputs in it."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

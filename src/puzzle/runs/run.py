@@ -97,8 +97,9 @@ class Run:
         if self.device.type == "cuda":
             import torch
 
-            return torch.cuda.mem_get_info(self.device)[0] // 2
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+            kept_by_torch = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return (torch.cuda.mem_get_info(self.device)[0] + kept_by_torch) // 2
+        return _available_bytes() // 2
 
     @property
     def disk_bytes(self) -> int:
@@ -169,6 +170,15 @@ def process_in(path: Path) -> int | None:
     except PermissionError:
         pass  # another user's, so it lives
     return process
+
+
+def _available_bytes() -> int:
+    """What Linux would give without swapping, file caches included; on other systems, all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
