@@ -255,7 +255,7 @@ class DistilSettings(Section):
     @model_validator(mode="after")
     def _have_a_loss(self) -> Self:
         if self.cosine_weight == self.kl_weight == self.lm_weight == 0:
-            raise ValueError("cosine_weight and kl_weight are both 0, so nothing would be learned; raise one")
+            raise ValueError("cosine_weight, kl_weight and lm_weight are all 0, so nothing would be learned; raise one")
         return self
 
     @model_validator(mode="after")
