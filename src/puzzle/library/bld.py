@@ -88,8 +88,9 @@ def train_groups(
             passes.hold(layers)
             together = [group for layer in layers for group in missing.pop(layer, [])]
             refit_bytes = memory_bytes - _bytes_in_refit(passes, layers, together)
-            students = [group.build() for group in together]
-            _Flight(run, state_file, passes, texts, layers, students, refit_bytes).train(store, steps)
+            # No name is kept of the students: they are gone before the next are built.
+            students = (group.build() for group in together)
+            _Flight(run, state_file, passes, texts, layers, list(students), refit_bytes).train(store, steps)
     passes.close()
 
 
