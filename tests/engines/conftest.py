@@ -1,4 +1,4 @@
-"""Engines in environments of their own (`puzzle engines install`): without one its tests skip, with PUZZLE_REQUIRE_ENGINES they fail."""
+"""Engines in environments of their own: without one its tests skip, or fail where PUZZLE_REQUIRE_ENGINES is set."""
 
 import json
 import os
