@@ -110,5 +110,9 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """In place where the rate is a tensor, as torchao's must be."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -37,15 +37,6 @@ def build_optimizers(settings: DistilSettings, parameters: Mapping[str, Tensor])
             return [others, muon]
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the learning rate, in place where it is a tensor, as torchao's must be."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 def _adamw(settings: DistilSettings, parameters: Sequence[Tensor]) -> Optimizer:
     return torch.optim.AdamW(_groups(settings, parameters), betas=BETAS, fused=True)
 

@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from puzzle.distill.batches import Batches
 from puzzle.distill.losses import Objective
-from puzzle.distill.optimizers import build_optimizers, set_rate
+from puzzle.distill.optimizers import build_optimizers
 from puzzle.distill.spikes import MAX_SKIPS, SpikeGuard
 from puzzle.distill.teachers import Teacher
 from puzzle.distill.trackers import open_trackers
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.runs import Run, Stage, progress, read_json, read_tensors, write_json, write_tensors
-from puzzle.training import TrainingState, learning_rate
+from puzzle.training import TrainingState, learning_rate, set_learning_rate
 
 _VALIDATIONS = 10
 """Points of the held-out curve, the start not counted."""
@@ -129,7 +129,7 @@ class Training:
         loss, kl, cosine, lm, norm = torch.cat([torch.stack(parts).mean(0), norm.unsqueeze(0)]).tolist()
         if self._guard.admits(loss, norm):
             for optimizer in self._optimizers:
-                set_rate(optimizer, rate)
+                set_learning_rate(optimizer, rate)
                 optimizer.step()
         else:
             self._report_skip(step, loss, norm)

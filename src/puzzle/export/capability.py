@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle.blocks import Half, LayerSpace, Space, Variant
+from puzzle.blocks import HALVES, Half, LayerSpace, Space, Variant
 from puzzle.errors import PuzzleError
 from puzzle.export.targets import POSITIONS, TARGETS, YES, Alternative, Cell, Position, Support, Target, Verdict
 from puzzle.modeling import Block, PuzzleConfig
@@ -115,8 +115,7 @@ def _layers(blocks: list[Block], chosen: Target) -> list[Finding]:
     for layer in layers:
         block = blocks[layer]
         position: Position = "first" if layer == layers[0] else "last" if layer == layers[-1] else "middle"
-        halves: tuple[Half, Half] = ("attention", "ffn")
-        for half in halves:
+        for half in HALVES:
             support = _support(chosen, half, block[half], position)
             if support.verdict != "yes":
                 what = alternative(half, block[half])
