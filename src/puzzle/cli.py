@@ -140,9 +140,14 @@ def engines(arguments: argparse.Namespace) -> None:
 
 def status(arguments: argparse.Namespace) -> None:
     """Show which stages are done, where an unfinished one stands, and what is next."""
-    from puzzle.runs import status
+    from puzzle.recipe import Recipe
+    from puzzle.runs import check_folder, status
 
-    names = [_PIPELINE_NAMES.get(name, name) for name in STAGES if name != "report"]
+    check_folder(arguments.folder)
+    left_out = {"report"}  # has no folder
+    if Recipe.read(arguments.folder / "recipe.yaml").refine.tokens == 0:
+        left_out.add("refine")
+    names = [_PIPELINE_NAMES.get(name, name) for name in STAGES if name not in left_out]
     print("\n".join(status(arguments.folder, names)))
 
 

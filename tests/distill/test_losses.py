@@ -113,9 +113,11 @@ def test_under_autocast_products_are_bfloat16_and_losses_float32(objective: Obje
 def test_probabilities_that_vanish_in_float32_leave_no_nan(seed: int, spread: float, which: int) -> None:
     case, exact = Case(torch.float32, seed, spread), Case(torch.float64, seed, spread)
     found, expected = case.fused(OBJECTIVES[which]).total, exact.fused(OBJECTIVES[which]).total
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    # Two normalisers of a few units each are subtracted: a divergence below their rounding is noise of either sign.
+    rounding = 32 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=rounding)
     assert all(gradient.isfinite().all() for gradient in case.gradients(found))
-    assert found >= -1e-6
+    assert found >= -rounding
 
 
 def test_nothing_is_differentiated_that_needs_no_gradient() -> None:

@@ -75,3 +75,10 @@ def test_an_edited_recipe_is_noticed(folder: Path, recipe: Recipe) -> None:
 def test_a_foreign_folder(tmp_path: Path) -> None:
     with pytest.raises(PuzzleError, match="is not a run folder"):
         status(tmp_path, STAGES)
+
+
+def test_trained_variants_are_counted(folder: Path) -> None:
+    assert not any(line.startswith("  variants") for line in status(folder, ["data"]))
+    (folder / "variants").mkdir()
+    (folder / "variants" / "some.safetensors").write_bytes(bytes(3000))
+    assert "  variants     3.0 kB, trained once for all libraries" in status(folder, ["data"])

@@ -37,7 +37,7 @@ class Proof:
     bound: float
     """Lower bound on the sum of scores over all allowed batch sizes."""
     gap: float
-    """(score - bound) / score, 0 where both are 0."""
+    """(score - bound) / max(|score|, |bound|), 0 where both are 0."""
     solver: str
     seconds: float
 
@@ -50,7 +50,7 @@ class Solution:
     """One block name a layer, such as `kv2+w512`."""
     batch_size: int
     score: float
-    """Sum of the blocks' scores: the additive estimate of the KL to the parent."""
+    """Sum of the blocks' scores, by default of their KL: the additive estimate of the child's to the parent."""
     predicted: dict[str, float]
     """`Totals.as_dict` at `batch_size`."""
     parent: dict[str, float]

@@ -2,7 +2,7 @@
 
 from puzzle.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, create_folder, is_run_folder, open_run
+from puzzle.runs.run import Run, check_folder, create_folder, is_run_folder, open_run
 from puzzle.runs.stage import Stage, digest
 from puzzle.runs.status import status
 
@@ -10,6 +10,7 @@ __all__ = [
     "Progress",
     "Run",
     "Stage",
+    "check_folder",
     "create_folder",
     "digest",
     "is_run_folder",

@@ -41,6 +41,8 @@ def status(path: Path, stages: Sequence[str]) -> list[str]:
     lines = [f"{path}: {format_bytes(_size(path))}, {f'process {process} is at work' if process else 'nobody at work'}"]
     for name in [*stages, *(name for name in newest if name not in stages)]:
         lines += [_line(folder) for folder in current if folder.name == name] or [f"  {name:<12} -"]
+    if (variants := path / "variants").exists():
+        lines.append(f"  variants     {format_bytes(_size(variants))}, trained once for all libraries")
     if others := [folder for folder in folders if folder not in current]:
         size = format_bytes(sum(_size(folder.path) for folder in others))
         lines.append(f"kept from earlier commands: {len(others)} stage folders, {size}")
