@@ -1,6 +1,6 @@
 """The paper's ablations in small: what the child's KL before GKD owes to each choice, at equal measured cost.
 
-    python benchmarks/ablations.py PARENT TEXT FOLDER
+    python benchmarks/ablations.py PARENT TEXT FOLDER [ABLATION ...]
 
 Every child meets the same bound on predicted speed from the same cost table; its KL is measured on test text.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from setting import opened, recipe
 
-from puzzle import CostTable, Pipeline, Recipe, evaluate, realise, solve
+from puzzle import CostTable, Pipeline, Recipe, evaluate, realise, refine, solve
 
 SPEEDS = ("1.5x", "2x", "3x")
 SPACE = {"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]}
@@ -30,6 +30,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "loss on the block's output": {"library": {"loss": "block"}},
     "elastic": {"library": {"ffn": "elastic"}},
     "coupled, 2 x 2 of a layer": {"library": {"coupled": 2}},
+    "refined, 65k tokens a layer": {"refine": {"tokens": 65_536, "batch_size": 4}},
     "scores: LM loss": {"search": {"score": "lm_loss"}},
     "scores: cosine": {"search": {"score": "cosine"}},
     "scores: every block on all tokens": {"score": {"race": None}},
@@ -37,12 +38,12 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def main(parent: str, text: str, folder: str) -> None:
-    """Print and keep one row per ablation and speed."""
+def main(parent: str, text: str, folder: str, *chosen: str) -> None:
+    """Print and keep one row per ablation, all or the chosen ones, and speed."""
     rows, run = [], Path(folder) / "run"
     with opened(run, settings(parent, text, {})) as pipeline:
         costs = pipeline.costs
-    for name, changes in ABLATIONS.items():
+    for name, changes in ((name, ABLATIONS[name]) for name in chosen or ABLATIONS):
         with opened(run, settings(parent, text, changes)) as pipeline:
             for speed in SPEEDS:
                 rows.append({"ablation": name, "speed": speed, **child(pipeline, costs, speed)})
@@ -60,7 +61,8 @@ def child(pipeline: Pipeline, costs: CostTable, speed: str) -> dict[str, float]:
     run = pipeline.run
     target = type(run.recipe.target).model_validate({"throughput": speed})
     solution = solve(pipeline.scores, costs, target, run.recipe.search)
-    made = realise(run, pipeline.parent, pipeline.library, solution.blocks)
+    realised = realise(run, pipeline.parent, pipeline.library, solution.blocks)
+    made = refine(run, pipeline.parent, realised, pipeline.data)
     quality = evaluate(run, pipeline.parent, made, pipeline.data, "child")
     return {"sum of scores": solution.score, "kl": quality.kl, "loss": quality.test_loss}
 

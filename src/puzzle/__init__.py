@@ -10,7 +10,7 @@ from pathlib import Path
 if Path(sys.argv[0]).name not in ("puzzle", "-m"):
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
-    from puzzle.child import Child, realise
+    from puzzle.child import Child, realise, refine
     from puzzle.costs import measure_costs, time_checkpoints
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
@@ -65,6 +65,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "plan",
         "prepare_data",
         "realise",
+        "refine",
         "run_stage",
         "score",
         "solve",
