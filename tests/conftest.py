@@ -1,6 +1,7 @@
 """Pico models made on the spot: one thread, float32, CPU."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreRow, ScoreTable
 from puzzle.blocks import Architecture, BlockVariant, GatedFFN, Space, num_params
+from puzzle.cache import cache_folder
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
@@ -23,6 +25,17 @@ from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
 
 torch.set_num_threads(1)
+
+# Engines are looked for where the user has them; everything else that is kept for later goes nowhere near.
+os.environ.setdefault("PUZZLE_ENGINES", str(cache_folder() / "engines"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

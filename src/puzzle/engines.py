@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from puzzle.cache import cache_folder
 from puzzle.errors import PuzzleError
 
 
@@ -74,8 +75,7 @@ def installed() -> dict[str, Path | None]:
 
 def _folder() -> Path:
     own = os.environ.get("PUZZLE_ENGINES")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(own) if own else cache / "puzzle" / "engines"
+    return Path(own) if own else cache_folder() / "engines"
 
 
 def _python(name: str) -> Path:

@@ -1,7 +1,7 @@
 """A run at pico size, and an engine whose times are planted."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,14 @@ def space(parent: Parent) -> Space:
 
 
 @pytest.fixture
-def run(pico_checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
+def run(pico_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with opened(pico_checkpoint, tmp_path / "run") as run:
+        yield run
+
+
+@contextmanager
+def opened(pico_checkpoint: Path, folder: Path) -> Iterator[Run]:
     recipe = Recipe.model_validate(
         {
             "parent": str(pico_checkpoint),
@@ -65,6 +72,6 @@ def run(pico_checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
             "execution": {"device": "cpu", "threads": 1},
         }
     )
-    create_folder(tmp_path / "run", recipe)
-    with open_run(tmp_path / "run") as opened:
-        yield opened
+    create_folder(folder, recipe)
+    with open_run(folder) as run:
+        yield run

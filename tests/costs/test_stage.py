@@ -1,13 +1,14 @@
 """The stage: a complete table, nothing measured twice, and what a person is told."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.costs.conftest import FakeEngine, planted_ms
+from tests.costs.conftest import FakeEngine, opened, planted_ms
 
 from puzzle.artefacts import CostTable, Scenario
-from puzzle.blocks import BlockVariant, Space
+from puzzle.blocks import BlockVariant, Space, derive_space
 from puzzle.costs import ENGINES, Sample, measure_costs
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
@@ -104,23 +105,77 @@ def test_another_machine_measures_for_itself(run: Run, parent: Parent, space: Sp
     assert len(other.calls) == BATCHES * ROUNDS * STACKS
 
 
-class BusyEngine(FakeEngine):
-    """Every later measurement is slower than those before it."""
+class SlowedEngine(FakeEngine):
+    """Slower by a factor that depends on how many measurements there were."""
+
+    def __init__(self, factor: Callable[[int], float] = lambda calls: 1.04**calls) -> None:
+        super().__init__()
+        self.factor = factor
 
     def measure(self, *args: object) -> Sample:
+        factor = self.factor(len(self.calls))
         sample = super().measure(*args)  # type: ignore[arg-type]
-        return Sample(prefill_ms=sample.prefill_ms * (1 + len(self.calls) / 30), decode_ms=sample.decode_ms)
+        return Sample(prefill_ms=sample.prefill_ms * factor, decode_ms=sample.decode_ms * factor)
 
 
 def test_a_busy_machine_is_reported(run: Run, parent: Parent, space: Space, use: Use) -> None:
     use(FakeEngine())
     measure_costs(run, parent, space)
     assert "warning" not in log(run)
-    busy = BusyEngine()
+    busy = SlowedEngine()
     busy.environment = {"engine": "fake 1", "device": "busy abacus", "threads": "1"}
     use(busy)
     measure_costs(run, parent, space)
     assert "warning: costs: prefill times at batch 2 scatter by" in log(run)
+    assert len(busy.calls) == 2 * BATCHES * ROUNDS * STACKS
+
+
+def test_noise_that_goes_by_is_outvoted(run: Run, parent: Parent, space: Space, use: Use) -> None:
+    slow_round = range(STACKS, 2 * STACKS)
+    engine = use(SlowedEngine(lambda calls: 1.5 if calls in slow_round else 1.0))
+    table = measure_costs(run, parent, space)
+    assert len(engine.calls) == 3 * ROUNDS * STACKS  # twice as many at the first batch size alone
+    assert "warning" not in log(run)
+    assert table.block(2, "kv2+w24", 2).prefill_ms == pytest.approx(planted_ms("kv2", 2) + planted_ms("w24", 2))
+
+
+@pytest.fixture
+def later(run: Run, pico_checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
+    """Another run on the same machine."""
+    with opened(pico_checkpoint, tmp_path / "later") as opened_later:
+        yield opened_later
+
+
+def test_a_later_run_measures_the_pads_alone(run: Run, later: Run, parent: Parent, space: Space, use: Use) -> None:
+    use(FakeEngine())
+    first = measure_costs(run, parent, space)
+    engine = use(FakeEngine())
+    assert measure_costs(later, parent, space) == first
+    assert len(engine.calls) == BATCHES * ROUNDS
+    assert f"costs: {STACKS - 1} of {STACKS} measurements at batch 2 are those of an earlier run" in log(later)
+
+
+def test_a_later_run_measures_what_is_new(run: Run, later: Run, parent: Parent, space: Space, use: Use) -> None:
+    use(FakeEngine())
+    measure_costs(run, parent, derive_space(parent.config, ffn_widths=[24]))
+    engine = use(FakeEngine())
+    table = measure_costs(later, parent, space)
+    assert len(engine.calls) == BATCHES * ROUNDS * 2  # pads and w16
+    assert table.block(2, "kv2+w16", 3).prefill_ms == pytest.approx(planted_ms("kv2", 3) + planted_ms("w16", 3))
+
+
+@pytest.mark.parametrize("changed", ["speed", "noise", "version"])
+def test_what_may_be_wrong_is_not_used(
+    run: Run, later: Run, parent: Parent, space: Space, use: Use, changed: str
+) -> None:
+    use(SlowedEngine() if changed == "noise" else FakeEngine())
+    measure_costs(run, parent, space)
+    engine = SlowedEngine(lambda _: 1.1) if changed == "speed" else FakeEngine()
+    if changed == "version":
+        engine.environment = {**engine.environment, "engine": "fake 2"}
+    use(engine)
+    measure_costs(later, parent, space)
+    assert len(engine.calls) == BATCHES * ROUNDS * STACKS
 
 
 def journal(run: Run) -> Path:

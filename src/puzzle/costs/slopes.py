@@ -23,7 +23,7 @@ EMPTY_LAYERS = 64
 tell more directly, but vLLM refuses a model without attention."""
 
 _EMPTY = BlockVariant(NoAttention(), NoFFN())
-_PADS, _EMPTY_LAYERS = "pads", "empty layers"
+PADS, _EMPTY_LAYERS = "pads", "empty layers"
 
 Stack = tuple[BlockVariant, ...]
 StackTimes = Mapping[str, float]
@@ -56,7 +56,7 @@ class Plan:
     def stacks(self) -> dict[str, Stack]:
         """What to measure, by name."""
         stacks: dict[str, Stack] = {
-            _PADS: (self.pad, self.pad),
+            PADS: (self.pad, self.pad),
             _EMPTY_LAYERS: (self.pad, *(_EMPTY,) * EMPTY_LAYERS, self.pad),
         }
         for variant in self.variants:
@@ -66,15 +66,15 @@ class Plan:
 
     def costs(self, stack_ms: StackTimes) -> dict[PartName, float]:
         """What every part adds to a model's time; noise can make it negative."""
-        empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[_PADS]) / EMPTY_LAYERS
+        empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[PADS]) / EMPTY_LAYERS
         costs = {
-            part_name(variant): (stack_ms[_stack_name(variant)] - stack_ms[_PADS]) / COPIES - empty_layer_ms
+            part_name(variant): (stack_ms[_stack_name(variant)] - stack_ms[PADS]) / COPIES - empty_layer_ms
             if variant.kind != "none"
             else 0.0
             for variant in self.variants
         }
         pad_ms = costs[part_name(self.pad.attention)] + costs[part_name(self.pad.ffn)]
-        costs[FIXED] = stack_ms[_PADS] - 2 * pad_ms + (self.num_layers - 2) * empty_layer_ms
+        costs[FIXED] = stack_ms[PADS] - 2 * pad_ms + (self.num_layers - 2) * empty_layer_ms
         return costs
 
 

@@ -1,7 +1,6 @@
 """The demo's parent: a Llama of 2M parameters, trained once on this machine and kept in the user's cache folder."""
 
 import math
-import os
 import platform
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from puzzle.cache import cache_folder
 from puzzle.data import TokenData, prepare_data
 from puzzle.demo.corpus import read_corpus, write_corpus
 from puzzle.parents import open_parent
@@ -66,8 +66,7 @@ def demo_parent(seconds: float) -> tuple[Path, Path, float]:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "puzzle" / f"demo-{_VERSION}-python-{platform.python_version()}"
+    return cache_folder() / f"demo-{_VERSION}-python-{platform.python_version()}"
 
 
 def _save_start(folder: Path, corpus: Path) -> None:
