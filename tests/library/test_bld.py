@@ -15,6 +15,7 @@ import puzzle.runs.files
 import puzzle.training
 from puzzle.artefacts import LibraryIndex
 from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, ParentSubblock, Space, State, parse_variant
+from puzzle.blocks.attention import merge_heads
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics, build_library
 from puzzle.library.coupled import CoupledStudent
@@ -253,6 +254,28 @@ def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library, mon
         assert row.loss < row.initial_loss
         assert {value.dtype for value in read_tensors(library.root / row.file).values()} == {torch.float32}
         assert row.loss == pytest.approx(pico_library.index.row(row.layer, row.half, row.variant).loss, rel=0.05)
+
+
+def test_attention_trains_from_merged_heads_and_never_ends_behind_its_closed_form(
+    build: Build, pico_library: Library, pico_parent: Parent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = narrow(pico_library, ("kv2",), ())
+    begun: dict[int, State] = {}
+
+    def noted(self: Any, students: list[SubblockStudent], steps: int) -> None:
+        begun.update({student.layer: student.states()["kv2"] for student in students})
+
+    monkeypatch.setattr(puzzle.library.bld._Flight, "_train", noted)
+    library = build(space, library={"refit": False})
+    for layer in range(4):
+        merged = merge_heads(pico_parent.layer_state(layer)["self_attn.k_proj.weight"], 4, 2)
+        assert torch.equal(begun[layer]["self_attn.k_proj.weight"], merged)
+        own = pico_parent.layer_state(layer)["self_attn.o_proj.weight"]
+        assert torch.equal(begun[layer]["self_attn.o_proj.weight"], own)
+        # Nothing was learned, so the closed form is the best there is.
+        row = library.index.row(layer, "attention", "kv2")
+        assert row.loss == row.initial_loss == pico_library.index.row(layer, "attention", "kv2").initial_loss
+        assert not torch.equal(library.state(layer, GroupedQuery(2))["self_attn.o_proj.weight"], own)
 
 
 def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Library) -> None:

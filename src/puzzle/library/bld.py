@@ -7,7 +7,7 @@ nothing but the text.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +119,10 @@ def _texts(run: Run, data: TokenData, steps: int) -> Texts:
     return {"training": training, "validation": validation, "calibration": calibration}
 
 
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in parameters.items()}
+
+
 class _Flight:
     """The students of the layers in flight, from their start to files on disk.
 
@@ -144,14 +148,7 @@ class _Flight:
 
     def train(self, store: VariantStore, steps: int) -> None:
         """Start, held-out loss, training, refit; of each variant what did best on held-out text (law 4)."""
-        if self._settings.start == "closed_form":
-            # FFNs are refitted by their own start, from calibration moments alone.
-            self._refit([student for student in self._students if student.half == "attention"])
-        initial = self._held_out(self._students)
-        best = {
-            student.name: _Best(initial[student.name], dict(initial[student.name]), student.states())
-            for student in self._students
-        }
+        best = self._start()
         trained = [student for student in self._students if student.parameters()]
         if trained and steps:
             self._train(trained, steps)
@@ -167,6 +164,23 @@ class _Flight:
             tokens = self._settings.tokens if student in trained else 0
             store.write(student.layer, student.half, each.states, losses, tokens)
         self._state_file.unlink(missing_ok=True)
+
+    def _start(self) -> dict[str, _Best]:
+        """What every student is worth before training, its closed form included.
+
+        FFNs are fitted by their own start, attention here, as a result alone: an output projection fitted to merged
+        heads is small where they are wrong, which keeps them from learning, so training from it ends worse
+        (benchmarks/library.md). It starts from the heads as they were merged.
+        """
+        fitted = [s for s in self._students if s.half == "attention" and self._settings.start == "closed_form"]
+        merged = {student.name: _copies(student.parameters()) for student in fitted}
+        self._refit(fitted)
+        losses = self._held_out(self._students)
+        best = {s.name: _Best(losses[s.name], dict(losses[s.name]), s.states()) for s in self._students}
+        for student in fitted:
+            for name, parameter in student.parameters().items():
+                parameter.data.copy_(merged[student.name][name])
+        return best
 
     def _keep_better(self, best: dict[str, _Best], students: Sequence[Student]) -> set[str]:
         """Names of the students of which at least one variant became better."""

@@ -65,7 +65,7 @@ def build_library(
         coupled: also train every block composed of them as a whole (paper section 2.2).
     """
     settings = run.recipe.library.model_dump(mode="json", exclude={"coupled"})
-    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 3}
+    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 4}
     inputs = [parent.address, data.address, statistics.address]
     names = [[variant.name for half in HALVES for variant in layer.half(half)] for layer in space.layers]
     halves = build_library(run, parent, data, statistics, space) if coupled else None
