@@ -101,6 +101,14 @@ def test_local_distillation_shows_before_and_after_from_large_to_small(data: Rep
     assert len(untrained) == 1
 
 
+def test_a_library_with_one_size_has_its_figure(data: ReportData) -> None:
+    rows = tuple(row for row in data.library.rows if row.half == "attention")
+    one = [row for row in rows if row.variant == rows[0].variant]
+    figure = evidence.local_distillation(replace(data, library=replace(data.library, rows=tuple(one))), "attention")
+    assert figure is not None
+    assert {trace.name for trace in figure.data if trace.name} == {rows[0].variant}
+
+
 def test_library_without_rows_has_no_figure(data: ReportData) -> None:
     empty = replace(data, library=replace(data.library, rows=()))
     assert evidence.local_distillation(empty, "ffn") is None

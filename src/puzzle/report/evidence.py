@@ -76,7 +76,8 @@ def local_distillation(data: ReportData, half: Half) -> go.Figure | None:
     if not names:
         return None
     sized = [name for name in names if name not in ("linear", "none")]
-    colours = dict(zip(sized, sample_colorscale(theme.SIZES, len(sized)), strict=True)) if sized else {}
+    # A scale has two ends at least, even for one size.
+    colours = dict(zip(sized, sample_colorscale(theme.SIZES, max(2, len(sized))), strict=False))
     colours |= {"linear": theme.LINEAR, "none": theme.LINE}
     traces = []
     for index, name in enumerate(names):
