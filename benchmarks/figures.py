@@ -1,6 +1,6 @@
 """Figures of the benchmarks' pages, drawn from the kept rows in `results/`.
 
-    pip install matplotlib && python benchmarks/figures.py
+pip install matplotlib && python benchmarks/figures.py
 """
 
 import json

@@ -182,7 +182,7 @@ def fisher_scores(method: Pipeline, library: Library, space: Space, layers: Sequ
     of next tokens that the parent itself samples.
     """
     model = method.parent.load()
-    modules = {layer: LayerBlocks(library, layer, space.layers[layer], model) for layer in layers}
+    modules = {layer: LayerBlocks(library, layer, space.layers[layer].blocks(), model) for layer in layers}
     scores: dict[tuple[int, str], float] = defaultdict(float)
     generator = torch.Generator().manual_seed(0)
     for sequences in method.data.sequences("scoring", slice(0, FISHER_SEQUENCES)).split(1):
