@@ -46,6 +46,8 @@ SECTIONS = {
     "distil": {"tokens": 4096, "batch_size": 4, "validation_tokens": 1024},
     "evaluate": {"tokens": 2048, "uniform_baseline": False},
 }
+AHEAD = 3
+"""A kill falls into one of so many stages that are not finished yet."""
 COMPARED = ("variants/*.safetensors", "stages/*/checkpoint/*.safetensors", "child/*.safetensors")
 
 
@@ -54,10 +56,9 @@ def main(parent: str, text: str, folder: str, kills: str = "50") -> None:
     root, moments = Path(folder), random.Random(0)
     root.mkdir(parents=True)
     undisturbed = fresh(root / "undisturbed", parent, text)
-    began = time.monotonic()
     assert start(undisturbed).wait() == 0
-    seconds = time.monotonic() - began
-    print(f"undisturbed: {seconds:.0f} s", flush=True)
+    seconds = stage_seconds(undisturbed)
+    print(f"undisturbed: {seconds}", flush=True)
     hit: Counter[str] = Counter()
     runs = different = 0
     while hit.total() < int(kills):
@@ -82,15 +83,17 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", RUN, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def disturb(folder: Path, moments: random.Random, seconds: float) -> str | None:
-    """Go on with a run and kill it after a while: the stage that was hit; None if it came to its end first."""
+def disturb(folder: Path, moments: random.Random, seconds: dict[str, float]) -> str | None:
+    """Go on with a run and kill it in one of its next stages: which that was; None if it came to its end first."""
     process = start(folder)
-    begins = time.monotonic() + moments.uniform(0.05, 0.6) * seconds
-    gentle = moments.random() < 0.2
-    while process.poll() is None and time.monotonic() < begins:
-        time.sleep(0.01)
+    ahead = [stage for stage in seconds if not finished(folder, stage)]
+    chosen = moments.choice(ahead[:AHEAD]) if ahead else ""
+    delay, gentle = moments.uniform(0, seconds.get(chosen, 0)), moments.random() < 0.2
+    while process.poll() is None and not begun(folder, chosen):
+        time.sleep(0.002)
+    time.sleep(delay)
     if process.poll() is None:
-        stage = unfinished(folder)
+        stage = next((stage for stage in seconds if begun(folder, stage) and not finished(folder, stage)), "report")
         process.send_signal(signal.SIGTERM if gentle else signal.SIGKILL)
         process.wait()
         # A gentle one may come when all is done, or so early that Python itself answers it.
@@ -100,11 +103,24 @@ def disturb(folder: Path, moments: random.Random, seconds: float) -> str | None:
     return None
 
 
-def unfinished(folder: Path) -> str:
-    """The stage at work: the newest without a manifest."""
-    at_work = [path for path in folder.glob("stages/*") if not (path / "manifest.json").exists()]
-    newest = max(at_work, key=lambda path: path.stat().st_mtime, default=None)
-    return newest.name.rpartition("-")[0] if newest else "between stages"
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """How long each stage of a finished run took, in their order."""
+    manifests = sorted(folder.glob("stages/*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    return {name_of(path.parent): json.loads(path.read_text())["seconds"] for path in manifests}
+
+
+def name_of(folder: Path) -> str:
+    return folder.name.rpartition("-")[0]
+
+
+def begun(folder: Path, stage: str) -> bool:
+    return any(name_of(path) == stage for path in folder.glob("stages/*"))
+
+
+def finished(folder: Path, stage: str) -> bool:
+    """Whether all that was begun of this stage is done: it may be there twice, as searches are."""
+    folders = [path for path in folder.glob("stages/*") if name_of(path) == stage]
+    return bool(folders) and all((path / "manifest.json").exists() for path in folders)
 
 
 def differences(undisturbed: Path, disturbed: Path) -> list[str]:
