@@ -12,6 +12,24 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 # Sizes from the models' config.json.
 PARENTS = {
+    "meta-llama/Llama-3.3-70B-Instruct": {
+        "vocab_size": 128256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "meta-llama/Llama-3.1-405B": {
+        "vocab_size": 128256,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
     "meta-llama/Llama-3.1-8B-Instruct": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

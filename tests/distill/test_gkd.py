@@ -1,5 +1,7 @@
 """GKD brings a damaged child closer to its parent, and leaves an undamaged one where it is."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -160,6 +162,25 @@ def test_a_training_that_was_cut_off_ends_as_if_it_never_was(
     found = distilled("disturbed", **settings)
     assert distillation_curve(found) == distillation_curve(expected)
     assert all(torch.equal(value, weights(found)[name]) for name, value in weights(expected).items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_that_is_asked_to_stop_saves_its_last_step(
+    number: signal.Signals, distilled: Distil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    take_step = trainer.Training._step
+
+    def step(training: trainer.Training, index: int) -> dict[str, float]:
+        if index == 4:
+            os.kill(os.getpid(), number)
+        return take_step(training, index)
+
+    monkeypatch.setattr(trainer.Training, "_step", step)
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        distilled()
+    assert [path.name for path in tmp_path.glob("run/stages/distil-*/training*")] == ["training000005"]
+    assert signal.getsignal(number) is handler
 
 
 class _Points:

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from puzzle.distill.batches import Batch, Boundary
 from puzzle.distill.losses import Objective
-from puzzle.distill.teachers import CachedTeacher, LiveTeacher, fill_cache
+from puzzle.distill.teachers import CachedTeacher, LikeliestTokens, LiveTeacher, fill_cache
 from puzzle.distill.trainer import _checkpoint_layers
 from puzzle.modeling import PuzzleForCausalLM
 
@@ -113,7 +113,7 @@ def _counted(forward, calls):  # type: ignore[no-untyped-def]
 def test_a_cache_of_all_tokens_teaches_like_the_parent(tmp_path: Path) -> None:
     model, student, read = parent(), child(), batch()
     live = LiveTeacher(model).losses(student, read, Objective(lm_weight=0.5), 0.0).total
-    fill_cache(tmp_path, model, [read], 1, num_tokens=10**6)
+    fill_cache(tmp_path, LikeliestTokens(model, 10**6), [read], 1)
     cached = CachedTeacher(tmp_path, torch.float32).losses(student, read, Objective(lm_weight=0.5), COSINE_WEIGHT)
     torch.testing.assert_close(cached.total, live, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients(cached.total, student), gradients(live, student), rtol=1e-3, atol=1e-5)
@@ -123,13 +123,13 @@ def test_a_cache_of_all_tokens_teaches_like_the_parent(tmp_path: Path) -> None:
 def test_a_cache_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = parent(), batch()
     other = Batch("training000001", read.tokens_BT + 1, read.targets_BT, read.positions_BT)
-    fill_cache(tmp_path, model, [read], 2, num_tokens=3)
+    fill_cache(tmp_path, LikeliestTokens(model, 3), [read], 2)
     seen: list[object] = []
     monkeypatch.setattr(
         model.model,
         "forward",
         lambda *args, forward=model.model.forward, **named: (seen.append(args), forward(*args, **named))[1],
     )
-    fill_cache(tmp_path, model, [read, other], 2, num_tokens=3)
+    fill_cache(tmp_path, LikeliestTokens(model, 3), [read, other], 2)
     assert len(seen) == 1
     assert len(list(tmp_path.iterdir())) == 2

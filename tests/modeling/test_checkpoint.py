@@ -13,6 +13,7 @@ from tests.conftest import pico_puzzle, random_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
+from puzzle.parents import open_parent
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4win4s1+w48", "kv2win5+w16", "none+none")
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -37,6 +38,20 @@ hidden = base(inputs).last_hidden_state.detach()
 model.save_pretrained(folder + "/again")
 save_file({"logits": logits, "text": text, "hidden": hidden}, folder + "/outputs.st")
 """
+
+
+@torch.no_grad()
+def test_a_large_one_lies_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puzzle.modeling.checkpoint.MAX_SHARD_BYTES", 30_000)
+    model = pico_puzzle(*BLOCKS)
+    save_checkpoint(model, tmp_path, None)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 35_000 for file in files)
+    tokens_BT = random_tokens(2, 9)
+    expected = model(tokens_BT).logits
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens_BT).logits, expected)
+    assert torch.equal(open_parent(str(tmp_path)).load()(tokens_BT).logits, expected)
 
 
 @torch.no_grad()

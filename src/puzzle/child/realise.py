@@ -1,7 +1,7 @@
 """From an architecture to a child: the library's weights put together, as a checkpoint that runs (law 5)."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.blocks import HALVES, Architecture, BlockVariant, State, build_subblock, split_state
 from puzzle.library import Library
-from puzzle.modeling import PuzzleForCausalLM, empty_model, save_checkpoint
-from puzzle.parents import Parent, finish, open_parent
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, save_checkpoint
+from puzzle.parents import Parent, finish, open_checkpoint, open_parent
 from puzzle.runs import Run, read_tensors, write_tensors, write_text
 
 _CHECK_TOKENS = 16
@@ -31,6 +31,16 @@ class Child:
         """The child, for inference."""
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
+
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name in the model, as it is stored, one at a time."""
+        names = [name for name, _ in empty_model(self.config).named_parameters()]
+        return open_checkpoint(self.path).read(names)
+
+    @property
+    def config(self) -> PuzzleConfig:
+        return PuzzleConfig.from_pretrained(self.path)
 
 
 def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...]) -> Child:

@@ -4,13 +4,14 @@ Shapes: B batch, T tokens.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from puzzle.data import TokenData
+from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import DistilSettings
@@ -31,10 +32,32 @@ class Batch:
     targets_BT: Tensor
     positions_BT: Tensor | None
     """In its own document, where documents are kept apart: models attend within stretches of rising positions."""
+    first: int = 0
+    """Of a share: where its sequences begin in the whole batch."""
+    counted: int = 1
+    """0 of a share that stands in for an empty one, since no process may leave out a forward."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count in means."""
+        return self.counted * self.tokens_BT.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
-        return Batch(self.name, self.tokens_BT.to(device), self.targets_BT.to(device), positions_BT)
+        return self._map(lambda tensor_BT: tensor_BT.to(device))
+
+    def share(self, group: Group) -> "Batch":
+        """The sequences that one of several processes runs; as many in each where their number divides the batch's."""
+        size = len(self.tokens_BT)
+        first, end = (size * rank // group.size for rank in (group.rank, group.rank + 1))
+        if first == end:
+            return replace(self._map(lambda tensor_BT: tensor_BT[:1]), counted=0)
+        return replace(self._map(lambda tensor_BT: tensor_BT[first:end]), first=first)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        positions_BT = None if self.positions_BT is None else change(self.positions_BT)
+        return replace(
+            self, tokens_BT=change(self.tokens_BT), targets_BT=change(self.targets_BT), positions_BT=positions_BT
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,13 @@ class Batches:
 
     def __init__(self, data: TokenData, settings: DistilSettings, seed: int, boundary: Boundary | None) -> None:
         self._data, self._settings, self._seed, self._boundary = data, settings, seed, boundary
+        sequences, size = settings.batch_size // settings.accumulate, Group.current().size
+        if sequences % size:
+            fitting = ", ".join(str(count) for count in range(1, sequences + 1) if sequences % count == 0)
+            raise PuzzleError(
+                f"distil.batch_size: {settings.batch_size} sequences, in parts of {sequences} (distil.accumulate), "
+                f"cannot be shared evenly by {size} processes; start {fitting} of them, or change these settings"
+            )
         self.tokens_per_step = settings.batch_size * data.sequence_length
         self.steps = math.ceil(settings.tokens / self.tokens_per_step)
         if settings.ladder and data.sequence_length % 4:

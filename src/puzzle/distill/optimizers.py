@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
 from puzzle.recipe import DistilSettings
 from puzzle.training import BETAS
@@ -22,6 +23,8 @@ def build_optimizers(settings: DistilSettings, parameters: Mapping[str, Tensor])
     match settings.optimizer:
         case "adamw":
             return [_adamw(settings, list(parameters.values()))]
+        case "adamw8bit" if Group.current().size > 1:
+            raise PuzzleError("distil.optimizer: adamw8bit is for one process; use adamw or muon, or no torchrun")
         case "adamw8bit":
             return [cast(Optimizer, _AdamW8bit(settings, list(parameters.values())))]
         case "muon":

@@ -1,14 +1,17 @@
-"""The training loop of GKD on one device: steps, held-out points, the best weights so far; killed anywhere, it goes on.
+"""The training loop of GKD: steps, held-out points, the best weights so far; killed anywhere, it goes on.
 
-training.safetensors    parameters, moments, what the spike guard remembers, steps done
+One process or several, each with its share of the sequences and of every tensor, take the same steps but for the order
+of sums.
+
+training000320/         parameters, moments, what the spike guard remembers, steps done
 curve.json              the held-out points
 best000320.safetensors  parameters at the best of them
 """
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +20,26 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import puzzle.training
 from puzzle.distill.batches import Batches
 from puzzle.distill.losses import Objective
 from puzzle.distill.optimizers import build_optimizers
 from puzzle.distill.spikes import MAX_SKIPS, SpikeGuard
-from puzzle.distill.teachers import Teacher
-from puzzle.distill.trackers import open_trackers
+from puzzle.distill.teachers import Lesson
+from puzzle.distill.trackers import Tracker, open_trackers
+from puzzle.distributed.group import Group
+from puzzle.distributed.sharding import collect, release, whole
+from puzzle.distributed.state import ShardedState, remove_states
+from puzzle.distributed.stop import stop_when_asked
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.runs import Run, Stage, progress, read_json, read_tensors, write_json, write_tensors
-from puzzle.training import TrainingState, learning_rate, set_learning_rate
+from puzzle.training import learning_rate, set_learning_rate
 
 _VALIDATIONS = 10
 """Points of the held-out curve, the start not counted."""
 
-_STATE, _BEST = "training.safetensors", "best{}.safetensors"
+_BEST = "best{}.safetensors"
 
 Curve = list[dict[str, float]]
 
@@ -44,15 +52,17 @@ def read_curve(file: Path) -> Curve:
 
 def remove_state(folder: Path) -> None:
     """Delete what only a training that goes on would need."""
-    for file in (folder / _STATE, *folder.glob(_BEST.format("*"))):
-        file.unlink(missing_ok=True)
+    remove_states(folder)
+    for file in folder.glob(_BEST.format("*")):
+        file.unlink()
 
 
 class Training:
-    """The child `student`, in float32, on its way to `teacher`.
+    """The lesson's child, in float32, on its way to the parent.
 
     Args:
         stage: whose folder holds the files above.
+        parameters: of the child, those that train.
         new_layers: those whose block differs from the parent's.
     """
 
@@ -60,38 +70,42 @@ class Training:
         self,
         run: Run,
         stage: Stage,
-        teacher: Teacher,
-        student: PuzzleForCausalLM,
+        lesson: Lesson,
         batches: Batches,
+        parameters: Mapping[str, Tensor],
         new_layers: Collection[int],
     ) -> None:
-        self._run, self._stage, self._teacher, self._student = run, stage, teacher, student
-        self._batches, self._settings = batches, run.recipe.distil
+        self._run, self._stage, self._lesson, self._group = run, stage, lesson, Group.current()
+        self._batches, self._settings, self._parameters = batches, run.recipe.distil, parameters
         self._cosine_weight = 0.0 if self._settings.teacher_cache else self._settings.cosine_weight
         self._objective = Objective(
             **{name: getattr(self._settings, name) for name in Objective.__dataclass_fields__},
         )
-        self._parameters: dict[str, Tensor] = dict(student.requires_grad_(True).named_parameters())
         self._new = {
             name for name in self._parameters if any(name.startswith(f"model.layers.{layer}.") for layer in new_layers)
         }
         self._optimizers = build_optimizers(self._settings, self._parameters)
         self._guard = SpikeGuard()
         saved = {**self._parameters, "spikes": self._guard.memory}
-        self._state = TrainingState(stage.path / _STATE, saved, *self._optimizers)
+        self._state = ShardedState(stage.path, saved, *self._optimizers)
         if self._settings.checkpointing:
-            _checkpoint_layers(student)
+            _checkpoint_layers(lesson.student)
 
     def train(self, label: str) -> Curve:
-        """Train to the end, from where it stood; the student then holds the best weights, `curve.json` all points."""
+        """Train to the end, from where it stood; `curve.json` then holds all points, `best` the best weights.
+
+        Raises:
+            KeyboardInterrupt: after all was saved, where any of the processes was asked to stop.
+        """
         settings, steps = self._settings, self._batches.steps
         first = self._state.restore()
-        curve = [point for point in read_curve(self._curve_file) if point["step"] <= first] or [self._point(0)]
+        known = self._group.first(lambda: read_curve(self._curve_file))
+        curve = [point for point in known if point["step"] <= first] or [self._point(0)]
+        self._touch()
         seconds = 0.0
         with ExitStack() as stack:
-            trackers = open_trackers(settings.log, self._stage.path, self._stage.address[:12], settings.model_dump())
-            for tracker in trackers:
-                stack.callback(tracker.close)
+            trackers = stack.enter_context(self._trackers())
+            stop = stack.enter_context(stop_when_asked())
             bar = stack.enter_context(progress(f"GKD of the {label}", steps, first))
             for step in range(first, steps):
                 if self._is_stale(curve):
@@ -104,14 +118,36 @@ class Training:
                 if (step + 1) % math.ceil(steps / _VALIDATIONS) == 0 or step + 1 == steps:
                     curve.append(self._point(step + 1))
                     self._save(curve)
-                self._state.save_if_due(step + 1)
+                due = self._state.age() >= puzzle.training.CHECKPOINT_INTERVAL_S
+                asked, due = self._group.any(stop.asked, due)
+                if asked or due:
+                    self._state.save(step + 1)
+                if asked:
+                    raise KeyboardInterrupt
                 numbers["held-out KL"] = curve[-1]["validation_kl"]
                 for tracker in trackers:
                     tracker.log(step + 1, numbers)
                 bar.advance(**{name: numbers[name] for name in ("kl", "cosine", "held-out KL", "tokens/s")})
-        self._student.requires_grad_(False)
-        self._take_best(curve)
         return curve
+
+    @contextmanager
+    def _trackers(self) -> Iterator[list[Tracker]]:
+        """Those of the first process."""
+        settings = self._settings
+        wanted = settings.log if self._group.leads else []
+        with ExitStack() as stack:
+            trackers = open_trackers(wanted, self._stage.path, self._stage.address[:12], settings.model_dump())
+            for tracker in trackers:
+                stack.callback(tracker.close)
+            yield trackers
+
+    @torch.no_grad()
+    def _touch(self) -> None:
+        """A forward with all parameters trainable, from which shared-out ones know in which dtype gradients come."""
+        if self._group.size > 1:
+            batch = next(self._batches.validation()).share(self._group)
+            self._lesson(batch.to(self._run.device), self._objective, self._cosine_weight)
+            release(self._lesson)
 
     def _step(self, step: int) -> dict[str, float]:
         """One step of the optimisers, or none if it would do harm; its losses and gradient norm."""
@@ -120,20 +156,21 @@ class Training:
         rate = learning_rate(step, steps=self._batches.steps, peak=settings.learning_rate, warmup=settings.warmup)
         parts = []
         for batch in self._batches.training(step):
-            losses = self._teacher.losses(
-                self._student, batch.to(self._run.device), self._objective, self._cosine_weight
-            )
+            own = batch.share(self._group).to(self._run.device)
+            losses = self._lesson(own, self._objective, self._cosine_weight)
             (losses.total / settings.accumulate).backward()
             parts.append(torch.stack([losses.total.detach(), losses.kl, losses.cosine, losses.lm]))
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.max_grad_norm)
-        loss, kl, cosine, lm, norm = torch.cat([torch.stack(parts).mean(0), norm.unsqueeze(0)]).tolist()
+        full_norm = whole(torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.max_grad_norm))
+        means_4 = self._group.sum(torch.stack(parts).mean(0)) / self._group.size
+        (loss, kl, cosine, lm), norm = means_4.tolist(), float(full_norm)
         if self._guard.admits(loss, norm):
             for optimizer in self._optimizers:
                 set_learning_rate(optimizer, rate)
                 optimizer.step()
         else:
             self._report_skip(step, loss, norm)
-        self._student.zero_grad()
+        for parameter in self._parameters.values():
+            parameter.grad = None
         return {"loss": loss, "kl": kl, "cosine": cosine, "lm": lm, "gradient norm": norm, "learning rate": rate}
 
     def _enter(self, step: int) -> None:
@@ -161,13 +198,15 @@ class Training:
     def _point(self, step: int) -> dict[str, float]:
         """A point of the curve: KL(parent || child) in nats on validation text, and the loss with that as its KL."""
         objective = Objective(lm_weight=self._objective.lm_weight)
-        sums_3, tokens = torch.zeros(3, dtype=torch.float64), 0
+        sums_4 = torch.zeros(4, dtype=torch.float64)
         for batch in self._batches.validation():
-            losses = self._teacher.losses(self._student, batch.to(self._run.device), objective, self._cosine_weight)
-            parts_3 = torch.stack([losses.kl, losses.cosine, losses.lm])
-            sums_3 += batch.tokens_BT.numel() * parts_3.double().cpu()
-            tokens += batch.tokens_BT.numel()
-        kl, cosine, lm = (sums_3 / tokens).tolist()
+            own = batch.share(self._group).to(self._run.device)
+            losses = self._lesson(own, objective, self._cosine_weight)
+            parts_3 = torch.stack([losses.kl, losses.cosine, losses.lm]).double().cpu()
+            sums_4 += own.num_tokens * torch.cat([parts_3, torch.ones(1)])
+        release(self._lesson)
+        *sums, tokens = self._group.sum(sums_4).tolist()
+        kl, cosine, lm = (part / tokens for part in sums)
         if not math.isfinite(kl):
             raise PuzzleError(f"distil: the loss is not finite at step {step}; lower distil.learning_rate")
         weights = self._objective
@@ -185,9 +224,14 @@ class Training:
         """
         step, best = int(curve[-1]["step"]), _best(curve)
         if best == step:
-            write_tensors(self._best_file(step), self._parameters)
-        write_json(self._curve_file, curve)
+            weights = collect(self._parameters)
+            if self._group.leads:
+                write_tensors(self._best_file(step), weights)
+        if self._group.leads:
+            write_json(self._curve_file, curve)
         self._state.save(step)
+        if not self._group.leads:
+            return
         for file in self._stage.path.glob(_BEST.format("*")):
             if file != self._best_file(best):
                 file.unlink()
@@ -196,13 +240,15 @@ class Training:
         since = len(curve) - 1 - [point["step"] for point in curve].index(_best(curve))
         return self._settings.patience is not None and since >= self._settings.patience
 
-    def _take_best(self, curve: Curve) -> None:
+    def best(self, curve: Curve) -> Mapping[str, Tensor]:
+        """The weights where held-out KL was lowest, for the process that leads; none if that was before training."""
         best = _best(curve)
         if best == 0:
             self._run.log_warning("distil: held-out KL was lowest before training; the result is what it started from")
-        elif best != curve[-1]["step"]:
+            return {}
+        if best != curve[-1]["step"]:
             self._run.log(f"distil: the result is that of step {best}, where held-out KL was lowest")
-            _load(self._parameters, read_tensors(self._best_file(best)))
+        return read_tensors(self._best_file(best))
 
     @property
     def _curve_file(self) -> Path:
@@ -215,12 +261,6 @@ class Training:
 def _best(curve: Sequence[Mapping[str, float]]) -> int:
     """The step of the point with the lowest held-out KL."""
     return int(min(curve, key=lambda point: point["validation_kl"])["step"])
-
-
-@torch.no_grad()
-def _load(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
 
 
 def _checkpoint_layers(model: PuzzleForCausalLM) -> None:

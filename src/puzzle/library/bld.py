@@ -20,7 +20,7 @@ from puzzle.library.refit import refit
 from puzzle.library.store import VariantStore
 from puzzle.library.students import Student, clip_gradients
 from puzzle.parents import LayerPass, Parent, ParentPasses, Texts
-from puzzle.runs import Run, Stage, progress
+from puzzle.runs import Run, progress
 from puzzle.training import BETAS, TrainingState, autocast, learning_rate, saved_parameters, set_learning_rate
 
 _WARMUP = 0.05
@@ -61,9 +61,13 @@ class _Best:
 
 
 def train_groups(
-    run: Run, stage: Stage, parent: Parent, data: TokenData, store: VariantStore, groups: Sequence[Group]
+    run: Run, parent: Parent, data: TokenData, store: VariantStore, groups: Sequence[Group], folder: Path
 ) -> None:
-    """Train what is not finished yet, as many layers at a time as fit the memory, and write it to the store."""
+    """Train what is not finished yet, as many layers at a time as fit the memory, and write it to the store.
+
+    Args:
+        folder: for activations and training state, from which a training that was cut off goes on.
+    """
     missing = defaultdict(list)
     for group in groups:
         if store.finished(group.layer, group.half, group.variants) is None:
@@ -71,14 +75,14 @@ def train_groups(
     if not missing:
         return
     memory_bytes = run.memory_bytes  # asked before weights are loaded
-    passes = ParentPasses(run, parent, stage.path / "activations")
+    passes = ParentPasses(run, parent, folder / "activations")
     steps = math.ceil(run.recipe.library.tokens / (run.recipe.library.batch_size * data.sequence_length))
     texts = _texts(run, data, steps)
 
     def extra_bytes(layer: int) -> int:
         return sum(_BYTES_PER_TRAINED_PARAMETER * group.params for group in missing[layer])
 
-    state_file = stage.path / "training.safetensors"
+    state_file = folder / "training.safetensors"
     # What was begun before a kill is ended first and together, though there may be more memory now than then.
     begun = [int(name.partition(".")[0]) for name in saved_parameters(state_file)]
     first = [layer for layer in sorted(missing) if begun and min(begun) <= layer <= max(begun)]

@@ -4,6 +4,7 @@ Variants are trained by `bld` and kept by `store`; a library is an index over th
 worse, is a property of the index: where a narrower variant ended better, the wider one takes over its function.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.blocks import HALVES, BlockVariant, Half, Space, State, Variant, num_params, parse_variant, split_state
 from puzzle.data import TokenData
+from puzzle.distributed.tasks import for_layers
 from puzzle.library.bld import Group, train_groups
 from puzzle.library.groups import block_groups, subblock_groups
 from puzzle.library.statistics import Statistics
@@ -72,23 +74,49 @@ def build_library(
     stage = run.stage("library", version=2, settings=settings | {"space": names, "coupled": coupled}, inputs=inputs)
     index_file = stage.path / "index.json"
     if not stage.done:
-        identity: dict[str, Any] = {"settings": settings, "inputs": inputs}
-        if halves is None:
-            groups, starts = subblock_groups(run, parent, statistics, space), {}
-        else:
-            groups = block_groups(run, parent, statistics, space, halves.block_state)
-            starts = {
-                (group.layer, group.variants): halves.sources(group.layer, BlockVariant.parse(group.variants[0]))
-                for group in groups
-            }
-        store = VariantStore(run, identity, starts)
-        train_groups(run, stage, parent, data, store, groups)
+        work = _Training(run, parent, data, statistics, space, halves, {"settings": settings, "inputs": inputs})
+        groups, store = work.groups(), work.store()
+        params = Counter[int]()
+        for group in groups:
+            params[group.layer] += group.params
+        for_layers(run, stage, work, [1.0 + params[layer] for layer in range(len(space.layers))])
         rows = [row for group in groups for row in _rows(group, store)]
         rows = rows if halves is not None else _nested(run.path, parent, rows)
         index = LibraryIndex(rows=(*(() if halves is None else halves.index.rows), *rows))
         write_text(index_file, index.to_json())
         stage.commit(variants=len(index.rows))
     return Library(run.path, stage.address, parent, LibraryIndex.from_json(index_file.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A task for any range of layers: train what the space has there. Other processes make its groups anew."""
+
+    run: Run
+    parent: Parent
+    data: TokenData
+    statistics: Statistics
+    space: Space
+    halves: Library | None
+    """What whole blocks start from; None: halves are trained."""
+    identity: dict[str, Any]
+    """Of the store."""
+
+    def __call__(self, layers: range, folder: Path) -> None:
+        groups = [group for group in self.groups() if group.layer in layers]
+        train_groups(self.run, self.parent, self.data, self.store(), groups, folder)
+
+    def groups(self) -> list[Group]:
+        if self.halves is None:
+            return subblock_groups(self.run, self.parent, self.statistics, self.space)
+        return block_groups(self.run, self.parent, self.statistics, self.space, self.halves.block_state)
+
+    def store(self) -> VariantStore:
+        if self.halves is None:
+            return VariantStore(self.run, self.identity)
+        blocks = [(group.layer, group.variants) for group in self.groups()]
+        starts = {(layer, names): self.halves.sources(layer, BlockVariant.parse(names[0])) for layer, names in blocks}
+        return VariantStore(self.run, self.identity, starts)
 
 
 def _rows(group: Group, store: VariantStore) -> list[LibraryRow]:

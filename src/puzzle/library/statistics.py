@@ -41,9 +41,10 @@ from torch.utils.hooks import RemovableHandle
 
 from puzzle.blocks import GatedFFN, Half, State
 from puzzle.data import TokenData
+from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.parents import LayerPass, Parent, ParentPasses
-from puzzle.runs import Run, Stage, progress, read_tensors, write_tensors
+from puzzle.runs import Run, progress, read_tensors, write_tensors
 from puzzle.training import CHECKPOINT_INTERVAL_S
 
 _BATCH_SIZE = 8
@@ -57,14 +58,17 @@ class Statistics:
     path: Path
     address: str
 
+    def file(self, layer: int) -> Path:
+        return self.path / f"layer{layer:03d}.safetensors"
+
     def half(self, layer: int, half: Half) -> State:
         prefix = f"{half}."
-        tensors = read_tensors(self.path / f"layer{layer:03d}.safetensors")
+        tensors = read_tensors(self.file(layer))
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     def layer(self, layer: int) -> State:
         """What is of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
-        tensors = read_tensors(self.path / f"layer{layer:03d}.safetensors")
+        tensors = read_tensors(self.file(layer))
         return {name: value for name, value in tensors.items() if "." not in name}
 
     def influence(self, num_layers: int) -> list[float]:
@@ -80,36 +84,43 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
     if stage.done:
         return statistics
 
-    def calibration() -> Iterator[Tensor]:
-        for sequences in data.batches("calibration", _BATCH_SIZE, run.recipe.calibration.tokens):
-            yield sequences[:, :-1]
-
-    missing = [layer for layer in range(len(parent.architecture.blocks)) if not _file(stage, layer).exists()]
-    begun = _layers_of(_read_partial(stage))
-    passes = ParentPasses(run, parent, stage.path / "activations")
-    # What was begun before a kill is ended first and together, though there may be more memory now than then.
-    for part in ([i for i in missing if i in begun], [i for i in missing if i not in begun]):
-        for layers in passes.groups(part, lambda layer: _sum_bytes(parent, layer)):
-            passes.prepare(layers.start, {"calibration": calibration})
-            passes.hold(layers)
-            _calibrate_layers(stage, passes, layers, calibration)
-    passes.close()
-    _partial_file(stage).unlink(missing_ok=True)
-    stage.commit(tokens=sum(tokens_BT.numel() for tokens_BT in calibration()))
+    text = partial(_text, data, run.recipe.calibration.tokens)
+    costs = [1.0 + _sum_bytes(parent, layer) for layer in range(len(parent.architecture.blocks))]
+    for_layers(run, stage, partial(_calibrate, run, parent, statistics, text), costs)
+    stage.commit(tokens=sum(tokens_BT.numel() for tokens_BT in text()))
     return statistics
 
 
-def _file(stage: Stage, layer: int) -> Path:
-    return stage.path / f"layer{layer:03d}.safetensors"
+def _text(data: TokenData, tokens: int) -> Iterator[Tensor]:
+    for sequences in data.batches("calibration", _BATCH_SIZE, tokens):
+        yield sequences[:, :-1]
 
 
-def _partial_file(stage: Stage) -> Path:
-    return stage.path / "partial.safetensors"
+def _calibrate(
+    run: Run, parent: Parent, statistics: Statistics, text: Callable[[], Iterable[Tensor]], layers: range, folder: Path
+) -> None:
+    """A task: the files of those layers that have none yet."""
+    missing = [layer for layer in layers if not statistics.file(layer).exists()]
+    if not missing:
+        return
+    begun = _layers_of(_read_partial(folder))
+    passes = ParentPasses(run, parent, folder / "activations")
+    # What was begun before a kill is ended first and together, though there may be more memory now than then.
+    for part in ([i for i in missing if i in begun], [i for i in missing if i not in begun]):
+        for group in passes.groups(part, lambda layer: _sum_bytes(parent, layer)):
+            passes.prepare(group.start, {"calibration": text})
+            passes.hold(group)
+            _calibrate_layers(statistics, folder, passes, group, text)
+    passes.close()
 
 
-def _read_partial(stage: Stage) -> State:
+def _partial_file(folder: Path) -> Path:
+    return folder / "partial.safetensors"
+
+
+def _read_partial(folder: Path) -> State:
     """The sums of a group that was cut off; none, if none was."""
-    return read_tensors(_partial_file(stage)) if _partial_file(stage).exists() else {}
+    return read_tensors(_partial_file(folder)) if _partial_file(folder).exists() else {}
 
 
 def _layer_of(name: str) -> int:
@@ -127,24 +138,28 @@ def _sum_bytes(parent: Parent, layer: int) -> int:
 
 
 def _calibrate_layers(
-    stage: Stage, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
+    statistics: Statistics,
+    folder: Path,
+    passes: ParentPasses,
+    layers: range,
+    calibration: Callable[[], Iterable[Tensor]],
 ) -> None:
-    sums = _accumulate(stage, passes, layers, calibration)
+    sums = _accumulate(folder, passes, layers, calibration)
     tokens = sums.pop("tokens").item()
     for layer in layers:
         names = [name for name in sums if _layer_of(name) == layer]
         moments = {name.partition(".")[2]: sums.pop(name).div_(tokens).float() for name in names}
         if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
             raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
-        write_tensors(_file(stage, layer), moments)
+        write_tensors(statistics.file(layer), moments)
 
 
 @torch.no_grad()
 def _accumulate(
-    stage: Stage, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
+    folder: Path, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
 ) -> State:
     """Sums over the tokens of the text, named `layer.half.moment`, and how many these are; goes on after a kill."""
-    saved = _read_partial(stage)
+    saved = _read_partial(folder)
     sums: State = {}
     if _layers_of(saved) >= set(layers):
         mine = [name for name in saved if name == "tokens" or _layer_of(name) in layers]
@@ -166,7 +181,7 @@ def _accumulate(
             # Of a large parent the sums are tens of gigabytes: saving takes a tenth of the time at most.
             if time.monotonic() - last_save > max(CHECKPOINT_INTERVAL_S, 10 * save_seconds):
                 begin = time.monotonic()
-                write_tensors(_partial_file(stage), sums)
+                write_tensors(_partial_file(folder), sums)
                 last_save = time.monotonic()
                 save_seconds = last_save - begin
     return sums

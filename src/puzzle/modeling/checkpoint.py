@@ -17,6 +17,9 @@ REMOTE_CODE = (
 )
 """What a checkpoint carries so that it loads without this package."""
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""Of a file with weights, as hubs like it."""
+
 _AUTO_MAP = {
     "AutoConfig": "configuration_puzzle.PuzzleConfig",
     "AutoModel": "modeling_puzzle.PuzzleModel",
@@ -70,7 +73,7 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
         # The parent's file is copied as it is: transformers reads some that it refuses to write.
         model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(path)
+        model.save_pretrained(path, max_shard_size=MAX_SHARD_BYTES)
     finally:
         model.generation_config = generation_config
     save_configuration(model.config, path)

@@ -2,7 +2,8 @@
 
 from puzzle.modeling import finish
 from puzzle.parents.base import FamilyAdapter
-from puzzle.parents.parent import ADAPTERS, Parent, open_parent
+from puzzle.parents.checkpoint import open_checkpoint
+from puzzle.parents.parent import ADAPTERS, Parent, open_parent, read_config
 from puzzle.parents.passes import LayerPass, ParentPasses, Texts
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "ParentPasses",
     "Texts",
     "finish",
+    "open_checkpoint",
     "open_parent",
+    "read_config",
 ]

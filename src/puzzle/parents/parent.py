@@ -103,6 +103,10 @@ class Parent:
         names = [name for name in self._names if not name.startswith("model.layers.")]
         return {name: tensor.float() for name, tensor in self._tensors(names)}
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by its name in the model, as it is stored, one at a time."""
+        return self._tensors(self._names)
+
     @cached_property
     def _names(self) -> list[str]:
         """Every parameter once, a tied one under the name that checkpoints keep."""
@@ -124,11 +128,23 @@ def open_parent(source: str, digests: Path | None = None) -> Parent:
         source: a local folder, or a hub name.
         digests: file in which the weights' hashes are remembered by size and time of change.
     """
-    path = _locate(source)
+    path = _locate(source, _HUB_FILES)
     adapter = ADAPTERS[_model_type(path)]
     checkpoint = open_checkpoint(path)
     config = _configure(path, adapter, checkpoint)
     return Parent(path, config, adapter, checkpoint, checkpoint.address(digests))
+
+
+def read_config(source: str) -> PuzzleConfig:
+    """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
+    path = _locate(source, ["config.json"])
+    adapter = ADAPTERS[_model_type(path)]
+    try:
+        return adapter.configure(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    except PuzzleError:
+        raise
+    except Exception as error:  # as below
+        raise _no_model(path, error) from None
 
 
 def _configure(path: Path, adapter: FamilyAdapter, checkpoint: Checkpoint) -> PuzzleConfig:
@@ -141,14 +157,17 @@ def _configure(path: Path, adapter: FamilyAdapter, checkpoint: Checkpoint) -> Pu
     except PuzzleError:
         raise
     except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
-        raise PuzzleError(
-            f"parent: {path / 'config.json'} does not describe a model ({type(error).__name__}: {one_line(error)})"
-        ) from None
+        raise _no_model(path, error) from None
     if not config.blocks:
         raise PuzzleError(f"parent: {path / 'config.json'} asks for no layers; num_hidden_layers must be at least 1")
     for name, parameter in parameters.items():
         checkpoint.check(adapter.tensor_name(name), parameter.shape)
     return config
+
+
+def _no_model(path: Path, error: Exception) -> PuzzleError:
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return PuzzleError(f"parent: {path / 'config.json'} does not describe a model ({reason})")
 
 
 def _stores_another_head(adapter: FamilyAdapter, checkpoint: Checkpoint) -> bool:
@@ -160,7 +179,8 @@ def _stores_another_head(adapter: FamilyAdapter, checkpoint: Checkpoint) -> bool
     return not torch.equal(tensors[names[0]], tensors[names[1]])
 
 
-def _locate(source: str) -> Path:
+def _locate(source: str, wanted: list[str]) -> Path:
+    """A folder, or that of a hub's snapshot with the wanted files."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -169,7 +189,7 @@ def _locate(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(source, allow_patterns=wanted))
     except Exception as error:  # whatever the hub client raises, the reader needs one line
         raise PuzzleError(
             f"parent: {source} is neither a folder nor a model that the hub gives ({one_line(error)})"

@@ -2,7 +2,7 @@
 
 from puzzle.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, check_folder, create_folder, is_run_folder, open_run
+from puzzle.runs.run import Run, check_folder, choose_device, create_folder, is_run_folder, open_run
 from puzzle.runs.stage import Stage, digest
 from puzzle.runs.status import status
 
@@ -11,6 +11,7 @@ __all__ = [
     "Run",
     "Stage",
     "check_folder",
+    "choose_device",
     "create_folder",
     "digest",
     "is_run_folder",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of other machines may be at the same file, with the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.uname().nodename}.tmp")
     try:
         write(temporary)
         with temporary.open("rb") as file:

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
 from puzzle.runs.files import remove_temporary, write_json, write_text
-from puzzle.runs.stage import Stage, open_stage
+from puzzle.runs.stage import Stage, find_stage, open_stage
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,12 @@ class Run:
     _opened_ns: int = field(default_factory=time.time_ns, compare=False)
     _used: dict[str, Stage] = field(default_factory=dict, compare=False)
     """The stages that were asked for, by address."""
+    on: str | None = field(default=None, compare=False)
+    """The Ray cluster that tasks run on, `ray` or `ray://HOST:PORT`; None: here."""
+    leads: bool = field(default=True, compare=False)
+    """Whether this process writes and logs: of several that work together, the first."""
+    only: tuple[str, ...] | None = field(default=None, compare=False)
+    """The stages that may be worked on, all others being finished; None: all."""
 
     def stage(self, name: str, *, version: int, settings: BaseModel | dict[str, Any], inputs: Sequence[str]) -> Stage:
         """The stage's folder for these settings and inputs, made if it is not there; its clock starts.
@@ -55,7 +61,14 @@ class Run:
         """
         plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
         identity = {"stage": name, "version": version, "settings": plain, "inputs": list(inputs)}
-        stage = open_stage(self.path / "stages", name, identity, self._opened_ns)
+        stage = find_stage(self.path / "stages", name, identity)
+        if self.only is not None and name not in self.only and not stage.done:
+            raise PuzzleError(
+                f"{stage.path} is not finished, and several processes do {' and '.join(self.only)} alone; "
+                f"run `puzzle refine {self.path}` first, without torchrun"
+            )
+        if self.leads:
+            stage = open_stage(self.path / "stages", name, identity, self._opened_ns)
         return self._used.setdefault(stage.address, stage)
 
     def seconds(self) -> dict[str, float]:
@@ -69,18 +82,7 @@ class Run:
     @property
     def device(self) -> "torch.device":
         """`execution.device`; `auto` is the GPU if there is one."""
-        import torch
-
-        wanted = self.recipe.execution.device
-        if wanted == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(wanted)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
-        return device
+        return choose_device(self.recipe.execution.device)
 
     def apply_threads(self) -> None:
         """Let torch use `execution.threads` CPU threads, if given."""
@@ -110,12 +112,29 @@ class Run:
 
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""
+        if not self.leads:
+            return
         print(line, flush=True)
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def log_warning(self, line: str) -> None:
         self.log(f"warning: {line}")
+
+
+def choose_device(wanted: str) -> "torch.device":
+    """The device that `execution.device` names; a `PuzzleError` if torch cannot use it here."""
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
+    return device
 
 
 def is_run_folder(path: Path) -> bool:
@@ -139,12 +158,12 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
 
 
 @contextmanager
-def open_run(path: Path) -> Iterator[Run]:
-    """The run in `path`, locked against other processes until the end of the block."""
+def open_run(path: Path, on: str | None = None) -> Iterator[Run]:
+    """The run in `path`, locked against other processes until the end of the block; see `Run.on`."""
     check_folder(path)
     with _locked(path):
         remove_temporary(path)
-        yield Run(path, Recipe.read(path / "recipe.yaml"))
+        yield Run(path, Recipe.read(path / "recipe.yaml"), on=on)
 
 
 def check_folder(path: Path) -> None:

@@ -70,21 +70,26 @@ class Stage:
         return self.path / "manifest.json"
 
 
+def find_stage(parent: Path, name: str, identity: dict[str, Any]) -> Stage:
+    """The stage that `identity` describes, whether its folder is there or not; nothing is written."""
+    address = digest(identity)
+    return Stage(name, address, parent / f"{name}-{address[:12]}")
+
+
 def open_stage(parent: Path, name: str, identity: dict[str, Any], command_ns: int) -> Stage:
     """The folder below `parent` of the stage that `identity` describes, made if it is not there.
 
     Args:
         command_ns: when the command began that uses it; stages with the same time belong together.
     """
-    address = digest(identity)
-    path = parent / f"{name}-{address[:12]}"
+    path = find_stage(parent, name, identity).path
     path.mkdir(parents=True, exist_ok=True)
     description = path / "stage.json"
     if not description.exists():
         write_json(description, identity)
     os.utime(description, ns=(command_ns, command_ns))
     done = (path / "manifest.json").exists()
-    return Stage(name, address, path, 0.0 if done else _start_clock(path))
+    return Stage(name, digest(identity), path, 0.0 if done else _start_clock(path))
 
 
 def digest(value: Any) -> str:

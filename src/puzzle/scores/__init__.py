@@ -1,5 +1,6 @@
 """Replace-1-block scores."""
 
 from puzzle.scores.replace_one import score
+from puzzle.scores.suffix import METRICS, LayerBlocks, per_sequence
 
-__all__ = ["score"]
+__all__ = ["METRICS", "LayerBlocks", "per_sequence", "score"]

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from puzzle.artefacts import ScoreRow, ScoreTable
 from puzzle.blocks import BlockVariant, Space, weight_bytes
 from puzzle.data import TokenData
+from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.parents import Parent, ParentPasses
@@ -49,14 +50,52 @@ def score(
     stage = run.stage("score", version=2, settings=identity, inputs=(library.address, data.address))
     table_file = stage.path / "scores.json"
     if not stage.done:
-        table = _Scoring(run, stage, parent, data, library, space, task).table()
+        layers = space.layers
+        suffixes = [len(layer.blocks()) * (len(layers) - index) for index, layer in enumerate(layers)]
+        for_layers(run, stage, partial(_score_layers, run, stage, parent, data, library, space, task), suffixes)
+        table = _read_table(run, stage, data, len(layers))
         write_text(table_file, table.to_json())
         stage.commit(blocks=len(table.rows))
     return ScoreTable.from_json(table_file.read_text())
 
 
+def _score_layers(
+    run: Run,
+    stage: Stage,
+    parent: Parent,
+    data: TokenData,
+    library: Library,
+    space: Space,
+    task: Task | None,
+    layers: range,
+    folder: Path,
+) -> None:
+    """A task: the rows of those layers that have none yet."""
+    missing = [layer for layer in layers if not _rows_file(stage, layer).exists()]
+    if missing:
+        _Scoring(run, stage, parent, data, library, space, task, folder).score(missing)
+
+
+def _read_table(run: Run, stage: Stage, data: TokenData, num_layers: int) -> ScoreTable:
+    sequences = _num_sequences(run, data)
+    rows = [ScoreRow(**row) for layer in range(num_layers) for row in json.loads(_rows_file(stage, layer).read_text())]
+    if len(rounds(run.recipe.score.race, sequences)) > 1:
+        run.log(f"score: {_race_outcome(rows, sequences)}")
+    return ScoreTable(
+        num_layers=num_layers, sequences=sequences, sequence_length=data.sequence_length, rows=tuple(rows)
+    )
+
+
+def _num_sequences(run: Run, data: TokenData) -> int:
+    return min(math.ceil(run.recipe.score.tokens / data.sequence_length), data.num_sequences("scoring"))
+
+
+def _rows_file(stage: Stage, layer: int) -> Path:
+    return stage.path / f"layer{layer:03d}.json"
+
+
 class _Scoring:
-    """One stage's work, layer by layer; a finished layer is on disk, and so is the first round of a race."""
+    """One process's work, layer by layer; a finished layer is on disk, and so is the first round of a race."""
 
     def __init__(
         self,
@@ -67,31 +106,15 @@ class _Scoring:
         library: Library,
         space: Space,
         task: Task | None,
+        folder: Path,
     ) -> None:
         self._run, self._stage, self._library, self._space, self._task = run, stage, library, space, task
-        self._parent = parent
-        self._sequences = min(math.ceil(run.recipe.score.tokens / data.sequence_length), data.num_sequences("scoring"))
+        self._parent, self._folder = parent, folder
+        self._sequences = _num_sequences(run, data)
         self._text = ScoringText.cut(data, rounds(run.recipe.score.race, self._sequences))
 
-    def table(self) -> ScoreTable:
-        if missing := [layer for layer in range(len(self._space.layers)) if not self._rows_file(layer).exists()]:
-            self._score(missing)
-        rows = [
-            ScoreRow(**row)
-            for layer in range(len(self._space.layers))
-            for row in json.loads(self._rows_file(layer).read_text())
-        ]
-        if len(self._text.rounds) > 1:
-            self._run.log(f"score: {_race_outcome(rows, self._sequences)}")
-        return ScoreTable(
-            num_layers=len(self._space.layers),
-            sequences=self._sequences,
-            sequence_length=self._text.data.sequence_length,
-            rows=tuple(rows),
-        )
-
     @torch.no_grad()
-    def _score(self, layers: Sequence[int]) -> None:
+    def score(self, layers: Sequence[int]) -> None:
         passes, scorer = self._passes, SuffixScorer(self._run, self._passes, self._text)
         num_layers = len(self._space.layers)
         passes.prepare(num_layers, {"final": self._text.inputs})
@@ -100,12 +123,12 @@ class _Scoring:
         with progress("score", sum(suffix_layers.values())) as bar:
             for layer in layers:
                 passes.prepare(layer, {"scoring": self._text.inputs})
-                blocks = LayerBlocks(self._library, layer, self._space.layers[layer], passes.model)
+                blocks = LayerBlocks(self._library, layer, self._space.layers[layer].blocks(), passes.model)
                 per_sequence = self._per_sequence(scorer, blocks)
                 if per_sequence:
                     write_tensors(self._stage.path / f"layer{layer:03d}.safetensors", _named(per_sequence))
                 rows = [asdict(row) for row in self._rows(layer, parent, per_sequence)]
-                write_json(self._rows_file(layer), rows)
+                write_json(_rows_file(self._stage, layer), rows)
                 self._first_round_file(layer).unlink(missing_ok=True)
                 bar.advance(suffix_layers[layer])
         passes.close()
@@ -119,7 +142,7 @@ class _Scoring:
             + len(layer.blocks()) * state_bytes
             for layer in self._space.layers
         ]
-        passes = ParentPasses(self._run, self._parent, self._stage.path / "activations", max(candidate_bytes))
+        passes = ParentPasses(self._run, self._parent, self._folder / "activations", max(candidate_bytes))
         if self._task is not None and not passes.resident:
             raise PuzzleError(
                 f"score.task: needs the whole parent in memory, {format_bytes(sum(passes.layer_bytes))} and "
@@ -187,7 +210,7 @@ class _Scoring:
         """Of a block in the parent, or of the parent itself; kept in `task.json` from one start to the next."""
         if self._task is None:
             return None
-        file = self._stage.path / "task.json"
+        file = self._folder / "task.json"
         known: dict[str, float | None] = read_json(file) if file.exists() else {}
         if label not in known:
             model = self._passes.model
@@ -201,9 +224,6 @@ class _Scoring:
             known[label] = number if math.isfinite(number) else None
             write_json(file, known)
         return known[label]
-
-    def _rows_file(self, layer: int) -> Path:
-        return self._stage.path / f"layer{layer:03d}.json"
 
     def _first_round_file(self, layer: int) -> Path:
         return self._stage.path / f"layer{layer:03d}.round1.safetensors"

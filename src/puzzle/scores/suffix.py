@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzle.blocks import BlockVariant, LayerSpace, Variant, build_subblock, split_state
+from puzzle.blocks import HALVES, BlockVariant, Variant, build_subblock, split_state
 from puzzle.data import TokenData
 from puzzle.library import Library
 from puzzle.metrics import TokenMetrics, compare
@@ -71,14 +71,13 @@ class LayerBlocks:
     Blocks that the library has trained as a whole have their own.
     """
 
-    def __init__(self, library: Library, layer: int, layer_space: LayerSpace, model: PuzzleForCausalLM) -> None:
+    def __init__(self, library: Library, layer: int, blocks: Sequence[BlockVariant], model: PuzzleForCausalLM) -> None:
         self.layer = layer
         self._model = model
-        blocks = layer_space.blocks()
         own = {block for block in blocks if library.index.find(layer, "block", block.name) is not None}
         halves = {
             variant: self._module(variant, library.state(layer, variant))
-            for variant in (*layer_space.attention, *layer_space.ffn)
+            for variant in dict.fromkeys(block.half(half) for half in HALVES for block in blocks if block not in own)
         }
         self._modules = {block: (halves[block.attention], halves[block.ffn]) for block in blocks if block not in own}
         for block in own:
@@ -171,9 +170,10 @@ class SuffixScorer:
         finals_ND = [final.flatten(0, 1) for final in states_BTD.split(len(final_BTD))]
         targets_N = tokens_BT[:, 1:].flatten()
         metrics = compare(self._model, self._model, final_BTD.flatten(0, 1), finals_ND, targets_N)
-        return [_per_sequence(each, len(final_BTD)) for each in metrics]
+        return [per_sequence(each, len(final_BTD)) for each in metrics]
 
 
-def _per_sequence(metrics: TokenMetrics, batch_size: int) -> Tensor:
+def per_sequence(metrics: TokenMetrics, batch_size: int) -> Tensor:
+    """Means over each sequence's tokens, [B, M]."""
     columns = [getattr(metrics, name).double().unflatten(0, (batch_size, -1)).mean(1) for name in METRICS]
     return torch.stack(columns, dim=1).cpu()

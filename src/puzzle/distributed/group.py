@@ -1,0 +1,157 @@
+"""The processes that torchrun started together: who they are, what they say to each other, and how they end.
+
+One process alone is a group as well, of itself; no process group is made for it, and none of this waits.
+"""
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from puzzle.errors import PuzzleError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+T = TypeVar("T")
+
+_POLL_S = 0.05
+
+_TIMEOUT = timedelta(hours=2)
+"""Of one collective: the others wait while the first writes a whole model. Lost processes are noticed by torchrun."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def current(cls) -> "Group":
+        """The group that `start` made, or this process alone."""
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls(0, 1)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first, the only one that writes, logs and locks."""
+        return self.rank == 0
+
+    def sum(self, values: "torch.Tensor") -> "torch.Tensor":
+        """The sum over all processes, on the CPU; bit for bit the same in all of them."""
+        import torch.distributed as dist
+
+        total = values.detach().cpu().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set in any process."""
+        import torch
+
+        return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+    def first(self, function: Callable[[], T]) -> T:
+        """What the first process finds; the others wait for it, and fail with it if it raises a `PuzzleError`."""
+        if self.size == 1:
+            return function()
+        import torch.distributed as dist
+
+        found: list[object] = [None, None]
+        if self.leads:
+            try:
+                found[0] = function()
+            except PuzzleError as error:
+                found[1] = error
+        dist.broadcast_object_list(found)
+        if isinstance(found[1], PuzzleError):
+            raise found[1]
+        return found[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
+
+def launched_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def launched_rank() -> int:
+    """This process's number among them."""
+    return int(os.environ["RANK"]) if launched_size() > 1 else 0
+
+
+def start(device: "torch.device") -> Group:
+    """Meet the others that torchrun started; on GPUs, each process takes the one of its number on its machine."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise PuzzleError(f"execution.device: found {str(device)!r}; for several processes, give cuda or auto")
+        if local >= count:
+            raise PuzzleError(f"torchrun: process {local + 1} of this machine has no GPU of its own, there are {count}")
+        torch.cuda.set_device(local)
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_fresh(store, rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
+    return Group.current()
+
+
+def _fresh(store: "Store", rank: int, size: int) -> "Store":
+    """A part of the store that holds nothing of an earlier attempt.
+
+    After a restart, torchrun hands out the store of before, and processes would look for each other where the dead
+    ones were: 10 of 12 restarts of three processes failed (torch 2.13, 2026-11-21). So the first names a part, and the
+    others take its word once they see that it has heard of them, and not of those who had their numbers.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    token = uuid.uuid4().hex
+    if rank == 0:
+        store.set("first", token)
+        others = [store.get(f"{token}/{other}").decode() for other in range(1, size)]
+        store.set(f"{token}/all", " ".join(others))
+        return PrefixStore(token, store)
+    while True:
+        first = store.get("first").decode()
+        store.set(f"{first}/{rank}", token)
+        if store.check([f"{first}/all"]) and token in store.get(f"{first}/all").decode().split():
+            return PrefixStore(first, store)
+        time.sleep(_POLL_S)
+
+
+def end(code: int) -> NoReturn:
+    """Leave one of several processes with this exit status.
+
+    At once, once everything is written: where the interpreter takes gloo's threads down with it, processes die of
+    SIGABRT at times, after their work was done.
+    """
+    import torch.distributed as dist
+
+    if code == 0 and dist.is_initialized():
+        Group.current().wait()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,6 @@
+"""What follows from a recipe before anything is computed, here or on many devices."""
+
+from puzzle.plan.devices import StagePlan, plan_devices
+from puzzle.plan.here import estimate
+
+__all__ = ["StagePlan", "estimate", "plan_devices"]

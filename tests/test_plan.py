@@ -1,0 +1,142 @@
+"""Plans for many devices, against numbers written out by hand, and the documentation's against the program."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.test_recipes import PARENTS
+
+import puzzle.pipeline
+from puzzle.blocks import Space, derive_space
+from puzzle.cli import main
+from puzzle.costs import Machine
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
+from puzzle.plan.devices import StagePlan, _Planner
+from puzzle.plan.work import Work
+from puzzle.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+SHEET = {
+    "peak_tflops": {"bfloat16": 2.0, "float32": 1.0},
+    "memory_gb_s": 100,
+    "memory_gb": 8,
+    "link_gb_s": 10,
+    "network_gb_s": 1,
+    "node_devices": 4,
+    "compute_share": 0.5,
+}
+CONFIG = PuzzleConfig(
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    tie_word_embeddings=False,
+)
+ATTENTION, FFN = 2 * 256 * 256 + 2 * 256 * 128 + 256, 3 * 256 * 1024 + 256
+LAYER, OUTER = ATTENTION + FFN, 2 * 1000 * 256 + 256
+PARAMS = 4 * LAYER + OUTER
+FORWARD = 4 * (2 * LAYER + 4 * 256 * 64 / 2) + 2 * 1000 * 256
+
+
+@pytest.fixture
+def space() -> Space:
+    return derive_space(CONFIG, kv_heads=[2], ffn_widths=[512], attention=["none"], ffn=["linear"])
+
+
+def planner(space: Space, count: int, **sections: Any) -> _Planner:
+    defaults: dict[str, Any] = {
+        "parent": "model",
+        "data": {"source": "text", "sequence_length": 64},
+        "precision": "bfloat16",
+        "library": {"tokens": 1000},
+        "score": {"tokens": 640, "race": 0.1},
+        "distil": {"tokens": 64_000, "batch_size": 8},
+        "evaluate": {"uniform_baseline": False},
+    }
+    recipe = Recipe.model_validate({**defaults, **{k: {**defaults.get(k, {}), **v} for k, v in sections.items()}})
+    return _Planner(Work(recipe, CONFIG, space), Machine.model_validate(SHEET), count)
+
+
+def stage(planner: _Planner, name: str) -> StagePlan:
+    return next(stage for stage in planner.stages() if stage.stage == name)
+
+
+def test_operations_of_a_forward_pass(space: Space) -> None:
+    work = planner(space, 1).work
+    assert work.num_params == PARAMS
+    assert work.forward == pytest.approx(FORWARD)
+
+
+def test_distillation_in_one_node(space: Space) -> None:
+    found = stage(planner(space, 4), "distil")
+    layer_activations = 2 * 64 * 2 * (4 * 256 + 2 * 32 * (8 + 4) + 3 * 1024)
+    gathered = 2 * 2 * (2 * LAYER + OUTER)
+    assert found.memory_bytes == pytest.approx((2 + 16) * PARAMS / 4 + gathered + 4 * layer_activations)
+    steps = 64_000 / (8 * 64)
+    assert found.moved_bytes == pytest.approx(steps * (3 * 2 + 4) * PARAMS * 3 / 4)
+    assert found.seconds == pytest.approx(max(4 * FORWARD * 64_000 / 4 / 0.8e12, found.moved_bytes / 10e9))
+
+
+def test_the_network_is_slower_than_a_node(space: Space) -> None:
+    found = stage(planner(space, 8), "distil")
+    assert found.bound == "links"
+    assert found.seconds == pytest.approx(found.moved_bytes / 1e9)
+
+
+def test_checkpointing_and_accumulation_save_activations(space: Space) -> None:
+    plain = stage(planner(space, 2), "distil")
+    parts = stage(planner(space, 2, distil={"accumulate": 4}), "distil")
+    again = stage(planner(space, 2, distil={"checkpointing": True}), "distil")
+    assert parts.memory_bytes < plain.memory_bytes
+    assert parts.moved_bytes == pytest.approx(4 * plain.moved_bytes)
+    assert again.memory_bytes < plain.memory_bytes
+    assert again.seconds >= plain.seconds
+
+
+def test_a_batch_that_devices_cannot_share(space: Space) -> None:
+    with pytest.raises(PuzzleError, match=r"distil.batch_size: 8 sequences .* 3 devices; take a multiple of 3"):
+        planner(space, 3).stages()
+
+
+def test_the_library_is_shared_by_layers(space: Space) -> None:
+    students = ATTENTION - 2 * 256 * 64 + 3 * 256 * 512 + 256  # kv2 and w512; `linear` is not trained
+    for count, layers in ((1, 4), (2, 2), (8, 1)):
+        found = stage(planner(space, count, distil={"batch_size": 8}), "library")
+        assert found.devices == min(count, 4)
+        assert found.seconds == pytest.approx(1000 * (FORWARD / 1e12 + layers * 6 * students / 0.8e12))
+
+
+def test_scores_take_the_layers_after_and_a_share_of_composed_blocks(space: Space) -> None:
+    work = planner(space, 1).work
+    # Of 3 x 3 blocks four have one half replaced, one is the parent's, four are estimated from a tenth.
+    tokens = 640 * 5 + 64 * 4
+    per_layer = 2 * LAYER + 4 * 256 * 64 / 2
+    assert work.scoring(1) == pytest.approx(tokens * (2 * per_layer + 2 * 1000 * 256))
+
+
+def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None:
+    plain = planner(space, 1).work.disk_bytes(range(4))
+    cached = planner(space, 1, distil={"teacher_cache": 16}).work.disk_bytes(range(4))
+    assert cached - plain == 8 * 16 * 64_000
+    variants = 4 * (ATTENTION - 2 * 256 * 64 + (3 * 256 * 512 + 256) + (256 * 256 + 256))
+    assert plain > 4 * (variants + 3 * PARAMS)
+
+
+def test_the_documented_plans_are_what_the_program_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shapes(name: str) -> PuzzleConfig:
+        return PuzzleConfig(**PARENTS[name], head_dim=128, tie_word_embeddings=False)
+
+    monkeypatch.setattr(puzzle.pipeline, "read_config", shapes)
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```console\n\$ puzzle (plan .*?)\n(.*?)```", Path("docs/scaling.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for command, printed in blocks:
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == printed
