@@ -18,7 +18,7 @@ from setting import opened, recipe
 import puzzle.distill.trainer
 from puzzle import Child, Pipeline, Quality, distil, evaluate
 
-TOKENS = 262_144
+TOKENS = 131_072
 LOSSES = {
     "LM": (0, 0, 1),
     "cosine": (1, 0, 0),

@@ -1,11 +1,15 @@
 """The commands: quick to start, thin, and one line instead of a traceback for what a person can mend."""
 
 import errno
+import itertools
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +19,15 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+from puzzle.artefacts import Solution
 from puzzle.cli import STAGES, main
 from puzzle.errors import PuzzleError
-from puzzle.recipe import Recipe
+from puzzle.query import Tables
+from puzzle.recipe import Recipe, TargetSettings
 from puzzle.runs import Run, is_run_folder, open_run
+from puzzle.search import solve
 
+TABLE = Path("table.json")
 RECIPE = "parent: model  # a comment\ndata: {source: text}\n"
 
 
@@ -33,12 +41,28 @@ class Pipeline:
 
     exported = Path("out/child")
 
+    @property
+    def tables(self) -> Tables:
+        target = TargetSettings.model_validate({"throughput": "1.5x", "memory": "60%"})
+        return replace(Tables.read(TABLE), target=target)
+
+    @property
+    def searched(self) -> Solution:
+        return solve(self.tables.scores, self.tables.costs, self.tables.target, self.tables.settings)
+
     def run_stage(self, run: Run, name: str) -> "Pipeline":
         self.asked.append((run.path, name))
         self.recipe = run.recipe
         if self.error is not None:
             raise self.error
         return self
+
+
+@pytest.fixture(autouse=True)
+def table(tmp_path: Path) -> None:
+    """The example of docs/table-format.md as a file beside the recipe."""
+    text = (Path(__file__).parents[1] / "docs" / "table-format.md").read_text()
+    (tmp_path / TABLE).write_text(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0])
 
 
 @pytest.fixture
@@ -123,6 +147,60 @@ def test_every_stage_has_a_command(pipeline: Pipeline, command: str) -> None:
     assert pipeline.asked[-1] == (Path("out"), {"cost": "costs"}.get(command, command))
 
 
+def test_a_table_file_is_searched(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["search", "table.json", "--target", "throughput=1.5x", "--target", "memory=60%"]
+    assert main([*command, "--out", "solution.json"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ +1 +kv2\+w1024 +kv8\+w4096 *$", printed, re.MULTILINE)
+    assert re.search(r"^Parameters +5.80 M +3.65 M +0.629x *$", printed, re.MULTILINE)
+    assert "summed score: 0.05000 at batch size 8\nproof: optimal within " in printed
+    assert "asked: memory at most 44.4 MB, throughput at least 2,793" in printed
+    solution = Solution.from_json(Path("solution.json").read_text())
+    assert solution.blocks == ("kv8+w4096", "kv2+w1024", "small")
+
+    assert main([*command, "--baseline", "random", "--seed", "1"]) == 0
+    assert "proof: none" in capsys.readouterr().out
+    assert pipeline.asked == []
+
+
+def test_a_frontier_is_printed_and_drawn(capsys: pytest.CaptureFixture[str], pipeline: Pipeline) -> None:
+    command = ["search", "table.json", "--frontier", "4", "--out", "points.json", "--figure", "frontier.html"]
+    assert main(command) == 0
+    header, first, *others = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["throughput", "x", "parent"]
+    assert first.split() == ["1,862", "1.00x", "0", "0e+00", "8", "0"]
+    assert len(others) == 3 + 2
+    points = json.loads(Path("points.json").read_text())
+    assert [Solution.from_json(json.dumps(point)).blocks[2] for point in points] == ["big", *["small"] * 3]
+    assert "Plotly" in Path("frontier.html").read_text()
+    assert main(["search", "table.json", "--frontier", "2", "--over", "memory", "--target", "throughput=1x"]) == 0
+    assert capsys.readouterr().out.split()[0] == "memory"
+
+
+def test_a_pool_lists_solutions_that_differ(capsys: pytest.CaptureFixture[str], pipeline: Pipeline) -> None:
+    target = ["--target", "throughput=1.5x"]
+    assert main(["search", "table.json", *target, "--pool", "3", "--differing", "2", "--out", "pool.json"]) == 0
+    _, *lines, wrote = capsys.readouterr().out.splitlines()
+    assert wrote == "wrote pool.json"
+    solutions = [Solution.from_json(json.dumps(each)) for each in json.loads(Path("pool.json").read_text())]
+    assert len(lines) == len(solutions) == 3
+    for one, other in itertools.combinations(solutions, 2):
+        assert sum(mine != its for mine, its in zip(one.blocks, other.blocks, strict=True)) >= 2
+        assert one.score <= other.score
+
+
+def test_a_run_is_searched_for_other_targets(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["run", "recipe.yaml", "--out", "out"])
+    assert main(["search", "out"]) == 0
+    assert "asked: memory at most 44.4 MB, throughput at least 2,793" in capsys.readouterr().out
+    assert main(["search", "out", "--target", "memory=null"]) == 0
+    assert "asked: throughput at least 2,793" in capsys.readouterr().out
+    assert main(["search", "out", "--table", "out.json"]) == 0
+    assert [name for _, name in pipeline.asked] == ["report", "search", "score", "score"]
+    written, read = Tables.read(Path("out.json")), pipeline.tables
+    assert (written.scores, written.costs.scenario) == (read.scores, read.costs.scenario)
+
+
 def test_an_export_says_where_it_is(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "recipe.yaml", "--out", "out"])
     assert main(["export", "out"]) == 0
@@ -149,7 +227,7 @@ def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: 
     assert [line.partition(": ")[0] for line in lines] == [f"{pico_recipe.parent}, batch {size}" for size in (1, 2)]
     assert all("generated tok/s, prefill " in line for line in lines)
     line = complaint(capsys, "bench", pico_recipe.parent, "--set", "engine=tarch")
-    assert "scenario.engine: found 'tarch'; must be 'torch', 'vllm' or 'roofline'" in line
+    assert "scenario.engine: found 'tarch'; must be 'torch', 'vllm', 'llama.cpp' or 'roofline'" in line
 
 
 def test_the_commands_are_the_pipelines_stages() -> None:
@@ -175,6 +253,18 @@ def test_the_commands_are_the_pipelines_stages() -> None:
             ["search", "nowhere"],
             "nowhere is not a run folder of puzzle; make one with `puzzle run RECIPE --out nowhere`",
         ),
+        (["search", "table.json"], "target: nothing is set"),
+        (["search", "table.json", "--target", "throughput"], "--target throughput: expected key=value"),
+        (["search", "table.json", "--target", "thoughput=2x"], "thoughput is not a setting; did you mean throughput?"),
+        (["search", "table.json", "--target", "throughput=9x"], "target.throughput: 9x (16760 tok/s) asked; reachable"),
+        (["search", "table.json", "--frontier", "1"], "--frontier: found 1; must be a whole number above 1"),
+        (["search", "table.json", "--frontier", "2", "--over", "size"], "--over: found size; the table has costs for"),
+        (["search", "table.json", "--frontier", "2", "--baseline", "greedy"], "not allowed with argument --frontier"),
+        (["search", "table.json", "--target", "memory=60%", "--baseline", "gredy"], "baseline 'gredy' is unknown"),
+        (["search", "table.json", "--figure", "f.html"], "--figure: it belongs to a frontier"),
+        (["search", "table.json", "--target", "throughput=2x", "--pool", "2", "--differing", "4"], "found differing 4"),
+        (["search", "recipe.yaml"], "recipe.yaml is not JSON"),
+        (["search", "none.json"], "none.json: No such file"),
         (["status", "nowhere"], "nowhere is not a run folder"),
         (["demo", "--minutes", "0"], "--minutes: found 0; must be a number above 0"),
         (["demo", "--minutes", "soon"], "--minutes: found soon; must be"),
@@ -235,6 +325,7 @@ def test_sigterm_stops_cleanly_and_the_folder_is_free_again(tmp_path: Path) -> N
 import sys, time
 from types import ModuleType
 sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
+from puzzle.artefacts import Solution
 from puzzle.cli import main
 pipeline = sys.modules["puzzle.pipeline"] = ModuleType("puzzle.pipeline")
 pipeline.plan = lambda run: ["begun"]

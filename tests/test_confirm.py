@@ -8,11 +8,12 @@ import pytest
 import puzzle.confirm
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.blocks import Architecture
-from puzzle.confirm import confirmed_search
+from puzzle.confirm import confirmed_search, first_confirmed
 from puzzle.costs import Times
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run
+from puzzle.search import solve
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def slower(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     ) -> list[Times]:
         factors["timed"] += 1
         predicted = [costs.totals([b.name for b in model.blocks], size).cost.decode_ms for model, size in models]
-        taken = [predicted[0], predicted[1] * factors["child"]]
+        taken = [predicted[0], *(ms * factors["child"] for ms in predicted[1:])]
         return [Times(prefill_ms=0.0, decode_ms=ms, prefill_ms_spread=0.0, decode_ms_spread=0.0) for ms in taken]
 
     monkeypatch.setattr(puzzle.confirm, "time_architectures", time_architectures)
@@ -42,11 +43,22 @@ def test_the_solution_meets_the_target_as_measured(
     slower["child"] = 1.15
     run = _run(pico_run, throughput="1.6x")
     solution = confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs)
-    speed_up = solution.predicted["throughput_tok_s"] / solution.parent["throughput_tok_s"]
-    assert speed_up / 1.15 >= 1.6
+    parent = [block.name for block in pico_pipeline.parent.architecture.blocks]
+    before, after = (toy_costs.totals(blocks, 2).throughput_tok_s for blocks in (parent, solution.blocks))
+    assert after / before / 1.15 >= 1.6
     assert slower["timed"] >= 2
     assert solution.asked.throughput_tok_s == pytest.approx(1.6 * solution.parent["throughput_tok_s"])
     assert confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs) == solution
+
+
+def test_a_child_that_is_faster_than_predicted_keeps_more(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    run = _run(pico_run, throughput="1.6x")
+    right = confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs)
+    slower["child"] = 0.7
+    solution = confirmed_search(_run(pico_run, throughput="1.60001x"), pico_pipeline.parent, toy_scores, toy_costs)
+    assert solution.score < right.score
 
 
 def test_a_right_prediction_is_searched_once(
@@ -54,6 +66,22 @@ def test_a_right_prediction_is_searched_once(
 ) -> None:
     confirmed_search(_run(pico_run, throughput="1.5x"), pico_pipeline.parent, toy_scores, toy_costs)
     assert slower["timed"] == 1
+
+
+def test_of_better_ones_the_first_that_is_fast_enough_is_taken(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    run = _run(pico_run, throughput="1.7x")
+    slow, fast, last = (
+        solve(toy_scores, toy_costs, TargetSettings(throughput=speed), run.recipe.search)
+        for speed in ("1.2x", "2x", "1.7x")
+    )
+    slow, fast = (replace(each, asked=last.asked, bounds=last.bounds) for each in (slow, fast))
+    assert first_confirmed(run, pico_pipeline.parent, toy_costs, [slow, fast, last]) == fast
+    assert first_confirmed(run, pico_pipeline.parent, toy_costs, [slow, last]) == last
+    timed = slower["timed"]
+    assert first_confirmed(run, pico_pipeline.parent, toy_costs, [last]) == last
+    assert slower["timed"] == timed
 
 
 def test_sizes_alone_need_no_measurement(

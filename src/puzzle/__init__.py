@@ -11,6 +11,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
     from puzzle.child import Child, realise, refine
+    from puzzle.correct import TrueScore
     from puzzle.costs import measure_costs, time_checkpoints
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
@@ -50,6 +51,7 @@ if Path(sys.argv[0]).name not in ("puzzle", "-m"):
         "Statistics",
         "TokenData",
         "Totals",
+        "TrueScore",
         "build_library",
         "calibrate",
         "create_folder",

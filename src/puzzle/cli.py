@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from puzzle.distributed.group import end, launched_rank, launched_size
 from puzzle.errors import PuzzleError
 
 STAGES = {
@@ -20,6 +21,7 @@ STAGES = {
     "score": "Score every block alone in the parent (replace-1-block).",
     "cost": "Measure what every variant costs on the engine.",
     "search": "Choose the best architecture within the target (MIP).",
+    "correct": "Compare whole architectures, and search around the best of them.",
     "realise": "Put the chosen child together.",
     "refine": "Train the child's blocks one after another on its own inputs, if the recipe says so.",
     "distil": "Train the child as a whole (GKD).",
@@ -36,8 +38,17 @@ _DISK_FULL = "No space left on device"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 when done, 2 after an error that a person can mend (one line), 130 when stopped."""
     arguments = _parser().parse_args(argv)
+    code = _execute(arguments)
+    if launched_size() > 1:
+        end(code)
+    return code
+
+
+def _execute(arguments: argparse.Namespace) -> int:
     try:
         with _sigterm_as_interrupt():
+            if launched_size() > 1 and arguments.command != "distil":
+                raise PuzzleError(f"torchrun: {arguments.command} is for one process; only distil is for several")
             arguments.function(arguments)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -63,12 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe.read(path, overrides)
     out = arguments.out or _default_folder(path)
     create_folder(out, recipe, None if overrides else path.read_text(encoding="utf-8"))
-    with open_run(out) as opened:
+    with open_run(out, arguments.on) as opened:
         from puzzle.pipeline import plan, run_stage
 
         for line in plan(opened):
             opened.log(line)
-        run_stage(opened, "report")
+        run_stage(opened, _PIPELINE_NAMES.get(arguments.until, arguments.until))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -76,6 +87,15 @@ def demo(arguments: argparse.Namespace) -> None:
     from puzzle.demo import demo
 
     demo(arguments.out, arguments.minutes)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Show what a recipe takes, here or on many devices, before anything is computed or downloaded."""
+    from puzzle.pipeline import plan_recipe
+    from puzzle.recipe import Recipe, parse_overrides
+
+    recipe = Recipe.read(arguments.recipe, parse_overrides(arguments.set))
+    print("\n".join(plan_recipe(recipe, arguments.devices)))
 
 
 def init(arguments: argparse.Namespace) -> None:
@@ -100,10 +120,38 @@ def stage(arguments: argparse.Namespace) -> None:
     """Run one stage, and what is missing before it."""
     from puzzle.runs import open_run
 
-    with open_run(arguments.folder) as opened:
+    if launched_size() > 1:
+        from puzzle.distributed.together import open_together
+
+        opening = open_together(arguments.folder, ("teacher", "distil"))
+    else:
+        opening = open_run(arguments.folder, arguments.on)
+    with opening as opened:
         from puzzle.pipeline import run_stage
 
         run_stage(opened, _PIPELINE_NAMES.get(arguments.command, arguments.command))
+
+
+def search(arguments: argparse.Namespace) -> None:
+    """Choose the best architecture within the target (MIP), in a run folder or in a table file of any library."""
+    from dataclasses import fields
+
+    from puzzle.query import Question, Tables, print_answer, print_solution
+
+    question = Question(**{item.name: getattr(arguments, item.name) for item in fields(Question)})
+    if arguments.place.is_file() or arguments.place.suffix == ".json":
+        print_answer(Tables.read(arguments.place), question)
+        return
+    from puzzle.runs import open_run
+
+    with open_run(arguments.place, arguments.on) as opened:
+        from puzzle.pipeline import run_stage
+
+        if question == Question():
+            method = run_stage(opened, "search")
+            print_solution(method.searched, method.tables)
+        else:
+            print_answer(run_stage(opened, "score").tables, question)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -145,8 +193,11 @@ def status(arguments: argparse.Namespace) -> None:
 
     check_folder(arguments.folder)
     left_out = {"report"}  # has no folder
-    if Recipe.read(arguments.folder / "recipe.yaml").refine.tokens == 0:
+    recipe = Recipe.read(arguments.folder / "recipe.yaml")
+    if recipe.refine.tokens == 0:
         left_out.add("refine")
+    if not recipe.corrected:
+        left_out.add("correct")
     names = [_PIPELINE_NAMES.get(name, name) for name in STAGES if name not in left_out]
     print("\n".join(status(arguments.folder, names)))
 
@@ -182,8 +233,10 @@ _Command = Callable[[argparse.Namespace], None]
 _COMMANDS: dict[str, _Command] = {
     "run": run,
     "demo": demo,
+    "plan": plan,
     "init": init,
     "status": status,
+    "search": search,
     "export": export,
     "bench": bench,
     "engines": engines,
@@ -209,11 +262,22 @@ def _parser() -> argparse.ArgumentParser:
     added["run"].add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as target.throughput=2x"
     )
+    added["run"].add_argument(
+        "--until", choices=STAGES, default="report", metavar="STAGE", help="the last one to do, such as refine"
+    )
+    _add_on(added["run"])
+    added["plan"].add_argument("recipe", type=Path, help="a YAML file; of its parent, config.json is enough")
+    added["plan"].add_argument("--devices", help="such as 8xh100-sxm, or 8x and a data sheet; default: this machine")
+    added["plan"].add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as distil.batch_size=64"
+    )
     added["demo"].add_argument("--out", type=Path, help="the run folder")
     added["demo"].add_argument("--minutes", type=_positive, default=7.0, help="about how long; default: 7")
     added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
     added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
     added["status"].add_argument("folder", type=Path, help="a run folder")
+    _add_search_arguments(added["search"])
+    _add_on(added["search"])
     added["export"].add_argument("folder", type=Path, help="a run folder")
     added["export"].add_argument(
         "--to", default="hf", help="hf, deci, tensorrt-llm, mlx-lm, gguf or llama; default: hf"
@@ -233,8 +297,46 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         if name in added:
             continue
-        add(name, stage, text).add_argument("folder", type=Path, help="a run folder")
+        command = add(name, stage, text)
+        command.add_argument("folder", type=Path, help="a run folder")
+        _add_on(command)
     return parser
+
+
+def _add_on(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
+
+
+def _cluster(text: str) -> str:
+    if text != "ray" and not text.startswith("ray://"):
+        raise argparse.ArgumentTypeError(f"found {text}; must be ray, or ray:// and the address of its head")
+    return text
+
+
+def _add_search_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("place", type=Path, metavar="FOLDER|FILE", help="a run folder, or a table file (JSON)")
+    command.add_argument(
+        "--target", action="append", default=[], metavar="KEY=VALUE", help="another bound, such as throughput=2x"
+    )
+    command.add_argument(
+        "--search", action="append", default=[], metavar="KEY=VALUE", help="of the recipe's search, such as gap=0"
+    )
+    instead = command.add_mutually_exclusive_group()
+    instead.add_argument("--frontier", type=_points, metavar="N", help="so many points of the exact frontier")
+    instead.add_argument("--pool", type=_points, metavar="N", help="so many solutions that differ, the best first")
+    instead.add_argument("--baseline", metavar="NAME", help="random, greedy, max-parameters, uniform, depth, ...")
+    command.add_argument("--over", metavar="KEY", help="with --frontier: over which quantity; default: throughput")
+    command.add_argument("--figure", type=Path, metavar="FILE", help="with --frontier: draw it on an HTML page")
+    command.add_argument("--differing", type=int, default=1, metavar="D", help="with --pool: in so many layers")
+    command.add_argument("--seed", type=int, default=0, help="with --baseline: of random and evolutionary")
+    command.add_argument("--out", type=Path, metavar="FILE", help="write the solution, or all of them, as JSON")
+    command.add_argument("--table", type=Path, metavar="FILE", help="write the tables as a table file")
+
+
+def _points(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"found {text}; must be a whole number above 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:
@@ -269,7 +371,8 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"puzzle: {line}", file=sys.stderr)
+    name = "puzzle" if launched_size() == 1 else f"puzzle, process {launched_rank()}"
+    print(f"{name}: {line}", file=sys.stderr)
     return code
 
 

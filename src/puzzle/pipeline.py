@@ -1,8 +1,8 @@
 r"""The whole method on one page, in the paper's order.
 
     recipe -> parent -> data -> calibrate -> library -> score --\
-                 \-> costs --------------------------------- search -> realise -> refine -> distil -> evaluate
-                                                                                              -> export -> report
+                 \-> costs --------------------------------- search -> correct -> realise -> refine -> distil
+                                                                                  -> evaluate -> export -> report
 
 Every property of `Pipeline` is a stage: done when it is first asked for, read back from the run folder when neither its
 settings nor its inputs have changed.
@@ -15,21 +15,25 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle.artefacts import CostTable, ScoreTable, Solution, Totals
+from puzzle.artefacts import Correction, CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
 from puzzle.blocks import Space, derive_space
 from puzzle.child import Child, realise, refine
-from puzzle.confirm import confirmed_search
+from puzzle.confirm import confirmed_search, first_confirmed
+from puzzle.correct import TrueScore, correct
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.distill import distil, distillation_curve
 from puzzle.evaluate import evaluate, measure_speed, table_row
 from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
-from puzzle.parents import Parent, open_parent
-from puzzle.plan import estimate
+from puzzle.modeling import PuzzleConfig
+from puzzle.parents import Parent, open_parent, read_config
+from puzzle.plan import estimate, plan_devices
+from puzzle.query import Tables
+from puzzle.recipe import Recipe
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
-from puzzle.runs import Run, write_json, write_text
+from puzzle.runs import Run, choose_device, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
 
@@ -59,15 +63,7 @@ class Pipeline:
     @cached_property
     def full_space(self) -> Space:
         """The variants that the recipe asks for, as far as what it is deployed on can run them."""
-        settings = self.run.recipe.space
-        space = derive_space(
-            self.parent.config,
-            kv_heads=settings.kv_heads,
-            ffn_widths=settings.ffn_widths,
-            attention=settings.attention,
-            ffn=settings.ffn,
-        )
-        return deployable(space, self.parent.config, self.run.recipe.deploy)
+        return _full_space(self.run.recipe, self.parent.config)
 
     @cached_property
     def data(self) -> TokenData:
@@ -98,7 +94,7 @@ class Pipeline:
     def preferred_space(self) -> Space:
         """The variants that the frontier uses most, `library.coupled` a half, and those of the best child (F.1.1)."""
         recipe, scores = self.run.recipe, self.subblock_scores
-        best = confirmed_search(self.run, self.parent, scores, self.costs).blocks
+        best = confirmed_search(self.run, self.parent, scores, self.costs, self.further_costs).blocks
         points = [solution.blocks for solution in frontier(scores, self.costs, recipe.target, recipe.search)]
         return narrow_space(self.space, points, recipe.library.coupled or 0, always=best)
 
@@ -122,9 +118,45 @@ class Pipeline:
         return measure_costs(self.run, self.parent, self.space)
 
     @cached_property
+    def further_costs(self) -> list[CostTable]:
+        """The same in the further scenarios that the child must serve."""
+        scenarios = [each.scenario for each in self.run.recipe.scenarios]
+        return [measure_costs(self.run, self.parent, self.space, scenario) for scenario in scenarios]
+
+    @cached_property
+    def searched(self) -> Solution:
+        """The architecture of the lowest summed score within the bounds, with its proof, timed on the engine."""
+        return confirmed_search(self.run, self.parent, self.scores, self.costs, self.further_costs)
+
+    @cached_property
+    def true_score(self) -> TrueScore:
+        """What whole architectures of the library are worth."""
+        return TrueScore(self.run, self.parent, self.data, self.library)
+
+    @cached_property
+    def correction(self) -> Correction | None:
+        """What whole architectures say of that solution and of others, if `correct.tokens` asks."""
+        tables = (self.scores, self.costs, self.searched, self.further_costs)
+        return correct(self.run, self.true_score, self.parent, self.data, *tables)
+
+    @cached_property
     def solution(self) -> Solution:
-        """The best architecture within the bounds, with its proof, timed on the engine."""
-        return confirmed_search(self.run, self.parent, self.scores, self.costs)
+        """The best one as a whole, timed on the engine."""
+        if self.correction is None:
+            return self.searched
+        return first_confirmed(self.run, self.parent, self.costs, self.correction.ranked, self.further_costs)
+
+    @property
+    def tables(self) -> Tables:
+        """What `puzzle search` asks its questions to."""
+        return Tables(
+            scores=self.scores,
+            costs=self.costs,
+            target=self.run.recipe.target,
+            settings=self.run.recipe.search,
+            influence=lambda: self.statistics.influence(len(self.space.layers)),
+            evaluate=lambda architectures: self.true_score(architectures),
+        )
 
     @cached_property
     def child_before(self) -> Child:
@@ -227,6 +259,7 @@ class Pipeline:
             parent=self.run.recipe.parent,
             rows=self.rows,
             solution=self.solution,
+            correction=self.correction,
             uniform=self.uniform.solution if self.uniform is not None else None,
             frontier=frontier(self.scores, self.costs, target, settings),
             scores=self.scores,
@@ -244,7 +277,8 @@ _STAGES = {
     "library": "library",
     "score": "scores",
     "costs": "costs",
-    "search": "solution",
+    "search": "searched",
+    "correct": "solution",
     "realise": "child_before",
     "refine": "child_refined",
     "distil": "child",
@@ -259,7 +293,28 @@ STAGES = tuple(_STAGES)
 def plan(run: Run) -> list[str]:
     """What follows from the recipe, in lines for a person: space, disk, time per stage."""
     pipeline = Pipeline(run)
-    return estimate(run.recipe, pipeline.parent, pipeline.full_space, run.device)
+    return estimate(run.recipe, pipeline.parent.config, pipeline.full_space, run.device)
+
+
+def plan_recipe(recipe: Recipe, devices: str | None) -> list[str]:
+    """The same from the parent's config.json alone, or with `devices`, such as `8xh100-sxm`, what it takes on those."""
+    config = read_config(recipe.parent)
+    space = _full_space(recipe, config)
+    if devices is None:
+        return estimate(recipe, config, space, choose_device(recipe.execution.device))
+    return plan_devices(recipe, config, space, devices)
+
+
+def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
+    settings = recipe.space
+    space = derive_space(
+        config,
+        kv_heads=settings.kv_heads,
+        ffn_widths=settings.ffn_widths,
+        attention=settings.attention,
+        ffn=settings.ffn,
+    )
+    return deployable(space, config, recipe.deploy)
 
 
 def run_stage(run: Run, name: str) -> Pipeline:

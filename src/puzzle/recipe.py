@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
@@ -18,6 +18,12 @@ PositiveCount = Annotated[Count, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[Fraction, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+Layers = Annotated[
+    str, BeforeValidator(str), Field(pattern=r"^(all|[0-9]+(-[0-9]+)?|(first|last):[1-9][0-9]*)$", min_length=1)
+]
+"""Layers of the model: `all`, `7`, `0-3`, `first:4`, `last:4`."""
+Blocks = Text | Annotated[list[Text], Field(min_length=1)]
+"""A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; or a list, for any of them."""
 
 
 class Section(BaseModel):
@@ -142,7 +148,7 @@ class ScoreSettings(Section):
 class ScenarioSettings(Section):
     """How the model will be served."""
 
-    engine: Literal["torch", "vllm", "roofline"] = "torch"
+    engine: Literal["torch", "vllm", "llama.cpp", "roofline"] = "torch"
     """What runs the model; `roofline` calculates, for a machine that is not here."""
     machine: Text = "h100-sxm"
     """For `roofline`: a known machine or a data sheet (YAML), `8xh100-sxm` for tensor parallelism over eight."""
@@ -178,6 +184,22 @@ class TargetSettings(Section):
     """At most: one decode step."""
     parameters: CountAmount | None = None
     """At most: parameters of the whole model."""
+    disk: Bytes | None = None
+    """At most: weights alone, as a checkpoint of the scenario's dtype."""
+    score: PositiveFloat | None = None
+    """At most: the sum of the blocks' scores, with `search.objective` for what is to be best then."""
+
+
+class FurtherScenarioSettings(Section):
+    """A scenario beside the main one, and what the same child must reach in it, at a batch size of its own."""
+
+    scenario: ScenarioSettings
+    target: TargetSettings
+
+
+Objective = Literal[
+    "score", "throughput", "latency", "time_to_first_token", "time_per_output_token", "memory", "parameters", "disk"
+]
 
 
 class SearchSettings(Section):
@@ -185,12 +207,43 @@ class SearchSettings(Section):
 
     score: Literal["kl", "lm_loss", "cosine", "task"] = "kl"
     """Which of the blocks' scores to add up."""
+    objective: Objective = "score"
+    """What is best within the bounds: the lowest `score`, or the best of another quantity, for a target with a score."""
+    fix: dict[Layers, Blocks] = {}
+    """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, halves, lists of them."""
+    forbid: dict[Layers, Blocks] = {}
+    """What layers must not take, in the same terms, as `{all: [linear+*, none+none]}`."""
+    equal: PositiveInt | Layers | Annotated[list[Layers], Field(min_length=1)] | None = None
+    """Layers that take one block together: `all`, groups of `4` consecutive ones, or a list such as `[0-7, 8-15]`."""
+    kinds: PositiveInt | None = None
+    """At most so many distinct blocks in the whole model; null: any number."""
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     """Relative gap at which a solution counts as optimal."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share by which predicted speeds and times must be better than asked, so that measured ones meet the target."""
     time_limit_s: PositiveFloat = 60.0
     """Seconds after which the best solution so far is taken, for each batch size."""
+
+
+class CorrectSettings(Section):
+    """Whole architectures compared, after the search and before the child: blocks add up, but not quite."""
+
+    tokens: Count = 16_384
+    """Scoring text, from its end, on which whole architectures are compared; 0: what the search found is taken."""
+    pool: Count = 16
+    """Solutions of the search that are compared, the best ones of the summed score; 0: none beside the best."""
+    differing: PositiveInt = 2
+    """Layers in which each of these differs from all before."""
+    depth: Count = 0
+    """Whole layers removed, each the least missed with those before it gone, around which blocks are scored again."""
+    rounds: Count = 2
+    """Times that blocks are scored again around the best architecture and searched again, while that helps."""
+    pairs: Count = 0
+    """Pairs of blocks at most whose joint score is measured around the best architecture and added to the search."""
+    finalists: Count = 0
+    """Architectures that also go through short GKD, half of which stay for twice the tokens; below 2: none."""
+    finalist_tokens: PositiveCount = 250_000
+    """GKD tokens of every finalist in the first round."""
 
 
 class RefineSettings(Section):
@@ -237,6 +290,8 @@ class DistilSettings(Section):
     """Logits of both are divided by it in training."""
     new_only: Annotated[Fraction, Field(ge=0, le=1)] = 0.0
     """Share of the steps, the first ones, that train only the blocks that differ from the parent's; 1: all steps."""
+    adapter_rank: PositiveInt | None = None
+    """Train updates of this rank of the layers' matrices, merged at the end, in place of all weights; null: all."""
     ladder: Annotated[Fraction, Field(ge=0, le=0.5)] = 0.0
     """Share of the steps that read sequences cut into four, and then as many that read halves; 0: none."""
     documents: bool = True
@@ -317,13 +372,23 @@ class Recipe(Section):
     scenario: ScenarioSettings = ScenarioSettings()
     cost: CostSettings = CostSettings()
     target: TargetSettings = TargetSettings()
+    scenarios: list[FurtherScenarioSettings] = []
+    """Further ones that the same child must serve, each with a `scenario` and a `target` of its own."""
     search: SearchSettings = SearchSettings()
+    correct: CorrectSettings = CorrectSettings()
     refine: RefineSettings = RefineSettings()
     distil: DistilSettings = DistilSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything random."""
     execution: ExecutionSettings = ExecutionSettings()
+
+    @property
+    def corrected(self) -> bool:
+        """Whether whole architectures are compared: for the lowest sum of scores, but not of a task of the user's own,
+        which is not run on them.
+        """
+        return self.correct.tokens > 0 and self.search.objective == "score" and self.search.score != "task"
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":
@@ -353,17 +418,17 @@ def validate(section: type[SectionT], values: dict[str, Any], name: str) -> Sect
         raise PuzzleError(f"{name}.{explain(error, section)}") from None
 
 
-def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+def parse_overrides(assignments: list[str], flag: str = "--set") -> dict[str, Any]:
     """`["target.throughput=2x"]` to `{"target.throughput": "2x"}`; values are YAML."""
     overrides: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key:
-            raise PuzzleError(f"--set {assignment}: expected key=value, such as target.throughput=2x")
+            raise PuzzleError(f"{flag} {assignment}: expected key=value, such as target.throughput=2x")
         try:
             overrides[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise PuzzleError(f"--set {assignment}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
+            raise PuzzleError(f"{flag} {assignment}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
     return overrides
 
 

@@ -79,7 +79,7 @@ def trade() -> tuple[ScoreTable, CostTable]:
         (
             {},
             "target: nothing is set; set at least one of throughput, latency, time_per_output_token, "
-            "time_to_first_token, memory, parameters, for example `throughput: 2x`",
+            "time_to_first_token, memory, parameters, disk, score, for example `throughput: 2x`",
         ),
         ({"memory": "0.1B"}, "target.memory: 0.1B is 0.1; set more than that"),
     ],

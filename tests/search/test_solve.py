@@ -21,9 +21,11 @@ from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import evaluate_blocks, parent_totals, resolve_bounds, solve
 from puzzle.search.bounds import excesses
-from puzzle.search.exact import Instance, best_architecture, best_value
-from puzzle.search.highs import Outcome, minimise
-from puzzle.search.problem import Program, build_program, tabulate
+from puzzle.search.exact import Instance, best_architecture
+from puzzle.search.core import minimise_core
+from puzzle.search.explain import best_value
+from puzzle.search.highs import Outcome, Relaxation, minimise, relax
+from puzzle.search.problem import Program, build_program
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 examples = settings(max_examples=60, deadline=None)  # a busy machine is no error
@@ -160,7 +162,7 @@ def test_dominated_blocks_are_left_out_and_of_equals_the_fastest_stays() -> None
     rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
     rows += [cost_row(0, "attention", name, 1, params=p, decode=decode) for name, (p, decode, _) in names.items()]
     scores = score_table([[(f"{name}+w64", kl) for name, (_, _, kl) in names.items()]])
-    (choices,) = tabulate(scores, cost_table(rows, (1,)))
+    (choices,) = Instance.of(scores, cost_table(rows, (1,))).choices
 
     def kept(bounds: Bounds) -> list[str]:
         return [choices.blocks[entry] for entry in build_program(choices, choices.scores, bounds).entries]
@@ -196,8 +198,13 @@ def test_a_solution_without_a_proof_is_not_called_optimal(monkeypatch: pytest.Mo
     def hurried(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
         return replace(minimise(program, gap=gap, time_limit_s=time_limit_s), status="feasible", bound=0.125)
 
-    monkeypatch.setattr("puzzle.search.exact.minimise", hurried)
-    monkeypatch.setattr("puzzle.search.exact.relaxed_bound", lambda program: 0.0)
+    monkeypatch.setattr("puzzle.search.core.minimise", hurried)
+    monkeypatch.setattr("puzzle.search.core._LABELS", 0)
+
+    def loose(program: Program) -> Relaxation:
+        return replace(relax(program), bound=0.0)
+
+    monkeypatch.setattr("puzzle.search.exact.relax", loose)
     proof = solve(*two_batches(), TargetSettings(parameters="70"), SETTINGS).proof
     assert proof is not None
     assert (proof.status, proof.bound, proof.gap) == ("feasible", 0.125, 0.75)
@@ -206,12 +213,13 @@ def test_a_solution_without_a_proof_is_not_called_optimal(monkeypatch: pytest.Mo
 def test_the_search_ends_when_no_other_batch_size_can_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
     solved = []
 
-    def counted(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
+    def counted(program: Program, relaxation: Relaxation, *, gap: float, time_limit_s: float) -> Outcome:
         solved.append(program)
-        return minimise(program, gap=gap, time_limit_s=time_limit_s)
+        return minimise_core(program, relaxation, gap=gap, time_limit_s=time_limit_s)
 
-    monkeypatch.setattr("puzzle.search.exact.minimise", counted)
-    solution = solve(*two_batches(), TargetSettings(latency="57ms"), SETTINGS)
+    monkeypatch.setattr("puzzle.search.exact.minimise_core", counted)
+    solution = best_architecture(Instance.of(*two_batches()), Bounds(request_ms=57), SETTINGS)
+    assert solution is not None
     assert (solution.blocks, solution.batch_size) == (("kv8+w64",), 1)
     assert len(solved) == 1
 

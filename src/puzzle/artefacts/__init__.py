@@ -1,22 +1,31 @@
 """The typed artefacts in which the stages meet. Plain data: no torch, blocks by name."""
 
+from puzzle.artefacts.correction import Correction, Finalist, Judged, Step, WholeScore
 from puzzle.artefacts.costs import Cost, CostRow, CostTable, Scenario, Totals
 from puzzle.artefacts.library import LibraryIndex, LibraryRow
+from puzzle.artefacts.pairs import PairTerm
 from puzzle.artefacts.scores import ScoreName, ScoreRow, ScoreTable
-from puzzle.artefacts.solution import Bounds, Proof, Solution
+from puzzle.artefacts.solution import Bounds, Proof, Serving, Solution
 
 __all__ = [
     "Bounds",
+    "Correction",
     "Cost",
     "CostRow",
     "CostTable",
+    "Finalist",
+    "Judged",
     "LibraryIndex",
     "LibraryRow",
+    "PairTerm",
     "Proof",
     "Scenario",
     "ScoreName",
     "ScoreRow",
     "ScoreTable",
+    "Serving",
     "Solution",
+    "Step",
     "Totals",
+    "WholeScore",
 ]

@@ -69,7 +69,12 @@ class Totals:
 
     @property
     def throughput_tok_s(self) -> float:
-        """Generated tokens per second over the batch, prefill time included, prompt tokens not counted."""
+        """Generated tokens per second over the batch, prefill time included, prompt tokens not counted.
+
+        0 where no times are known, as in a table of sizes alone.
+        """
+        if self.request_ms == 0:
+            return 0.0
         return 1e3 * self.batch_size * self.generated_tokens / self.request_ms
 
     def as_dict(self) -> dict[str, float | int]:
@@ -87,15 +92,16 @@ class Totals:
         }
 
 
-Part = Literal["attention", "ffn", "fixed"]
+Part = Literal["attention", "ffn", "block", "fixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
     """One variant of one half of one layer at one batch size.
 
-    Or, as `fixed`, what every child has: embeddings, final norm, head, and the engine's time per step that belongs to
-    no layer; `layer` is then -1 and `variant` empty.
+    Or, as `block`, a whole block whose halves were not measured apart (tables of other libraries). Or, as `fixed`,
+    what every child has: embeddings, final norm, head, and the engine's time per step that belongs to no layer; `layer`
+    is then -1 and `variant` empty.
     """
 
     layer: int
@@ -140,7 +146,9 @@ class CostTable:
         return self._by_key[-1, "fixed", "", batch_size].cost
 
     def block(self, layer: int, block: str, batch_size: int) -> Cost:
-        """The cost of a composed block such as `kv2+w512`: its halves' added up."""
+        """The cost of a composed block such as `kv2+w512`: its own where it has a row, else its halves' added up."""
+        if whole := self._by_key.get((layer, "block", block, batch_size)):
+            return whole.cost
         attention, _, ffn = block.partition("+")
         return (
             self._by_key[layer, "attention", attention, batch_size].cost

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
+
+from puzzle.artefacts.costs import Scenario
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Absolute bounds on a model's totals; None is no bound. Names and units are those of `Totals`."""
+    """Absolute bounds on a model; None is no bound. Names and units are those of `Totals`, but for the score."""
 
     memory_bytes: float | None = None
     """At most."""
@@ -21,10 +23,14 @@ class Bounds:
     """At most: the time per output token."""
     params: float | None = None
     """At most."""
+    weight_bytes: float | None = None
+    """At most: what the checkpoint takes on disk."""
+    score: float | None = None
+    """At most: the sum of the blocks' scores, which is no cost."""
 
     def given(self) -> dict[str, float]:
-        """The bounds that are set, by name."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        """The bounds on totals that are set, by name: all but that on the score."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "score"}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -33,13 +39,28 @@ class Proof:
     """How far the search proved its solution."""
 
     status: Literal["optimal", "feasible"]
-    """`optimal`: no feasible architecture has a lower sum of scores, up to the solver's tolerance `gap`."""
+    """`optimal`: no feasible architecture is better, up to the solver's tolerance `gap`."""
     bound: float
-    """Lower bound on the sum of scores over all allowed batch sizes."""
+    """No architecture within the bounds, at any allowed batch size, has a lower sum of scores; or, where another
+    quantity was made best (`search.objective`), a better value of that.
+    """
     gap: float
-    """(score - bound) / max(|score|, |bound|), 0 where both are 0."""
+    """|value - bound| / max(|value|, |bound|), 0 where both are 0."""
     solver: str
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A further scenario that the architecture serves, at a batch size of its own."""
+
+    scenario: Scenario
+    batch_size: int
+    predicted: dict[str, float]
+    """`Totals.as_dict` at `batch_size`."""
+    parent: dict[str, float]
+    asked: Bounds
+    bounds: Bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +71,7 @@ class Solution:
     """One block name a layer, such as `kv2+w512`."""
     batch_size: int
     score: float
-    """Sum of the blocks' scores, by default of their KL: the additive estimate of the child's to the parent."""
+    """Sum of the blocks' scores, by default of their KL, and of pair terms: the estimate of the child's KL."""
     predicted: dict[str, float]
     """`Totals.as_dict` at `batch_size`."""
     parent: dict[str, float]
@@ -61,15 +82,26 @@ class Solution:
     """What the predicted totals had to meet: the target with the search's margin."""
     proof: Proof | None
     """None for a baseline that proves nothing."""
+    further: tuple[Serving, ...] = ()
+    """The recipe's `scenarios`, in order."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the target: bounds that ask for nothing, or give nothing."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Solution":
-        values = json.loads(text)
+        values = _with_bounds(json.loads(text))
         values["blocks"] = tuple(values["blocks"])
-        for name in ("asked", "bounds"):
-            values[name] = Bounds(**values[name])
         values["proof"] = Proof(**values["proof"]) if values["proof"] else None
+        values["further"] = tuple(
+            Serving(**_with_bounds(serving) | {"scenario": Scenario(**serving["scenario"])})
+            for serving in values["further"]
+        )
+        values["notes"] = tuple(values["notes"])
         return cls(**values)
+
+
+def _with_bounds(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {name: Bounds(**values[name]) for name in ("asked", "bounds")}

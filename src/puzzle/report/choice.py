@@ -1,7 +1,7 @@
 """Figures of what the search chose, and what it chose from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +11,7 @@ from puzzle.artefacts import CostRow, Solution
 from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, Half, Variant
 from puzzle.report import numbers, theme
 from puzzle.report.data import ReportData
+from puzzle.search import QUANTITIES
 
 _SLAB = 0.15
 """Height of the mark for a linear map, of full or low rank, which has neither KV heads nor a width."""
@@ -208,36 +209,47 @@ def _outlines(chosen: Sequence[str], blocks: Sequence[str]) -> go.Scatter:
 
 def frontier(data: ReportData) -> go.Figure:
     """Predicted throughput against the sum of scores: the exact frontier, the child, the uniform child, the target."""
-    points = sorted(data.frontier, key=lambda point: point.predicted["throughput_tok_s"])
     marked = {"child": data.solution} | ({"uniform": data.uniform} if data.uniform else {})
+    return frontier_figure(data.frontier, marked)
+
+
+def frontier_figure(
+    frontier: Sequence[Solution], marked: Mapping[str, Solution], quantity: str = "throughput_tok_s"
+) -> go.Figure:
+    """A quantity of `Totals` against the sum of scores.
+
+    Args:
+        marked: further solutions, by the names of `theme.MODEL_COLOURS`.
+    """
+    points = sorted(frontier, key=lambda point: point.predicted[quantity])
     places = {"child": "bottom right", "uniform": "top right"}
     traces = [
         go.Scatter(
-            x=[_speed_up(data, point.predicted["throughput_tok_s"]) for point in points],
+            x=[_multiple(point, quantity) for point in points],
             y=[point.score for point in points],
             mode="lines+markers",
             line={"color": theme.LINE, "width": 1.5},
             marker={"size": 5},
-            hovertext=[_point(data, point) for point in points],
+            hovertext=[_point(point, quantity) for point in points],
             hoverinfo="text",
         )
     ]
     for model, solution in marked.items():
         traces.append(
             go.Scatter(
-                x=[_speed_up(data, solution.predicted["throughput_tok_s"])],
+                x=[_multiple(solution, quantity)],
                 y=[solution.score],
                 mode="markers+text",
                 text=[f"<b>{model}</b>"],
                 textposition=places[model],
                 marker={"size": 12, "color": theme.MODEL_COLOURS[model], "symbol": theme.MODEL_SYMBOLS[model]},
-                hovertext=[_point(data, solution)],
+                hovertext=[_point(solution, quantity)],
                 hoverinfo="text",
             )
         )
     everything = [*points, *marked.values()]
-    speed_ups = [1.0, *(_speed_up(data, point.predicted["throughput_tok_s"]) for point in everything)]
-    low, high = math.log10(min(speed_ups)), math.log10(max(speed_ups))
+    multiples = [1.0, *(_multiple(point, quantity) for point in everything)]
+    low, high = math.log10(min(multiples)), math.log10(max(multiples))
     margin = 0.12 * (high - low) or 0.1
     return theme.figure(
         400,
@@ -245,37 +257,38 @@ def frontier(data: ReportData) -> go.Figure:
         margin_t=26,
         showlegend=False,
         xaxis={
-            "title": {"text": "predicted throughput, times the parent's"},
+            "title": {"text": f"predicted {QUANTITIES[quantity].setting.replace('_', ' ')}, times the parent's"},
             "type": "log",
             "range": [low - margin, high + margin],
-            "tickvals": (doublings := [2.0**power for power in range(-3, 12)]),
-            "ticktext": [f"{speed_up:g}x" for speed_up in doublings],
+            "tickvals": (doublings := [2.0**power for power in range(-6, 12)]),
+            "ticktext": [f"{multiple:g}x" for multiple in doublings],
         },
-        yaxis_title_text="sum of scores, nats per token",
-        # The parent scores 0, which a logarithmic axis cannot show; a line marks its throughput instead.
+        yaxis_title_text="sum of scores",
+        # The parent scores 0, which a logarithmic axis cannot show; a line marks its value instead.
         yaxis=theme.log_axis([point.score for point in everything])
         if all(solution.score > 0 for solution in marked.values())
         else {"rangemode": "tozero"},
-        **_verticals(data),
+        **_verticals(marked.get("child"), quantity),
     )
 
 
-def _speed_up(data: ReportData, throughput_tok_s: float) -> float:
-    return throughput_tok_s / data.solution.parent["throughput_tok_s"]
+def _multiple(solution: Solution, quantity: str) -> float:
+    return solution.predicted[quantity] / solution.parent[quantity]
 
 
-def _point(data: ReportData, solution: Solution) -> str:
-    speed = solution.predicted["throughput_tok_s"]
+def _point(solution: Solution, quantity: str) -> str:
+    value = solution.predicted[quantity]
+    written = numbers.tokens_per_second(value) if quantity == "throughput_tok_s" else numbers.plain(value)
     return (
-        f"{numbers.tokens_per_second(speed)}, {numbers.ratio(_speed_up(data, speed))}<br>"
+        f"{written}, {numbers.ratio(_multiple(solution, quantity))}<br>"
         f"score {numbers.plain(solution.score)}, batch {solution.batch_size}"
     )
 
 
-def _verticals(data: ReportData) -> dict[str, Any]:
+def _verticals(child: Solution | None, quantity: str) -> dict[str, Any]:
     lines = [("parent", 1.0, "right", theme.MODEL_COLOURS["parent"])]
-    if target := data.solution.asked.throughput_tok_s:
-        lines.append(("target", _speed_up(data, target), "left", theme.OUTLINE))
+    if child and (target := getattr(child.asked, quantity)):
+        lines.append(("target", target / child.parent[quantity], "left", theme.OUTLINE))
     shapes = [
         {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": colour, "dash": "dash"}}
         for _, x, _, colour in lines

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from puzzle.artefacts import CostTable, LibraryIndex, ScoreTable, Solution
+from puzzle.artefacts import Correction, CostTable, LibraryIndex, ScoreTable, Solution
 
 Rows = Mapping[str, Mapping[str, float]]
 """Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the names of `table.METRICS`."""
@@ -24,6 +24,7 @@ class ReportData:
     scores: ScoreTable
     costs: CostTable
     library: LibraryIndex
+    correction: Correction | None = None
     uniform: Solution | None = None
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
@@ -32,6 +33,11 @@ class ReportData:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of each stage."""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def searched(self) -> Solution:
+        """What the search itself found: its proof is of this one."""
+        return self.correction.ranked[-1] if self.correction else self.solution
 
     @property
     def parent_blocks(self) -> tuple[str, ...]:

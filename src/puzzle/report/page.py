@@ -153,7 +153,7 @@ def _section(part: Section) -> str:
 
 
 def _proof(data: ReportData) -> str:
-    solution, proof = data.solution, data.solution.proof
+    solution, proof = data.searched, data.searched.proof
     facts = {"sum of scores": numbers.plain(solution.score), "batch size": str(solution.batch_size)}
     if proof is not None:
         facts |= {
@@ -164,7 +164,9 @@ def _proof(data: ReportData) -> str:
         }
     meaning = (
         "<p>The lower bound holds for every architecture of the space that meets the target, at every allowed batch "
-        "size. The gap is (score - bound) / score.</p>"
+        "size. The gap is (score - bound) / score."
+        + ("" if solution.blocks == data.solution.blocks else " The child is another one, better as a whole.")
+        + "</p>"
     )
     return f'<section id="proof"><h2>Proof of the search</h2>\n{meaning}{_pairs(facts)}</section>'
 

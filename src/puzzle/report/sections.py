@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle.report import choice, evidence
+from puzzle.report import choice, correction, evidence
 from puzzle.report.data import ReportData
 
 
@@ -35,6 +35,7 @@ def sections(data: ReportData) -> list[Section]:
         _architecture(data),
         _scores(data),
         _frontier(data),
+        _correction(data),
         _prediction(data),
         _library(data),
         _training(data),
@@ -82,6 +83,24 @@ def _frontier(data: ReportData) -> Section:
         caption="Each point of the line is the best architecture at its predicted throughput. Lower is closer to the "
         "parent, which scores 0. The height of the uniform child above the line is what it gives up.",
         plots=plot,
+    )
+
+
+def _correction(data: ReportData) -> Section:
+    agreement, plots = "", []
+    if found := data.correction:
+        agreement = correction.agreement(found)
+        plots = [
+            Plot(anchor="correction-whole", figure=correction.predicted_whole(found)),
+            Plot(anchor="correction-gains", figure=correction.gains(found), title="The best after each step"),
+        ]
+    return Section(
+        anchor="correction",
+        heading="Whole architectures",
+        caption="Blocks interact, so sums of their scores are not what a whole architecture is worth. Every point is "
+        "an architecture within the target, before GKD, on scoring text; the outlined one is the best. In brackets: "
+        f"architectures that a step had to evaluate. {agreement}",
+        plots=plots,
     )
 
 

@@ -1,16 +1,27 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
-from puzzle.search.bounds import evaluate_blocks, excesses, parent_totals, resolve_bounds
+from puzzle.search.baselines import BASELINES, Evaluator, solve_baseline
+from puzzle.search.bounds import QUANTITIES, evaluate_blocks, excesses, margin_of, parent_totals, resolve_bounds
 from puzzle.search.frontier import frontier
-from puzzle.search.solve import solve
+from puzzle.search.solve import Further, pool, solve
 from puzzle.search.stage import search
+from puzzle.search.table_file import read_table, to_table_file
 
 __all__ = [
+    "BASELINES",
+    "QUANTITIES",
+    "Evaluator",
+    "Further",
     "evaluate_blocks",
     "excesses",
     "frontier",
+    "margin_of",
     "parent_totals",
+    "pool",
+    "read_table",
     "resolve_bounds",
     "search",
     "solve",
+    "solve_baseline",
+    "to_table_file",
 ]

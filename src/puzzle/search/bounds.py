@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Totals
+from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Solution, Totals
 from puzzle.errors import PuzzleError
 from puzzle.recipe import TargetSettings
 
@@ -77,6 +77,7 @@ QUANTITIES: dict[str, Quantity] = {
         Quantity(name="prefill_ms", setting="time_to_first_token", additive=lambda totals: totals.cost.prefill_ms),
         Quantity(name="memory_bytes", setting="memory", additive=lambda totals: totals.memory_bytes, whole=True),
         Quantity(name="params", setting="parameters", additive=lambda totals: totals.cost.params, whole=True),
+        Quantity(name="weight_bytes", setting="disk", additive=lambda totals: totals.cost.weight_bytes, whole=True),
     )
 }
 """By name, in the order in which a target that cannot be met is loosened."""
@@ -92,6 +93,11 @@ def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
     blocks = [scores.parent_row(layer).block for layer in range(scores.num_layers)]
     totals = [costs.totals(blocks, batch_size) for batch_size in sorted(costs.batch_sizes)]
     return dict(max(totals, key=lambda each: each.throughput_tok_s).as_dict())
+
+
+def quantity_of(setting: str) -> str:
+    """The name of what `setting` bounds in a target; the score is called the same."""
+    return next((name for name, quantity in QUANTITIES.items() if quantity.setting == setting), setting)
 
 
 def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: float = 0.0) -> Bounds:
@@ -110,7 +116,14 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: 
         bounds[quantity.name] = math.floor(value + 1e-3) if quantity.whole else quantity.tightened(value, margin)
         if bounds[quantity.name] <= 0:
             raise PuzzleError(f"target.{quantity.setting}: {amount.text} is {value:g}; set more than that")
-    return Bounds(**bounds)
+    return Bounds(**bounds, score=target.score)
+
+
+def margin_of(solution: Solution) -> float:
+    """The margin with which a solution was searched; 0 of one for sizes alone, which have none."""
+    asked, bounds = solution.asked.given(), solution.bounds.given()
+    ratios = [bounds[name] / asked[name] for name in asked if not QUANTITIES[name].whole]
+    return max((max(ratio, 1 / ratio) - 1 for ratio in ratios), default=0.0)
 
 
 def evaluate_blocks(

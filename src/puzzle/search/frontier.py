@@ -7,8 +7,8 @@ import numpy as np
 from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search.bounds import QUANTITIES, resolve_bounds
-from puzzle.search.exact import Instance, best_architecture, best_value
-from puzzle.search.explain import explain
+from puzzle.search.exact import Instance, best_architecture
+from puzzle.search.explain import best_value, explain
 
 
 def frontier(
@@ -27,11 +27,11 @@ def frontier(
     Raises:
         PuzzleError: the other bounds cannot be met.
     """
-    instance = Instance.of(scores, costs, settings.score)
+    instance = Instance.of(scores, costs, settings.score, constraints=settings)
     others = replace(resolve_bounds(target, instance.parent, settings.margin), **{quantity: None})
     best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
     if best is None:
-        raise explain(instance, target, others, settings)
+        raise explain(instance, [target.model_copy(update={QUANTITIES[quantity].setting: None})], others, settings)
     better = QUANTITIES[quantity].best([best, parent]) != parent
     values = np.geomspace(parent, best, points).tolist() if better else [best]
     solutions: list[Solution] = []

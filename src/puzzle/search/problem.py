@@ -1,18 +1,19 @@
 """The search as arrays: every choice of every layer at one batch size, and the mixed-integer program over them.
 
-Shapes: n is the number of choices of all layers together, layer by layer; L the number of layers.
+Shapes: n is the number of choices of all layers together, layer by layer; L the number of layers, those that are to be
+equal (`search.equal`) counted as one; N the number of columns: n and the auxiliary ones of links.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.artefacts import Bounds, Cost, CostTable, ScoreName, ScoreTable, Totals
 from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE
+from puzzle.search.constraints import Allowed
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -34,18 +35,35 @@ class Choices:
     """By quantity: the term of its sum over layers, [n]."""
     fixed: Mapping[str, float]
     """By quantity: the term that every architecture has."""
+    groups: Ints
+    """For each layer of the model, which of the L it is."""
 
-    def cheapest(self, name: str) -> float:
-        """The lowest sum over layers of a quantity that any architecture has: layers choose independently."""
-        lowest = np.full(self.num_layers, np.inf)
-        np.minimum.at(lowest, self.layers, self.costs[name])
-        return self.fixed[name] + float(lowest.sum())
+    def terms(self, name: str) -> Floats:
+        """[n]: of a quantity, or of the score."""
+        return self.scores if name == "score" else self.costs[name]
+
+    def constant(self, name: str) -> float:
+        """What every architecture has of a quantity, or of the score."""
+        return 0.0 if name == "score" else self.fixed[name]
+
+    def architecture(self, entries: Ints) -> tuple[str, ...]:
+        """One block name a layer of the model, of one entry a layer [L]."""
+        return tuple(self.blocks[entries[group]] for group in self.groups)
+
+    def overlap(self, blocks: Sequence[str]) -> Floats:
+        """[n]: in how many layers of the model each entry is what `blocks` has there."""
+        same = np.zeros(len(self.blocks))
+        for layer, block in enumerate(blocks):
+            entries = range(*np.searchsorted(self.layers, (self.groups[layer], self.groups[layer] + 1)))
+            same[[entry for entry in entries if self.blocks[entry] == block]] += 1
+        return same
 
 
-def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> list[Choices]:
-    """The choices at each allowed batch size, with `score` to add up: every row must have it."""
-    rows = sorted(scores.rows, key=lambda row: row.layer)
-    values = np.array([scores.value(row.layer, row.block, score) for row in rows], dtype=np.float64)
+def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName, allowed: Allowed) -> list[Choices]:
+    """The choices at each batch size of `costs`, with `score` to add up: every row must have it."""
+    members = [[layer for layer, own in enumerate(allowed.groups) if own == group] for group in range(len(allowed))]
+    entries = [(group, block) for group, blocks in enumerate(allowed.blocks) for block in blocks]
+    values = np.array([sum(scores.value(layer, block, score) for layer in members[g]) for g, block in entries])
     assert np.isfinite(values).all(), "a score that is not finite must not be in the score table"
 
     def at(batch_size: int) -> Choices:
@@ -53,17 +71,21 @@ def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> l
             part = Totals(batch_size=batch_size, generated_tokens=costs.scenario.generated_tokens, cost=cost)
             return [quantity.additive(part) for quantity in QUANTITIES.values()]
 
-        table = np.array([terms(costs.block(row.layer, row.block, batch_size)) for row in rows], dtype=np.float64)
+        def cost(group: int, block: str) -> Cost:
+            return sum((costs.block(layer, block, batch_size) for layer in members[group]), Cost())
+
+        table = np.array([terms(cost(group, block)) for group, block in entries], dtype=np.float64)
         assert np.isfinite(table).all(), "a cost is not finite"
         return Choices(
             batch_size=batch_size,
             generated_tokens=costs.scenario.generated_tokens,
-            num_layers=scores.num_layers,
-            layers=np.array([row.layer for row in rows], dtype=np.int64),
-            blocks=tuple(row.block for row in rows),
+            num_layers=len(allowed),
+            layers=np.array([group for group, _ in entries], dtype=np.int64),
+            blocks=tuple(block for _, block in entries),
             scores=values,
             costs=dict(zip(QUANTITIES, table.T, strict=True)),
             fixed=dict(zip(QUANTITIES, terms(costs.fixed(batch_size)), strict=True)),
+            groups=np.array(allowed.groups, dtype=np.int64),
         )
 
     return [at(batch_size) for batch_size in sorted(set(costs.batch_sizes))]
@@ -71,12 +93,25 @@ def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> l
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A sum over layers with an upper limit, divided by the bound: every row's numbers are around 1 and the solver's
-    tolerance is a share of the bound.
+    """A sum over columns with an upper limit; that of a bound is divided by it, so that its numbers are around 1 and
+    the solver's tolerance is a share of the bound.
     """
 
     terms: Floats
+    """[N]."""
     limit: float
+    pairs: float = 0.0
+    """What the scores of pair terms are multiplied by in it; 0 where it is not on the score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A sum over a few columns with two limits, which ties auxiliary columns to choices."""
+
+    columns: Ints
+    values: Floats
+    lower: float
+    upper: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +122,49 @@ class Program:
     layers: Ints
     """[n], ascending."""
     objective: Floats
+    """[N]."""
     rows: tuple[Row, ...]
     entries: Ints
     """[n]: where each is in `Choices`."""
-    excluded: tuple[Ints, ...] = ()
-    """Architectures, as positions [L], that must not be chosen again."""
+    links: tuple[Link, ...] = ()
 
     def without(self, positions: Ints) -> "Program":
-        return replace(self, excluded=(*self.excluded, positions))
+        """With one architecture, as positions [L], excluded."""
+        terms = np.zeros(len(self.objective))
+        terms[positions] = 1.0
+        return replace(self, rows=(*self.rows, Row(terms=terms, limit=self.num_layers - 1.0)))
+
+    def restricted(self, kept: Ints) -> "Program":
+        """With the entries at positions `kept` alone, all others left out."""
+        size, total = len(self.layers), len(self.objective)
+        columns = np.concatenate([kept, np.arange(size, total)])
+        place = np.full(total, -1)
+        place[columns] = np.arange(len(columns))
+        return Program(
+            num_layers=self.num_layers,
+            layers=self.layers[kept],
+            objective=self.objective[columns],
+            rows=tuple(replace(row, terms=row.terms[columns]) for row in self.rows),
+            entries=self.entries[kept],
+            links=tuple(
+                replace(link, columns=place[link.columns[there]], values=link.values[there])
+                for link in self.links
+                for there in [place[link.columns] >= 0]
+            ),
+        )
 
 
-def build_program(choices: Choices, objective: Floats, bounds: Bounds) -> Program:
-    """The program that minimises the sum of `objective` within `bounds`, dominated choices left out."""
-    rows = tuple(_row(choices, name, bound) for name, bound in bounds.given().items())
-    entries = _undominated(choices, objective, [row.terms for row in rows])
+def build_program(
+    choices: Choices, objective: Floats, bounds: Bounds, *, rows: Sequence[Row] = (), apart: Ints | None = None
+) -> Program:
+    """The program that minimises the sum of `objective` within `bounds`, dominated choices left out.
+
+    Args:
+        rows: further ones, over all choices.
+        apart: [n], a number for each choice; only choices of one number may dominate each other.
+    """
+    rows = (*bound_rows(choices, bounds), *rows)
+    entries = _undominated(choices, objective, [row.terms for row in rows], apart)
     return Program(
         num_layers=choices.num_layers,
         layers=choices.layers[entries],
@@ -110,35 +174,50 @@ def build_program(choices: Choices, objective: Floats, bounds: Bounds) -> Progra
     )
 
 
+def bound_rows(choices: Choices, bounds: Bounds) -> list[Row]:
+    """The rows of all bounds that are set, that on the score last."""
+    given = bounds.given() if bounds.score is None else bounds.given() | {"score": bounds.score}
+    return [_row(choices, name, bound) for name, bound in given.items()]
+
+
 def _row(choices: Choices, name: str, bound: float) -> Row:
-    limit = largest_sum(choices, name, bound)
-    return Row(terms=choices.costs[name] / limit, limit=(limit - choices.fixed[name]) / limit)
+    limit = _largest_sum(choices, name, bound)
+    return Row(
+        terms=choices.terms(name) / limit,
+        limit=(limit - choices.constant(name)) / limit,
+        pairs=1 / limit if name == "score" else 0.0,
+    )
 
 
-def largest_sum(choices: Choices, name: str, bound: float) -> float:
+def _largest_sum(choices: Choices, name: str, bound: float) -> float:
     """Up to where the sum over layers of a quantity, fixed part included, is within `bound`.
 
     Half a byte above it, or half the tolerance that the check allows, so that a sum at the very limit is not lost to
     rounding.
     """
-    quantity = QUANTITIES[name]
-    limit = quantity.convert(bound, choices.batch_size, choices.generated_tokens)
-    return math.floor(limit) + 0.5 if quantity.whole else limit * (1 + TIME_TOLERANCE / 2)
+    if name != "score":
+        bound = QUANTITIES[name].convert(bound, choices.batch_size, choices.generated_tokens)
+        if QUANTITIES[name].whole:
+            return math.floor(bound) + 0.5
+    return bound * (1 + TIME_TOLERANCE / 2)
 
 
-def _undominated(choices: Choices, objective: Floats, terms: Sequence[Floats]) -> Ints:
+def _undominated(choices: Choices, objective: Floats, terms: Sequence[Floats], apart: Ints | None) -> Ints:
     """Entries for which no other of their layer is at least as good in the objective and in every row, ascending.
 
     Of equals one stays: the fastest, of these the first.
     """
-    columns = np.stack([objective, *terms], axis=1)
-    order = np.lexsort((choices.costs["request_ms"], *columns.T[::-1], choices.layers))
-    starts = np.searchsorted(choices.layers[order], np.arange(choices.num_layers + 1))
-    kept = []
-    for start, end in pairwise(starts):
-        entries = order[start:end]
-        values = columns[entries]
-        # [i, j]: i is no worse than j. An entry that dominates another, or equals it, comes before it in this order.
-        no_worse = (values[:, None, :] <= values[None, :, :]).all(axis=2)
-        kept.append(entries[~np.triu(no_worse, k=1).any(axis=0)])
-    return np.sort(np.concatenate(kept))
+    separating = [] if apart is None else [apart, -apart]
+    columns = np.stack([choices.costs["request_ms"], objective, *terms, *separating], axis=1)
+    starts = np.searchsorted(choices.layers, np.arange(choices.num_layers))
+    place = np.arange(len(columns)) - starts[choices.layers]
+    table = np.full((choices.num_layers, place.max() + 1, columns.shape[1]), np.inf)
+    table[choices.layers, place] = columns
+    # [layer, i, j]: i is no worse than j; and of two that are no worse than each other, i is the one that stays.
+    no_worse = np.ones((table.shape[0], table.shape[1], table.shape[1]), dtype=bool)
+    for column in np.moveaxis(table[..., 1:], 2, 0):
+        no_worse &= column[:, :, None] <= column[:, None, :]
+    faster = table[:, :, None, 0] < table[:, None, :, 0]
+    stays = faster | (~faster.transpose(0, 2, 1) & np.triu(np.ones(no_worse.shape[1:], dtype=bool), k=1))
+    dominated = (no_worse & (stays | ~no_worse.transpose(0, 2, 1))).any(axis=1)
+    return np.flatnonzero(~dominated[choices.layers, place])

@@ -1,0 +1,136 @@
+"""What the search is worth: true KL of its children and of the baselines', at equal predicted speed, also after GKD.
+
+    python benchmarks/search_quality.py PARENT TEXT FOLDER [SPEEDS [SEEDS [GKD_TOKENS]]]
+
+SPEEDS such as 1.3x,2x,3x; SEEDS such as 0,1,2, each with a library and scores of its own; with GKD_TOKENS the children
+of `AFTER_GKD` are also distilled on so many. All children of a speed meet one bound by one measured cost table. Rows
+are kept in FOLDER/rows.jsonl as they are finished, and none is made twice.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from setting import opened, recipe
+
+from puzzle import CostTable, Pipeline, Recipe, distil, evaluate, realise, solve
+from puzzle.correct import correct
+from puzzle.errors import PuzzleError
+from puzzle.recipe import TargetSettings
+from puzzle.runs import Run
+from puzzle.search import BASELINES, solve_baseline
+
+NO_STEP = {"tokens": 8192, "pool": 0, "depth": 0, "rounds": 0, "pairs": 0}
+STEPS: dict[str, dict[str, int]] = {
+    "pool 16": {"pool": 16},
+    "depth 2": {"depth": 2},
+    "rounds 1": {"rounds": 1},
+    "rounds 2": {"rounds": 2},
+    "pairs 20": {"pairs": 20},
+    "all": {"pool": 16, "depth": 2, "rounds": 2, "pairs": 20},
+}
+EVALUATIONS = 128
+"""Whole architectures that the evolutionary baseline may evaluate, on the same text as the correction."""
+AFTER_GKD = ("search", "all", "evolutionary", "max-parameters", "random")
+
+
+def main(parent: str, text: str, folder: str, speeds: str = "1.3x,2x,3x", seeds: str = "0", gkd: str = "0") -> None:
+    """Print and keep one row per seed, speed and method."""
+    rows_file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    with opened(run, settings(parent, text, 0)) as pipeline:
+        costs = pipeline.costs
+    for seed in map(int, seeds.split(",")):
+        with opened(run, settings(parent, text, seed)) as pipeline:
+            for row in measured(pipeline, costs, seed, speeds.split(","), int(gkd), rows):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                rows_file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def settings(parent: str, text: str, seed: int) -> Recipe:
+    """The recipe of the ablations."""
+    base = recipe(
+        parent,
+        text,
+        space={"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]},
+        library={"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
+        score={"tokens": 8192},
+        correct=NO_STEP,
+        evaluate={"tokens": 16_384},
+    )
+    return base.model_copy(update={"seed": seed})
+
+
+def measured(
+    pipeline: Pipeline, costs: CostTable, seed: int, speeds: Sequence[str], gkd: int, known: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows that are not known yet."""
+    done = {(row["seed"], row["speed"], row["method"], row["gkd"]) for row in known}
+    for speed in speeds:
+        for method, find in methods(pipeline, costs, speed).items():
+            wanted = [tokens for tokens in (0, gkd) if tokens == 0 or method in AFTER_GKD]
+            missing = [tokens for tokens in dict.fromkeys(wanted) if (seed, speed, method, tokens) not in done]
+            if not missing:
+                continue
+            where = {"seed": seed, "speed": speed, "method": method}
+            try:
+                blocks, facts = find()
+            except PuzzleError as error:
+                yield {**where, "gkd": 0, "error": str(error)}
+                continue
+            for tokens in missing:
+                yield {**where, "gkd": tokens, **facts, **quality(pipeline, blocks, tokens), "blocks": blocks}
+
+
+def methods(
+    pipeline: Pipeline, costs: CostTable, speed: str
+) -> dict[str, Callable[[], tuple[tuple[str, ...], dict[str, float]]]]:
+    """By name, how each finds its blocks, with what it knows of them."""
+    run, scores, target = pipeline.run, pipeline.scores, TargetSettings.model_validate({"throughput": speed})
+    first = solve(scores, costs, target, run.recipe.search)
+
+    def corrected(steps: dict[str, int]) -> tuple[tuple[str, ...], dict[str, float]]:
+        changed = run.recipe.correct.model_copy(update=steps)
+        its = replace(run, recipe=run.recipe.model_copy(update={"correct": changed, "target": target}))
+        found = correct(its, pipeline.true_score, pipeline.parent, pipeline.data, scores, costs, first)
+        assert found is not None
+        facts = {"evaluated": sum(step.evaluated for step in found.steps), "scoring kl": found.steps[-1].after}
+        return found.ranked[0].blocks, facts | ({"tau": found.tau} if found.tau is not None else {})
+
+    def baseline(name: str) -> tuple[tuple[str, ...], dict[str, float]]:
+        found = solve_baseline(
+            name,
+            scores,
+            costs,
+            target,
+            run.recipe.search,
+            seed=run.recipe.seed,
+            evaluate=pipeline.true_score,
+            evaluations=EVALUATIONS,
+            influence=pipeline.statistics.influence(scores.num_layers),
+        )
+        return found.blocks, {"sum of scores": found.score}
+
+    own = {"search": lambda: (first.blocks, {"sum of scores": first.score})}
+    steps = {name: (lambda steps=steps: corrected(steps)) for name, steps in STEPS.items()}
+    return own | steps | {name: (lambda name=name: baseline(name)) for name in BASELINES}
+
+
+def quality(pipeline: Pipeline, blocks: tuple[str, ...], gkd: int) -> dict[str, float]:
+    """On test text."""
+    run: Run = pipeline.run
+    child = realise(run, pipeline.parent, pipeline.library, blocks)
+    if gkd:
+        changed = run.recipe.distil.model_copy(update={"tokens": gkd, "batch_size": 4, "log": []})
+        run = replace(run, recipe=run.recipe.model_copy(update={"distil": changed}))
+        child = distil(run, pipeline.parent, child, pipeline.data)
+    found = evaluate(run, pipeline.parent, child, pipeline.data, "child")
+    return {"kl": found.kl, "loss": found.test_loss}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,99 @@
+"""What whole architectures turned out to be worth, and what was chosen for it."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from puzzle.artefacts.scores import ScoreName
+from puzzle.artefacts.solution import Solution
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeScore:
+    """A whole architecture of the library's blocks beside the parent, means over the text that compares them."""
+
+    kl: float
+    """KL(parent || child) of the next-token distributions, nats per token."""
+    kl_se: float
+    """Standard error of `kl` over sequences."""
+    lm_loss: float
+    """Negative log-likelihood of the next token, nats per token."""
+    top1_agreement: float
+    cosine: float
+    """1 - cosine of the final hidden states to the parent's, after the last norm."""
+
+    def value(self, score: ScoreName) -> float:
+        """What a search by `score` wants low; a task is not run on whole architectures, its searches take the KL."""
+        return float(getattr(self, "kl" if score == "task" else score))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An architecture within the bounds, as the scores' sum predicts it and as it is."""
+
+    blocks: tuple[str, ...]
+    predicted: float
+    """The sum of its blocks' scores."""
+    whole: WholeScore
+    step: str
+    """Which step proposed it: `search`, `pool`, `depth`, `rounds`, `pairs`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step came to."""
+
+    name: str
+    evaluated: int
+    """Whole architectures that no step before had to evaluate."""
+    before: float
+    """The best value within the bounds; see `WholeScore.value`."""
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """An architecture after some short GKD."""
+
+    blocks: tuple[str, ...]
+    tokens: int
+    validation_kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """The search corrected by whole architectures: never worse than the search alone on the text that compares them."""
+
+    score: ScoreName
+    tokens: int
+    """Of that text: the end of the scoring range."""
+    judged: tuple[Judged, ...]
+    """Every architecture that was within the bounds; the first is the search's own."""
+    tau: float | None
+    """Kendall's, of predicted against true over the search's pool; None without one, or without any order in it."""
+    spearman: float | None
+    """Spearman's rho of the same."""
+    steps: tuple[Step, ...]
+    finalists: tuple[Finalist, ...]
+    """In the order in which they were trained; none without short GKD."""
+    ranked: tuple[Solution, ...]
+    """The best first; the last is the search's own."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Correction":
+        values = json.loads(text)
+        return cls(
+            score=values["score"],
+            tokens=values["tokens"],
+            tau=values["tau"],
+            spearman=values["spearman"],
+            judged=tuple(
+                Judged(**row | {"blocks": tuple(row["blocks"]), "whole": WholeScore(**row["whole"])})
+                for row in values["judged"]
+            ),
+            steps=tuple(Step(**row) for row in values["steps"]),
+            finalists=tuple(Finalist(**row | {"blocks": tuple(row["blocks"])}) for row in values["finalists"]),
+            ranked=tuple(Solution.from_json(json.dumps(row)) for row in values["ranked"]),
+        )

@@ -1,0 +1,73 @@
+"""Programs solved on their core: the few entries that reduced costs cannot exclude from being in a better solution.
+
+The linear relaxation of a choice per layer under few bounds is nearly whole, so almost every entry that it does not
+take is provably in no better solution. What is left is small; the answer is as exact as that of the whole program.
+"""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from puzzle.search.highs import Outcome, Relaxation, minimise
+from puzzle.search.labels import enumerate_near
+from puzzle.search.problem import Program
+
+_LABELS = (1024, 8192)
+"""Labels at a time. Few find a solution, which narrows the search, and many then prove it; where that is not enough, HiGHS
+is faster (benchmarks/search.md).
+"""
+_START = 1e-5
+"""Least first width of an enumeration, as a share of the bound or of the largest term, whichever is more."""
+_WIDER = 1.4
+"""By how much the next is wider while there is no solution: what is beyond the best one is for nothing."""
+_GROWTH = 4
+"""By how much a core grows in which there is no solution."""
+
+
+def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_limit_s: float) -> Outcome:
+    """The answer of `minimise` to the whole program: by enumeration near the bound, or by HiGHS where that is too much."""
+    end = time.monotonic() + time_limit_s
+    ranked = np.sort(relaxation.reduced)
+    least = _START * (max(abs(relaxation.bound), float(np.abs(program.objective).max())) or 1.0)
+    width = max(least, float(ranked[min(program.num_layers * 9 // 8, len(ranked) - 1)]))
+    few, many = _LABELS
+    most = few
+    while not program.links and relaxation.bound > -np.inf and width <= ranked[-1] and time.monotonic() < end:
+        found = enumerate_near(program, relaxation, width, most)
+        if found.positions is not None and found.complete:
+            return Outcome(status="optimal", positions=found.positions, value=found.value, bound=found.value)
+        if found.positions is not None:
+            width = min(width, found.value - relaxation.bound)
+        elif found.complete:
+            width *= _WIDER
+            continue
+        if found.positions is None or most == many:
+            break
+        most = many
+    return _by_highs(program, relaxation, width, gap, end)
+
+
+def _by_highs(program: Program, relaxation: Relaxation, width: float, gap: float, end: float) -> Outcome:
+    """HiGHS on the entries whose reduced costs are at most `width`.
+
+    A solution of the core is the best of all if it is no worse than any with an entry outside can be: the relaxation's
+    bound plus the lowest reduced cost outside. If it is worse, its value says which entries are left to look at.
+    """
+    ranked = np.sort(relaxation.reduced)
+    size = len(ranked)
+    while True:
+        kept = np.flatnonzero(relaxation.reduced <= width)
+        outcome = minimise(program.restricted(kept), gap=gap, time_limit_s=end - time.monotonic())
+        outside = relaxation.bound + ranked[len(kept)] if len(kept) < size else np.inf
+        bound = max(relaxation.bound, min(outcome.bound, outside))
+        if outcome.positions is not None:
+            outcome = replace(outcome, positions=kept[outcome.positions], bound=min(bound, outcome.value))
+            enough = outcome.value <= outside or outcome.value - bound <= gap * abs(outcome.value)
+            if enough or outcome.status == "feasible":
+                return outcome
+            width = outcome.value - relaxation.bound
+        elif outcome.status == "unknown" or len(kept) == size:
+            return replace(outcome, bound=bound)
+        else:
+            width = ranked[min(_GROWTH * len(kept), size) - 1]

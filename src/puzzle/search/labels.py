@@ -1,0 +1,106 @@
+"""All solutions near the relaxation's bound, enumerated layer by layer: label setting with dominance.
+
+A label is one choice for each of the layers so far: its objective, and its sum in every row. How far a solution is
+above the relaxation's bound is the sum of its reduced costs and of its unused limits times their prices. Near the bound
+both are small, so few entries and few labels come into question.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from puzzle.search.highs import Relaxation
+from puzzle.search.problem import Floats, Ints, Program
+
+_DIGITS = 13
+"""After the point, to which two sums of the same terms in two orders agree: of rows, which are divided by their bounds,
+and of the objective, divided by its largest term.
+"""
+_PIVOTS = 64
+"""Labels that the others are compared with for dominance; more would drop few others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enumeration:
+    """The best solution found at most a width above the bound."""
+
+    complete: bool
+    """Whether no other solution there is better; not known where there were too many labels."""
+    positions: Ints | None
+    """The entry chosen in each layer, [L]; None if there is no such solution."""
+    value: float
+    """The solution's objective; infinite without one."""
+
+
+def enumerate_near(program: Program, relaxation: Relaxation, width: float, most: int) -> Enumeration:
+    """The best solution of `program` with an objective of at most the relaxation's bound and `width`.
+
+    Args:
+        most: labels kept at a time, those that promise most.
+    """
+    assert not program.links, "auxiliary columns cannot be enumerated"
+    scale = float(np.abs(program.objective).max()) or 1.0
+    sums = np.stack([program.objective / scale, *(row.terms for row in program.rows)], axis=1)
+    limits = np.array([row.limit for row in program.rows]) + 10.0**-_DIGITS
+    near = np.flatnonzero(relaxation.reduced <= width)
+    layers = np.split(near, np.searchsorted(program.layers[near], np.arange(1, program.num_layers)))
+    settled = np.array([entries[0] for entries in layers if len(entries) == 1], dtype=np.int64)
+    layers = [entries for entries in layers if len(entries) > 1]
+    # What decides much goes first: then what is still to come soon says little.
+    layers.sort(key=lambda entries: -float(relaxation.prices @ np.ptp(sums[entries, 1:], axis=0)))
+    least, largest = _still_to_come(layers, sums[:, 1:], np.min), _still_to_come(layers, sums[:, 1:], np.max)
+    labels, reduced, complete = (
+        sums[settled].sum(axis=0, keepdims=True),
+        relaxation.reduced[settled].sum(keepdims=True),
+        True,
+    )
+    steps: list[tuple[Ints, Ints]] = []
+    for place, entries in enumerate(layers, 1):
+        before, chosen = np.nonzero(reduced[:, None] + relaxation.reduced[entries] <= width)
+        reduced = reduced[before] + relaxation.reduced[entries[chosen]]
+        labels = labels[before] + sums[entries[chosen]]
+        left = limits - labels[:, 1:]
+        above = reduced + np.maximum(left - largest[place], 0.0) @ relaxation.prices
+        kept = np.flatnonzero((left >= least[place]).all(axis=1) & (above <= width))
+        kept = kept[_undominated(labels[kept])]
+        if len(kept) > most:
+            complete = False
+            kept = kept[np.argsort(above[kept], kind="stable")[:most]]
+        labels, reduced = labels[kept], reduced[kept]
+        steps.append((before[kept], entries[chosen[kept]]))
+    if not len(labels):
+        return Enumeration(complete=complete, positions=None, value=np.inf)
+    best = int(labels[:, 0].argmin())
+    positions = np.sort([*settled, *_trace(steps, best)])
+    return Enumeration(complete=complete, positions=positions, value=scale * float(labels[best, 0]))
+
+
+def _still_to_come(layers: list[Ints], sums: Floats, extreme: np.ufunc) -> Floats:
+    """[L + 1, rows]: the lowest or highest sums of the layers from each on."""
+    terms = [extreme(sums[entries], axis=0) for entries in reversed(layers)]
+    return np.cumsum([np.zeros(sums.shape[1]), *terms], axis=0)[::-1]
+
+
+def _trace(steps: list[tuple[Ints, Ints]], label: int) -> list[int]:
+    """What the label has chosen."""
+    positions = []
+    for before, chosen in reversed(steps):
+        positions.append(int(chosen[label]))
+        label = int(before[label])
+    return positions
+
+
+def _undominated(labels: Floats) -> Ints:
+    """Positions of labels, equal ones once, without most of those that another is no worse than in every sum."""
+    rounded = np.round(labels, _DIGITS)
+    order = np.lexsort(rounded.T[::-1])
+    rounded = rounded[order]
+    new = np.append(True, (rounded[1:] != rounded[:-1]).any(axis=1))[: len(order)]
+    order, rounded = order[new], rounded[new]
+    for place in range(_PIVOTS):
+        if place + 1 >= len(order):
+            break
+        kept = ~(rounded >= rounded[place]).all(axis=1)
+        kept[: place + 1] = True
+        order, rounded = order[kept], rounded[kept]
+    return order

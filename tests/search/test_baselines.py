@@ -1,0 +1,202 @@
+"""Baselines: within the bounds by the raw tables, never better than the program, and each what it says it is."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.search.conftest import architectures, cost_row, cost_table, score_table, within
+
+from puzzle.artefacts import CostTable, ScoreTable, Solution
+from puzzle.errors import PuzzleError
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search import BASELINES, solve, solve_baseline
+
+EXACT = SearchSettings(gap=0, margin=0)
+MAY_FAIL = {"greedy", "uniform", "depth", "noop-only"}
+ATTENTION, FFN = ("kv2", "kv1", "none"), ("w4", "w2", "none")
+BLOCKS = [f"{attention}+{ffn}" for attention, ffn in itertools.product(ATTENTION, FFN)]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[ScoreTable, CostTable, TargetSettings]:
+    """1-3 layers of nine blocks, empty ones among them, at one or two batch sizes, and bounds that can be met."""
+    batch_sizes = draw(st.sampled_from([[1], [1, 4]]))
+    small = st.integers(0, 9)
+    rows = [cost_row(-1, "fixed", "", size, params=3, prefill=1.0, decode=0.5) for size in batch_sizes]
+    scores = []
+    for layer in range(draw(st.integers(1, 3))):
+        kl = [0, *draw(st.lists(st.integers(1, 30), min_size=8, max_size=8))]
+        scores.append([(block, value / 8) for block, value in zip(BLOCKS, kl, strict=True)])
+        for part, names in (("attention", ATTENTION), ("ffn", FFN)):
+            for name in names:
+                sizes: Any = {} if name == "none" else {"params": draw(small), "kv": draw(small) * (part != "ffn")}
+                for size in batch_sizes:
+                    times: Any = {} if name == "none" else {"prefill": draw(small) / 4, "decode": draw(small) / 4}
+                    rows.append(cost_row(layer, part, name, size, **sizes, **times))
+    costs = cost_table(rows, batch_sizes)
+    reached = costs.totals([draw(st.sampled_from(BLOCKS)) for _ in scores], draw(st.sampled_from(batch_sizes)))
+    bounds = {"latency": f"{reached.request_ms}ms", "memory": f"{reached.memory_bytes}B"}
+    kept = draw(st.sampled_from([["latency"], ["memory"], ["latency", "memory"]]))
+    return score_table(scores), costs, TargetSettings.model_validate({name: bounds[name] for name in kept})
+
+
+def feasible(scores: ScoreTable, costs: CostTable, solution: Solution) -> list[tuple[str, ...]]:
+    """Every architecture that is within the solution's bounds at some batch size."""
+    return [
+        blocks
+        for blocks in architectures(scores)
+        if any(within(costs.totals(blocks, size), solution.bounds) for size in costs.batch_sizes)
+    ]
+
+
+RULES: dict[str, tuple[dict[str, Any], Callable[[Sequence[str]], bool]]] = {
+    "none": ({}, lambda blocks: True),
+    "fix": ({"fix": {"0": "parent"}}, lambda blocks: blocks[0] == BLOCKS[0]),
+    "forbid": ({"forbid": {"all": ["none+none", "w2"]}}, lambda blocks: not {"none+none", "kv1+w2"} & set(blocks)),
+    "equal": ({"equal": 2}, lambda blocks: blocks[:1] == blocks[1:2] or len(blocks) == 1),
+    "kinds": ({"kinds": 1}, lambda blocks: len(set(blocks)) == 1),
+    "score": ({}, lambda blocks: True),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@given(problem=problems(), seed=st.integers(0, 3), rule=st.sampled_from(sorted(RULES)))
+@settings(max_examples=20, deadline=None)
+def test_within_bounds_and_rules_and_never_better_than_the_program(
+    name: str, problem: tuple[ScoreTable, CostTable, TargetSettings], seed: int, rule: str
+) -> None:
+    scores, costs, target = problem
+    given, keeps = RULES[rule]
+    if rule == "score":
+        target = target.model_copy(update={"score": 4.0})
+    chosen = EXACT.model_copy(update=given)
+    arguments: Any = (name, scores, costs, target, chosen)
+    try:
+        best = solve(scores, costs, target, chosen)
+    except PuzzleError:
+        with pytest.raises(PuzzleError):
+            solve_baseline(*arguments, seed=seed, evaluations=20)
+        return
+    try:
+        found = solve_baseline(*arguments, seed=seed, evaluations=20)
+    except PuzzleError:
+        assert name in MAY_FAIL or rule == "score"  # which those that look at no score may miss
+        return
+    totals = costs.totals(found.blocks, found.batch_size)
+    assert within(totals, found.bounds)
+    assert found.bounds == best.bounds
+    assert found.predicted == totals.as_dict()
+    assert found.score == scores.total(found.blocks)
+    assert best.score - 1e-9 <= found.score <= (4.0 if rule == "score" else math.inf)
+    assert keeps(found.blocks)
+    assert found.proof is None
+    assert found == solve_baseline(*arguments, seed=seed, evaluations=20)
+
+
+@given(problems())
+@settings(max_examples=15, deadline=None)
+def test_max_parameters_has_the_most(problem: tuple[ScoreTable, CostTable, TargetSettings]) -> None:
+    scores, costs, _ = problem
+    found = solve_baseline("max-parameters", *problem, EXACT)
+    params = [costs.totals(blocks, costs.batch_sizes[0]).cost.params for blocks in feasible(scores, costs, found)]
+    assert found.predicted["params"] == max(params)
+
+
+def _all_alike(blocks: Sequence[str]) -> bool:
+    return len(set(blocks)) == 1
+
+
+def _kept_or_none(blocks: Sequence[str]) -> bool:
+    return all(block in ("kv2+w4", "kv2+none", "none+w4", "none+none") for block in blocks)
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("uniform", _all_alike), ("noop-only", _kept_or_none)])
+@given(problem=problems())
+@settings(max_examples=15, deadline=None)
+def test_the_best_of_what_it_may_choose(
+    name: str, allowed: Any, problem: tuple[ScoreTable, CostTable, TargetSettings]
+) -> None:
+    scores, costs, _ = problem
+    best = solve(*problem, EXACT)
+    able = [scores.total(blocks) for blocks in feasible(scores, costs, best) if allowed(blocks)]
+    if able:
+        found = solve_baseline(name, *problem, EXACT)
+        assert allowed(found.blocks)
+        assert found.score == pytest.approx(min(able))
+    else:
+        with pytest.raises(PuzzleError, match=f"baseline {name}: it finds nothing within the target"):
+            solve_baseline(name, *problem, EXACT)
+
+
+def _ladder(scores: Sequence[Sequence[float]]) -> tuple[ScoreTable, CostTable]:
+    """Layers of blocks that cost 4, 2 and 0 ms to decode."""
+    blocks = ("kv2+w4", "kv1+w4", "none+none")
+    table = score_table([list(zip(blocks, values, strict=True)) for values in scores])
+    rows = [cost_row(-1, "fixed", "", 1, params=1)]
+    for layer in range(len(scores)):
+        rows += [cost_row(layer, "ffn", ffn, 1) for ffn in ("w4", "none")]
+        rows += [
+            cost_row(layer, "attention", name, 1, params=int(decode), decode=decode)
+            for name, decode in (("kv2", 4.0), ("kv1", 2.0), ("none", 0.0))
+        ]
+    return table, cost_table(rows, [1], generated_tokens=2)
+
+
+def _bound(latency_ms: float) -> TargetSettings:
+    return TargetSettings.model_validate({"latency": f"{latency_ms}ms"})
+
+
+def test_greedy_hands_on_what_is_left_to_the_harder_layers() -> None:
+    tables = _ladder([(0, 5, 9), (0, 1, 2), (0, 3, 6)])
+    # 2.5 ms a layer. Layer 1 is the easiest: kv1, 0.5 left. Layer 2: kv1, 1 left. Layer 0 has 3.5 ms: kv1, not its own.
+    assert solve_baseline("greedy", *tables, _bound(7.5), EXACT).blocks == ("kv1+w4",) * 3
+    # 3 ms a layer: layer 2 has 4 ms and keeps its own, the hardest has what is left.
+    assert solve_baseline("greedy", *tables, _bound(9), EXACT).blocks == ("kv1+w4", "kv1+w4", "kv2+w4")
+    # The program gives the easiest layer up, which greedy never does.
+    assert solve(*tables, _bound(8), EXACT).blocks == ("kv2+w4", "none+none", "kv2+w4")
+
+
+def test_depth_drops_as_few_as_it_takes_the_least_missed_first() -> None:
+    tables = _ladder([(0, 1, 7), (0, 1, 2), (0, 1, 4)])
+    assert solve_baseline("depth", *tables, _bound(8), EXACT).blocks == ("kv2+w4", "none+none", "kv2+w4")
+    assert solve_baseline("depth", *tables, _bound(4), EXACT).blocks == ("kv2+w4", "none+none", "none+none")
+    influenced = solve_baseline("depth", *tables, _bound(4), EXACT, influence=[0.1, 0.3, 0.2])
+    assert influenced.blocks == ("none+none", "kv2+w4", "none+none")
+
+
+def test_random_draws_everything_where_no_bound_binds() -> None:
+    tables = _ladder([(0, 5, 9), (0, 1, 2)])
+    drawn = {solve_baseline("random", *tables, _bound(100), EXACT, seed=seed).blocks for seed in range(80)}
+    assert len(drawn) == 9
+
+
+def test_evolution_minimises_what_it_is_given_within_its_evaluations() -> None:
+    tables = _ladder([(0, 2, 9)] * 4)
+    asked: list[tuple[str, ...]] = []
+
+    def evaluate(pool: Sequence[tuple[str, ...]]) -> list[float]:
+        """Two layers are better dropped together, whatever their scores say."""
+        asked.extend(pool)
+        return [-1.0 if blocks[0] == blocks[3] == "none+none" else tables[0].total(blocks) for blocks in pool]
+
+    found = solve_baseline("evolutionary", *tables, _bound(8), EXACT, evaluate=evaluate, evaluations=60)
+    assert found.blocks[0] == found.blocks[3] == "none+none"
+    assert len(asked) == len(set(asked))
+    assert 30 < len(asked) <= 60
+    asked.clear()
+    solve_baseline("evolutionary", *tables, _bound(8), EXACT, evaluate=evaluate, evaluations=11)
+    assert len(asked) == 11
+    by_score = solve_baseline("evolutionary", *tables, _bound(8), EXACT)
+    assert by_score.score == solve(*tables, _bound(8), EXACT).score
+
+
+def test_what_a_person_can_get_wrong() -> None:
+    tables = _ladder([(0, 1, 2)])
+    with pytest.raises(PuzzleError, match="baseline 'greed' is unknown; use one of random, greedy, "):
+        solve_baseline("greed", *tables, _bound(8), EXACT)
+    with pytest.raises(PuzzleError, match="target: no cost is bounded"):
+        solve_baseline("greedy", *tables, TargetSettings(), EXACT)

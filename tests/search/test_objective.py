@@ -1,0 +1,123 @@
+"""A bound on the score, what is made best under it, and what is said of bounds that do nothing; against enumeration."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tests.search.conftest import cost_row, cost_table, everything, score_table, within
+from tests.search.test_solve import bounded, two_batches
+
+from puzzle.artefacts import Bounds, CostTable, ScoreTable
+from puzzle.errors import PuzzleError
+from puzzle.recipe import Objective as Setting
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search import solve
+from puzzle.search.bounds import quantity_of
+from puzzle.search.exact import Instance, Objective, best_architecture
+
+SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(bounded(), st.sampled_from(get_args(Setting)), st.sampled_from([0.125, 0.5, 1.0, 2.0]))
+def test_the_objective_is_best_within_all_bounds(
+    case: tuple[ScoreTable, CostTable, Bounds], setting: str, most: float
+) -> None:
+    scores, costs, bounds = case
+    name = quantity_of(setting)
+    values = [
+        score if name == "score" else totals.as_dict()[name]
+        for score, totals in everything(scores, costs)
+        if within(totals, bounds) and score <= most
+    ]
+    solution = best_architecture(Instance.of(scores, costs), replace(bounds, score=most), SETTINGS, Objective(name))
+    if not values:
+        assert solution is None
+        return
+    assert solution is not None
+    best = max(values) if setting == "throughput" else min(values)
+    assert Objective(name).reached(solution) == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert solution.score <= most
+    assert solution.proof is not None
+    assert solution.proof.status == "optimal"
+    assert solution.proof.bound == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+def test_the_fastest_child_that_is_good_enough() -> None:
+    settings = SETTINGS.model_copy(update={"objective": "throughput"})
+    for most, block in ((0.4, "kv8+w64"), (0.5, "kv4+w64")):
+        solution = solve(*two_batches(), TargetSettings(score=most), settings)
+        assert (solution.blocks, solution.batch_size, solution.bounds.score) == ((block,), 4, most)
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "line"),
+    [
+        (
+            {"memory": "50%"},
+            {"objective": "throughput"},
+            "search.objective: throughput alone would give up all quality; set target.score, the highest sum of "
+            "scores that you accept",
+        ),
+        (
+            {"score": 0.25, "parameters": "70"},
+            {},
+            "target.parameters: 70, target.score: 0.25: each alone can be met, together they cannot; nearest with the "
+            "other bounds kept: target.parameters: 110",
+        ),
+        (
+            {"score": 0.25},
+            {"fix": {"0": "kv4"}},
+            "target.score: 0.25 asked; reachable 0 (parent) to 0.5; nearest: 0.5",
+        ),
+    ],
+)
+def test_the_line(target: dict[str, object], settings: dict[str, object], line: str) -> None:
+    with pytest.raises(PuzzleError) as raised:
+        solve(*two_batches(), TargetSettings(**target), SearchSettings(**settings))
+    assert str(raised.value) == line
+
+
+@settings(max_examples=60, deadline=None)
+@given(bounded())
+def test_a_bound_that_is_said_to_decide_nothing_decides_nothing(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
+    scores, costs, bounds = case
+    names = [*bounds.given()]
+    assume(len(names) == 2)
+    units = {"memory_bytes": "B", "weight_bytes": "B", "request_ms": "ms", "prefill_ms": "ms", "decode_ms": "ms"}
+    asked = {_setting(name): f"{value:.12f}{units.get(name, '')}" for name, value in bounds.given().items()}
+    try:
+        notes = solve(scores, costs, TargetSettings(**asked), SETTINGS).notes
+    except PuzzleError:
+        return
+    best = _best(scores, costs, bounds)
+    for name in names:
+        said = any(note.startswith(f"target.{_setting(name)}:") and "decides nothing" in note for note in notes)
+        without = _best(scores, costs, replace(bounds, **{name: None}))
+        if said:
+            assert without == pytest.approx(best)
+
+
+def _setting(name: str) -> str:
+    return next(setting for setting in get_args(Setting) if quantity_of(setting) == name)
+
+
+def _best(scores: ScoreTable, costs: CostTable, bounds: Bounds) -> float:
+    return min(score for score, totals in everything(scores, costs) if within(totals, bounds))
+
+
+def test_notes() -> None:
+    """`kv4` saves parameters and nothing else."""
+    rows = [cost_row(-1, "fixed", "", 1, params=1000, decode=5.0), cost_row(0, "ffn", "w64", 1)]
+    rows += [cost_row(0, "attention", f"kv{k}", 1, params=k, kv=100, decode=10.0) for k in (8, 4)]
+    tables = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5)]]), cost_table(rows, (1,))
+    assert solve(*tables, TargetSettings(parameters="1004"), SETTINGS).notes == (
+        "target.parameters: met, but the child is predicted no faster than the parent (1.00x) and no smaller in memory "
+        "(1.00x); bound throughput or latency if speed is what you want",
+    )
+    target = TargetSettings(parameters="1004", throughput="0.5x")
+    assert solve(*tables, target, SETTINGS).notes == (
+        "target.throughput: 0.5x (41.67 tok/s): decides nothing, the best architecture without it meets it too",
+    )

@@ -1,0 +1,129 @@
+"""Tables of any library in one file: what is written is read back, what does not hold is refused by row and column."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from tests.search.conftest import everything, tables
+
+from puzzle.artefacts import CostTable, ScoreTable
+from puzzle.errors import PuzzleError
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search import parent_totals, read_table, solve, to_table_file
+
+DOCS = Path(__file__).parents[2] / "docs" / "table-format.md"
+EXAMPLES = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)
+EXACT = SearchSettings(gap=0, margin=0)
+
+
+def read(folder: Path, table: dict[str, Any]) -> tuple[ScoreTable, CostTable]:
+    path = folder / "table.json"
+    path.write_text(json.dumps(table))
+    return read_table(path)
+
+
+@given(tables())
+@settings(max_examples=40, deadline=None)
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, pair: Any) -> None:
+    scores, costs = pair
+    path = tmp_path_factory.mktemp("table") / "table.json"
+    path.write_text(to_table_file(scores, costs))
+    read_scores, read_costs = read_table(path)
+    assert everything(read_scores, read_costs) == everything(scores, costs)
+    assert parent_totals(read_scores, read_costs) == parent_totals(scores, costs)
+    assert read_costs.scenario == costs.scenario
+
+
+def test_the_documented_example_is_searched(tmp_path: Path) -> None:
+    scores, costs = read(tmp_path, json.loads(EXAMPLES[0]))
+    target = TargetSettings.model_validate({"throughput": "1.5x", "memory": "60%"})
+    solution = solve(scores, costs, target, EXACT)
+    assert solution.blocks == ("kv8+w4096", "kv2+w1024", "small")
+    assert solution.score == pytest.approx(0.05)
+    assert solution.batch_size == 8
+    # Added up by hand: 1 + 0.4 + 1.2 + 0.25 + 0.3 + 0.5 million; 2 + 3 + 4.5 + 4 + 2 + ... ms.
+    assert solution.predicted["params"] == 3_650_000
+    assert solution.predicted["prefill_ms"] == pytest.approx(2 + 3 + 6 + 2.5 + 2 + 4)
+    assert solution.predicted["memory_bytes"] == 7_300_000 + 8 * (2_600_000 + 650_000 + 650_000)
+
+
+def test_a_score_and_one_cost_are_enough(tmp_path: Path) -> None:
+    scores, costs = read(tmp_path, json.loads(EXAMPLES[1]))
+    solution = solve(scores, costs, TargetSettings.model_validate({"parameters": "75%"}), EXACT)
+    assert solution.blocks == ("full", "half")
+    assert solution.score == pytest.approx(0.02)  # against the parent's 1.70
+    assert solution.predicted["throughput_tok_s"] == 0
+
+
+def test_rows_may_lie_in_a_parquet_file(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table = json.loads(EXAMPLES[0])
+    columns = dict.fromkeys(key for row in table["rows"] for key in row)
+    rows = pyarrow.table({column: [row.get(column) for row in table["rows"]] for column in columns})
+    parquet.write_table(rows, tmp_path / "rows.parquet")
+    assert read(tmp_path, table | {"rows": "rows.parquet"}) == read(tmp_path, table)
+    (tmp_path / "rows.parquet").write_text("no parquet")
+    with pytest.raises(PuzzleError, match=r"rows\.parquet is not a parquet file"):
+        read(tmp_path, table | {"rows": "rows.parquet"})
+
+
+@pytest.mark.parametrize(
+    ("place", "changed", "expected"),
+    [
+        (7, {"params": -1}, "rows[7].params: found -1; must be at least 0"),
+        (7, {"params": None}, "rows[7].params is missing; rows[8] has it"),
+        (7, {"parms": 1}, "rows[7].parms is not a setting; did you mean params?"),
+        (7, {"layer": None}, "rows[7].layer: found None; must be a whole number"),
+        (7, {"batch_size": 4}, "rows[7].batch_size: found 4; scenario.batch_sizes has 1, 8"),
+        (7, {"ffn": "w1"}, "rows[7]: found attention and ffn; give one of attention, ffn, block"),
+        (7, {"attention": None}, "rows[7]: found no name; give one of"),
+        (7, {"score": 0.5}, "rows[7].attention: found a score; that is for rows of a block"),
+        (7, {"attention": "kv8+w1"}, "rows[7].attention: found '+' in kv8+w1"),
+        (7, {"layer": 3}, "rows have a layer 3, parent has 3 blocks"),
+        (8, {"attention": "kv8"}, "rows[8]: the costs at batch size 1 stand in rows[7] already"),
+        (8, {"attention": "kv3"}, "layer 0 block kv2+w4096 has no costs at batch size 1, and its attention 'kv2' has"),
+        (18, {"batch_size": 1}, "layer 2 block small has no costs at batch size 8, and it has no halves"),
+        (1, {"score": None}, "rows[1].score is missing, and kv2+w4096 has no costs here either"),
+        (1, {"block": "kv8+w4096"}, "rows[1].score: found 0.011, an earlier row of kv8+w4096 has 0"),
+        (0, {"block": "kv2+w4096"}, "rows[1].score: found 0.011, an earlier row of kv2+w4096 has 0"),
+        (1, {"score": float("nan")}, "rows[1].score: found nan; must be a finite number"),
+        (4, {"block": "kv8+w1"}, "layer 1 has no score of the parent's block kv8+w4096"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, place: int, changed: dict[str, Any], expected: str) -> None:
+    table = json.loads(EXAMPLES[0])
+    table["rows"][place].update(changed)
+    with pytest.raises(PuzzleError, match=re.escape(expected)) as caught:
+        read(tmp_path, table)
+    assert str(caught.value).startswith(f"{tmp_path / 'table.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"format": "puzzle-table-9"}, "format: found 'puzzle-table-9'; must be 'puzzle-table-1'"),
+        ({"rows": []}, "rows is empty"),
+        ({"parent": []}, "parent: "),
+        ({"fixed": [{"batch_size": 8, "params": 1}]}, "fixed has no row for batch size 1"),
+        (
+            {"fixed": [{"params": 1}, {"batch_size": 8, "params": 1}]},
+            "fixed[1]: the costs at batch size 8 stand in fixed",
+        ),
+        ({"fixed": [{"batch_size": 2}]}, "fixed[0].batch_size: found 2"),
+        ({"scenario": {"generated_tokens": 1, "batch_sizes": [1]}}, "scenario.prompt_tokens is missing"),
+    ],
+)
+def test_a_wrong_head_is_named(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
+    with pytest.raises(PuzzleError, match=re.escape(expected)):
+        read(tmp_path, json.loads(EXAMPLES[0]) | changed)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "NaN", "\ufffe"])
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(PuzzleError, match=r"table\.json"):
+        read_table(tmp_path / "table.json")
