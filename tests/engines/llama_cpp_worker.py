@@ -1,10 +1,9 @@
 """Runs in llama.cpp's own Python environment: logits, greedy answers and token ids of GGUF files.
 
-    python llama_cpp_worker.py REQUESTS.json
+    python llama_cpp_worker.py REQUESTS.json ANSWERS.json
 
 A request is {"model": path, "tokens": [ids], "logits": path of the .npy to write, "greedy": how many tokens to answer,
-"text": text to tokenise}; the answers, {"greedy": [ids], "text": [ids]} or {"error": text}, are printed as one JSON
-line.
+"text": text to tokenise}; an answer is {"greedy": [ids], "text": [ids]} or {"error": text}.
 """
 
 import json
@@ -46,4 +45,5 @@ def answer(request: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps([answer(request) for request in json.loads(Path(sys.argv[1]).read_text())]))
+    answers = [answer(request) for request in json.loads(Path(sys.argv[1]).read_text())]
+    Path(sys.argv[2]).write_text(json.dumps(answers))

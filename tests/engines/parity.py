@@ -10,6 +10,9 @@ from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 
 VOCAB = 288
 """More than the tokenizer has: the rest only pads the embeddings."""
+TOKENS = [65, 3, 200, 17, 90, 91, 92, 5, 5, 130, 7, 44]
+ROUNDING = 1e-4
+"""Largest difference of logits of size 10, in float32; measured are up to 2.4e-5 (docs/engines.md)."""
 PLAIN = "kv4+w48"
 ATTENTIONS = ("kv4", "kv2", "kv1", "linear", "none")
 FFNS = ("w48", "w16", "rank6", "linear", "none")
@@ -24,7 +27,7 @@ MIXED = (
 
 def save(folder: Path, *blocks: str, **overrides: object) -> tuple[PuzzleForCausalLM, Path]:
     """A random child of these blocks, in memory and on disk."""
-    model = pico_puzzle(*blocks, vocab_size=VOCAB, hidden_size=64, **overrides)
+    model = pico_puzzle(*blocks, **{"vocab_size": VOCAB, "hidden_size": 64, **overrides})
     folder.mkdir(parents=True)
     save_byte_tokenizer(folder)
     save_checkpoint(model, folder / "child", extra_files_from=folder)

@@ -5,15 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engines.conftest import LlamaCpp
-from tests.engines.parity import ATTENTIONS, FFNS, MIXED, POSITIONS, difference, greedy, in_position, logits_of, save
+from tests.engines.parity import (
+    ATTENTIONS,
+    FFNS,
+    MIXED,
+    POSITIONS,
+    ROUNDING,
+    TOKENS,
+    difference,
+    greedy,
+    in_position,
+    logits_of,
+    save,
+)
+from tests.engines.readers import LlamaCpp
 from transformers import AutoTokenizer
 
 from puzzle.export import export_gguf
-
-TOKENS = [65, 3, 200, 17, 90, 91, 92, 5, 5, 130, 7, 44]
-ROUNDING = 1e-4
-"""Largest difference of logits of size 10, in float32; measured are up to 2.4e-5 (docs/engines.md)."""
 
 
 def test_every_alternative_in_every_position(llama_cpp: LlamaCpp, tmp_path: Path) -> None:

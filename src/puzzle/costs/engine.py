@@ -1,7 +1,9 @@
 """What an engine gives to the measurement, and what is made of repeated figures."""
 
+import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,3 +77,16 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
     return lower, upper
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Seconds; those of one thread are the processor's, which leave out what other programs take."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def processor_name() -> str:
+    """Of this machine."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -39,6 +39,8 @@ class Machine(BaseModel):
     memory_gb: Positive
     link_gb_s: Positive = 32.0
     link_us: Annotated[float, Field(ge=0)] = 10.0
+    node_devices: Annotated[int, Field(ge=1)] = 8
+    network_gb_s: Positive = 12.5
     compute_share: Annotated[float, Field(gt=0, le=1)] = 0.6
     bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.8
     layer_us: Annotated[float, Field(ge=0)] = 2.0
@@ -138,8 +140,12 @@ def _pairs(new: int, context: int, window: float) -> float:
     return growing * (first + first + growing - 1) / 2 + (new - growing) * window
 
 
-def read_machine(name: str) -> tuple[Machine, int]:
-    """A data sheet by the name of a known machine or of a YAML file, and how many devices: `8xh100-sxm`."""
+def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine, int]:
+    """A data sheet by the name of a known machine or of a YAML file, and how many devices: `8xh100-sxm`.
+
+    Args:
+        setting: where the name was given, for errors.
+    """
     match = re.fullmatch(r"(?:([1-9][0-9]*)x)?(.+)", name)
     assert match is not None
     count, machine = int(match[1] or 1), match[2]
@@ -150,6 +156,6 @@ def read_machine(name: str) -> tuple[Machine, int]:
         ((_, sheet),) = yaml.safe_load(Path(machine).read_text(encoding="utf-8")).items()
         return Machine.model_validate(sheet), count
     except OSError:
-        raise PuzzleError(f"scenario.machine: {name!r} is neither one of {', '.join(known)} nor a file") from None
+        raise PuzzleError(f"{setting}: {name!r} is neither one of {', '.join(known)} nor a file") from None
     except (yaml.YAMLError, AttributeError, ValueError) as error:
-        raise PuzzleError(f"scenario.machine: {machine} is no data sheet ({one_line(error)})") from None
+        raise PuzzleError(f"{setting}: {machine} is no data sheet ({one_line(error)})") from None

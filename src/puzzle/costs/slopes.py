@@ -7,10 +7,18 @@ way.
 
 Every layer is there in every child, if only as an empty one, so the time of an empty layer belongs to what is fixed,
 and `none` costs nothing.
+
+Engines that run rows of attention and FFN put something in the place of a half that is missing (llama.cpp: an FFN of
+zeros), which a whole block does not need. So whole blocks are timed as well, and what the pad takes less than its
+halves is taken off every attention.
+
+Engines may leave out most of the last layer's FFN in a prefill, of which only the last token's output is asked for. So
+the FFN of the pad is timed as the last one too, and its share of a middle one's time holds for all FFNs.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from puzzle.artefacts.costs import Part
 from puzzle.blocks import BlockVariant, NoAttention, NoFFN, Space, Variant, num_params
@@ -23,13 +31,13 @@ EMPTY_LAYERS = 64
 tell more directly, but vLLM refuses a model without attention."""
 
 _EMPTY = BlockVariant(NoAttention(), NoFFN())
-PADS, _EMPTY_LAYERS = "pads", "empty layers"
+PADS, _EMPTY_LAYERS, _WHOLE, _LAST = "pads", "empty layers", "whole blocks", "no last ffn"
 
 Stack = tuple[BlockVariant, ...]
 StackTimes = Mapping[str, float]
 """Milliseconds by the name of the stack: those of one round, or the typical ones."""
-PartName = tuple[Part, str]
-"""As in `CostRow`: `("attention", "kv2")`, `("ffn", "none")`, `("fixed", "")`."""
+PartName = tuple[Part | Literal["last ffn"], str]
+"""As in `CostRow`: `("attention", "kv2")`, `("ffn", "none")`, `("fixed", "")`; `last ffn` is one in the last layer."""
 FIXED: PartName = ("fixed", "")
 
 
@@ -58,6 +66,8 @@ class Plan:
         stacks: dict[str, Stack] = {
             PADS: (self.pad, self.pad),
             _EMPTY_LAYERS: (self.pad, *(_EMPTY,) * EMPTY_LAYERS, self.pad),
+            _WHOLE: (self.pad, *(self.pad,) * COPIES, self.pad),
+            _LAST: (self.pad, BlockVariant(self.pad.attention, NoFFN())),
         }
         for variant in self.variants:
             if variant.kind != "none":
@@ -73,8 +83,16 @@ class Plan:
             else 0.0
             for variant in self.variants
         }
-        pad_ms = costs[part_name(self.pad.attention)] + costs[part_name(self.pad.ffn)]
-        costs[FIXED] = stack_ms[PADS] - 2 * pad_ms + (self.num_layers - 2) * empty_layer_ms
+        pad_ms = (stack_ms[_WHOLE] - stack_ms[PADS]) / COPIES - empty_layer_ms
+        attention_ms, ffn_ms = costs[part_name(self.pad.attention)], costs[part_name(self.pad.ffn)]
+        saved_ms = attention_ms + ffn_ms - pad_ms
+        last_ffn_ms = max(0.0, stack_ms[PADS] - stack_ms[_LAST] + saved_ms)
+        for variant in self.variants:
+            if variant.half == "ffn":
+                costs["last ffn", variant.name] = costs[part_name(variant)] * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
+            elif variant.kind != "none":
+                costs[part_name(variant)] -= saved_ms
+        costs[FIXED] = stack_ms[PADS] - 2 * pad_ms + ffn_ms - last_ffn_ms + (self.num_layers - 2) * empty_layer_ms
         return costs
 
 

@@ -4,11 +4,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from puzzle.artefacts import CostRow, CostTable, Scenario
 from puzzle.blocks import Space
 from puzzle.costs.engine import Engine, Sample, spread, summarise, typical
 from puzzle.costs.journal import Journal, Key
 from puzzle.costs.kept import KeptMeasurements, model_shapes
+from puzzle.costs.llama_cpp_engine import LlamaCppEngine
 from puzzle.costs.roofline import RooflineEngine
 from puzzle.costs.slopes import PADS, Plan
 from puzzle.costs.table import cost_rows, part_times
@@ -16,11 +19,13 @@ from puzzle.costs.torch_engine import TorchEngine
 from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
+from puzzle.recipe import ScenarioSettings
 from puzzle.runs import Run, digest, progress, write_text
 
 ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {
     "torch": TorchEngine,
     "vllm": VLLMEngine,
+    "llama.cpp": LlamaCppEngine,
     "roofline": RooflineEngine,
 }
 
@@ -29,25 +34,22 @@ _BUSY = 0.05
 measurements may be off by as much."""
 
 
-def measure_costs(run: Run, parent: Parent, space: Space) -> CostTable:
+def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSettings | None = None) -> CostTable:
     """What every variant of every layer costs in the recipe's scenario: memory from shapes, times from the engine.
 
     The address holds shapes, scenario and machine but no weights: models of one shape cost the same.
+
+    Args:
+        settings: of another scenario.
     """
     run.apply_threads()
-    settings = run.recipe.scenario
-    scenario = Scenario(
-        engine=settings.engine,
-        device=settings.machine if settings.engine == "roofline" else str(run.device),
-        dtype=settings.dtype,
-        prompt_tokens=settings.prompt_tokens,
-        generated_tokens=settings.generated_tokens,
-    )
+    settings = settings or run.recipe.scenario
+    scenario = scenario_of(settings, run.device)
     engine = ENGINES[settings.engine](parent.config, scenario)
     environment = dict(engine.environment)
     stage = run.stage(
         "costs",
-        version=2,
+        version=3,
         settings={
             "scenario": settings.model_dump(mode="json"),
             "cost": run.recipe.cost.model_dump(mode="json"),
@@ -71,6 +73,18 @@ def measure_costs(run: Run, parent: Parent, space: Space) -> CostTable:
     write_text(file, table.to_json())
     stage.commit(measurements=len(journal.samples))
     return table
+
+
+def scenario_of(settings: ScenarioSettings, device: torch.device) -> Scenario:
+    """What is measured, on the device that the engine uses if this one is there."""
+    devices = {"roofline": settings.machine, "llama.cpp": "cpu"}
+    return Scenario(
+        engine=settings.engine,
+        device=devices.get(settings.engine, str(device)),
+        dtype=settings.dtype,
+        prompt_tokens=settings.prompt_tokens,
+        generated_tokens=settings.generated_tokens,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import torch
 
 from puzzle.artefacts import CostRow, Scenario
+from puzzle.artefacts.costs import Part
 from puzzle.blocks import Space
 from puzzle.costs.engine import Sample, Times, spread, typical
 from puzzle.costs.memory import fixed_memory, subblock_memory
@@ -18,14 +19,15 @@ def cost_rows(
 ) -> Iterator[CostRow]:
     """The rows at one batch size: what is fixed, then every variant of every layer."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
-    parts = [(-1, FIXED)]
+    parts: list[tuple[int, Part, str, PartName]] = [(-1, "fixed", "", FIXED)]
     sizes = {FIXED: fixed_memory(config, dtype)}
     for index, layer in enumerate(space.layers):
         for variant in (*layer.attention, *layer.ffn):
             name = part_name(variant)
-            parts.append((index, name))
+            last = variant.half == "ffn" and index == len(space.layers) - 1
+            parts.append((index, variant.half, variant.name, ("last ffn", variant.name) if last else name))
             sizes[name] = sizes.get(name) or subblock_memory(variant, config, dtype, tokens)
-    for index, (part, variant_name) in parts:
+    for index, part, variant_name, timed_as in parts:
         size = sizes[part, variant_name]
         yield CostRow(
             layer=index,
@@ -35,7 +37,7 @@ def cost_rows(
             params=size.params,
             weight_bytes=size.weight_bytes,
             kv_bytes_per_sequence=size.kv_bytes_per_sequence,
-            **asdict(times[part, variant_name]),
+            **asdict(times[timed_as]),
         )
 
 

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from transformers import DynamicCache
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.allocator import freed_memory_kept, is_glibc
-from puzzle.costs.engine import Sample
+from puzzle.costs.engine import Sample, clock, processor_name
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents import open_parent
@@ -131,8 +130,9 @@ def _extend(cache: DynamicCache, tokens: int) -> None:
 
 def _now(device: torch.device) -> float:
     """Seconds, when all work given to the device is done; `generate` waits for every token as well."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    if device.type == "cpu":
+        return clock(torch.get_num_threads())()
+    torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -145,9 +145,4 @@ def _conditions(device: torch.device) -> AbstractContextManager[None]:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

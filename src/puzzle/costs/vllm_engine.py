@@ -4,26 +4,22 @@ A stack is a checkpoint without weights: vLLM's Transformers backend runs the mo
 numbers. Every measurement starts the engine anew, which takes seconds and is not counted.
 """
 
-import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.engine import Sample
-from puzzle.engines import python_of
-from puzzle.errors import PuzzleError, one_line
+from puzzle.costs.worker import Worker
+from puzzle.engines import python_of, version_of
 from puzzle.modeling import PuzzleConfig, save_configuration
 
 _ROUNDS = 3
@@ -38,16 +34,21 @@ class VLLMEngine:
 
     def __init__(self, config: PuzzleConfig, scenario: Scenario) -> None:
         self._config, self._scenario = config, scenario
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
-        return {"engine": f"vllm {_version()}, Transformers backend", "device": self._scenario.device}
+        version = version_of(python_of(*_ENVIRONMENTS), "vllm")
+        return {
+            "engine": f"vllm {version}, Transformers backend",
+            "device": self._scenario.device,
+            "threads": str(torch.get_num_threads()),
+        }
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
         """One worker process for all measurements inside."""
-        self._worker = _Worker(python_of(*_ENVIRONMENTS))
+        self._worker = Worker("vllm", python_of(*_ENVIRONMENTS), _WORKER, torch.get_num_threads())
         try:
             yield
         finally:
@@ -79,8 +80,6 @@ class VLLMEngine:
                 "cache_gib": _CACHE_GIB + math.ceil(self._cache_bytes(batch_size) / 2**30),
             }
         )
-        if "error" in answer:
-            raise PuzzleError(f"scenario.engine: vllm cannot run this ({one_line(answer['error'])})")
         return Sample(
             prefill_ms=statistics.median(answer["prefill_ms"]), decode_ms=statistics.median(answer["decode_ms"])
         )
@@ -91,54 +90,3 @@ class VLLMEngine:
         tokens, config = batch_size * self._scenario.total_tokens, self._config
         values = sum(block.attention.kv_values(config, tokens) for block in Architecture.of(config).blocks)
         return values * dtype.itemsize
-
-
-def _version() -> str:
-    python = python_of(*_ENVIRONMENTS)
-    code = "from importlib.metadata import packages_distributions, version; "
-    code += "print(version(packages_distributions()['vllm'][0]))"
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PuzzleError(
-            f"scenario.engine: {python} has no vllm; `puzzle engines install {_ENVIRONMENTS[0]}` mends it"
-        )
-    return done.stdout.strip()
-
-
-class _Worker:
-    """The other process: requests on its standard input, answers on a pipe."""
-
-    def __init__(self, python: Path) -> None:
-        reader, writer = os.pipe()
-        self._process = subprocess.Popen(
-            [str(python), str(_WORKER), str(writer)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            pass_fds=(writer,),
-        )
-        os.close(writer)
-        self._answers = os.fdopen(reader, encoding="utf-8")
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Let the process end, and wait for it."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._answers.close()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._answers.readline()
-        if not line:
-            code = self._process.wait()
-            raise PuzzleError(f"scenario.engine: vllm's process ended with {code}; run it by hand to see why")
-        answer: dict[str, Any] = json.loads(line)
-        return answer

@@ -5,7 +5,7 @@ from pathlib import Path
 from puzzle.errors import PuzzleError
 from puzzle.export.capability import Finding, check, deployable, require, supported, table
 from puzzle.export.deci import export_deci
-from puzzle.export.gguf import GGUFType, export_gguf
+from puzzle.export.gguf import GGUFType, export_gguf, write_random
 from puzzle.export.hf import export_hf
 from puzzle.export.stock import export_stock, is_stock
 from puzzle.export.targets import TARGETS, Target
@@ -51,4 +51,5 @@ __all__ = [
     "require",
     "supported",
     "table",
+    "write_random",
 ]

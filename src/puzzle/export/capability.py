@@ -1,6 +1,6 @@
 """Whether a model can be exported to a format, layer by layer, before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,13 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
         own, *others = space.layers[index].half(half)
         return (own, *(each for each in others if all(supported(each, name, position) for name in names)))
 
-    return Space(tuple(LayerSpace(kept(i, "attention"), kept(i, "ffn")) for i in range(len(space.layers))))
+    deployed = Space(tuple(LayerSpace(kept(i, "attention"), kept(i, "ffn")) for i in range(len(space.layers))))
+    windows = _windows(variant.module_config() for layer in deployed.layers for variant in layer.attention)
+    for name in names:
+        if target(name).one_window and len(windows) > 1:
+            sizes = ", ".join(map(str, windows))
+            raise PuzzleError(f"deploy: {name} needs windows of one size; space.attention has them of {sizes}")
+    return deployed
 
 
 def table() -> str:
@@ -80,6 +86,7 @@ def table() -> str:
     lines.append(_row("biases", *("yes" if entry.biases else "no" for entry in TARGETS.values())))
     lines.append(_row("head_dim of its own", *("yes" if entry.own_head_dim else "no" for entry in TARGETS.values())))
     lines.append(_row("FFN widths", *(_multiple(entry.width_multiple) for entry in TARGETS.values())))
+    lines.append(_row("window sizes", *("one" if entry.one_window else "any" for entry in TARGETS.values())))
     lines.append(_row("families", *(", ".join(entry.families or ("all",)) for entry in TARGETS.values())))
     lines.append(_row("rope", *(", ".join(entry.rope_types or ("all",)) for entry in TARGETS.values())))
     lines.append(_row("evidence", *(entry.evidence for entry in TARGETS.values())))
@@ -106,7 +113,15 @@ def _whole_model(config: PuzzleConfig, chosen: Target) -> list[Finding]:
         found.append("biases of attention or FFN projections")
     if not chosen.own_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
         found.append(f"head_dim {config.head_dim} that is not hidden_size / num_attention_heads")
+    windows = _windows(block["attention"] for block in config.blocks or [])
+    if chosen.one_window and len(windows) > 1:
+        found.append(f"windows of several sizes ({', '.join(map(str, windows))})")
     return [Finding(None, what, "no", f"{chosen.reader} does not support it") for what in found]
+
+
+def _windows(attentions: Iterable[dict[str, Any]]) -> list[int]:
+    """Their sizes, in order."""
+    return sorted({entry["window"] for entry in attentions if entry.get("window")})
 
 
 def _layers(blocks: list[Block], chosen: Target) -> list[Finding]:

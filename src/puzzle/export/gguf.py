@@ -28,6 +28,8 @@ GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _MAX_ROWS = 512
 """LLAMA_MAX_LAYERS."""
+_NOISE_ROWS = 2**15
+"""Of 32 random weights, which are repeated in a model that is only timed."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,58 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     if target.is_dir():
         raise PuzzleError(f"export to gguf: {target} is a folder; name a file")
     child = open_child(source)
-    require(child.config, "gguf")
-    rows = compile_rows(child.config)
-    if len(rows) > _MAX_ROWS:
-        raise PuzzleError(f"export to gguf: {len(rows)} rows are needed and llama.cpp allows {_MAX_ROWS}")
+    rows = _rows(child.config)
     vocabulary = read_vocabulary(child.path, child.config)
     frequencies = rope_factors(child.config)
-    tensors = list(_file_tensors(child.config, rows, dtype, frequencies))
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, "deci")
-        _add_metadata(gguf, writer, child, rows, dtype)
+        _add_metadata(gguf, writer, child.path.resolve().name, child.config, rows, dtype)
         _add_vocabulary(gguf, writer, vocabulary)
+        tensors = list(_file_tensors(child.config, rows, dtype, frequencies))
+        _write_header(gguf, writer, tensors)
         _write_tensors(gguf, writer, tensors, _reader(child, frequencies))
+        writer.close()
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write)
     return target
+
+
+def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path:
+    """Write a model of these shapes as the file `target`, to be timed: random weights, and no tokenizer.
+
+    Raises:
+        PuzzleError: llama.cpp cannot run a layer, or the package `gguf` is missing.
+    """
+    gguf, rows = _import_gguf(), _rows(config)
+    writer = gguf.GGUFWriter(target, "deci")
+    _add_metadata(gguf, writer, "random", config, rows, dtype)
+    writer.add_tokenizer_model("none")
+    tensors = list(_file_tensors(config, rows, dtype, rope_factors(config)))
+    noise = np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_ROWS, 32)).astype(np.float32)
+    encoded = {kind: _encoded(gguf, noise, kind).view(np.uint8) for kind in {tensor.type for tensor in tensors}}
+    for tensor, size in zip(tensors, _write_header(gguf, writer, tensors), strict=True):
+        if tensor.tensor.source is None:
+            writer.write_tensor_data(_encoded(gguf, tensor.tensor.value(_no_read).numpy(), tensor.type))
+        elif len(tensor.tensor.shape) == 1:
+            writer.write_tensor_data(np.ones(tensor.tensor.shape, np.float32))
+        else:
+            writer.write_tensor_data(np.resize(encoded[tensor.type], size))
+    writer.close()
+    return target
+
+
+def _no_read(name: str) -> Tensor:
+    raise AssertionError(f"{name} is filled")
+
+
+def _rows(config: PuzzleConfig) -> list[Row]:
+    require(config, "gguf")
+    rows = compile_rows(config)
+    if len(rows) > _MAX_ROWS:
+        raise PuzzleError(f"export to gguf: {len(rows)} rows are needed and llama.cpp allows {_MAX_ROWS}")
+    return rows
 
 
 def rope_factors(config: PuzzleConfig) -> Tensor | None:
@@ -127,19 +164,24 @@ def _reader(child: ChildFiles, frequencies: Tensor | None) -> Callable[[str], Te
     return read
 
 
-def _write_tensors(gguf: ModuleType, writer: Any, tensors: list[_FileTensor], read: Callable[[str], Tensor]) -> None:
+def _write_header(gguf: ModuleType, writer: Any, tensors: list[_FileTensor]) -> list[int]:
+    """All that comes before the tensors' values; how many bytes those have."""
+    sizes = []
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.type.upper()]
         byte_shape = gguf.quants.quant_shape_to_byte_shape(tensor.tensor.shape, kind)
-        num_bytes = int(np.prod(byte_shape))
-        writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), num_bytes, raw_dtype=kind)
+        sizes.append(int(np.prod(byte_shape)))
+        writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), sizes[-1], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    return sizes
+
+
+def _write_tensors(gguf: ModuleType, writer: Any, tensors: list[_FileTensor], read: Callable[[str], Tensor]) -> None:
     for tensor in tensors:
         values = tensor.tensor.value(read).float().contiguous().numpy()
         writer.write_tensor_data(_encoded(gguf, values, tensor.type))
-    writer.close()
 
 
 def _encoded(gguf: ModuleType, values: "NDArray[np.float32]", dtype: str) -> "NDArray[Any]":
@@ -147,11 +189,10 @@ def _encoded(gguf: ModuleType, values: "NDArray[np.float32]", dtype: str) -> "ND
     return encoded
 
 
-def _add_metadata(gguf: ModuleType, writer: Any, child: ChildFiles, rows: list[Row], dtype: str) -> None:
-    config = child.config
+def _add_metadata(gguf: ModuleType, writer: Any, name: str, config: PuzzleConfig, rows: list[Row], dtype: str) -> None:
     rope = config.rope_parameters or {}
     writer.add_type("model")
-    writer.add_name(child.path.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)

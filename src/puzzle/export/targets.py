@@ -48,6 +48,8 @@ class Target:
     """Whether head_dim may differ from hidden_size / num_attention_heads."""
     width_multiple: int = 1
     """Of FFN widths."""
+    one_window: bool = False
+    """Whether all windows must be of one size."""
 
 
 YES = Support("yes")
@@ -66,7 +68,7 @@ def _except_first(first: Support, others: Support = YES) -> Mapping[Position, Su
 
 
 _SIZES: dict[Alternative, Cell] = {"kv heads": YES, "ffn width": YES}
-_NO_SINKS = _no("the engine would attend to everything")
+_NO_SINKS = _no("its attention has no sinks, which the child's code says")
 _NO_LINEAR = _no("the engine's DeciLM has no linear replacements")
 _NO_WINDOW = _no("the engine's DeciLM has no windows")
 _NO_LOW_RANK = _no("block_configs cannot describe it")
@@ -83,8 +85,9 @@ TARGETS: Mapping[str, Target] = {
     "vllm": Target(
         reader="vLLM, Transformers backend, with the hf checkpoint",
         evidence="run",
+        one_window=True,
         alternatives=_SIZES
-        | {"window": _no("not tried yet"), "window with sinks": _NO_SINKS}
+        | {"window": YES, "window with sinks": _NO_SINKS}
         | {"linear attention": YES, "no attention": YES, "low-rank ffn": YES, "linear ffn": YES, "no ffn": YES},
     ),
     "deci": Target(

@@ -1,0 +1,118 @@
+"""Do costs add up? Random architectures timed whole, against the sums of the cost table, on one engine.
+
+    python benchmarks/additivity.py CHECKPOINT ENGINE [BATCH] [PROMPT] [GENERATED] [ROUNDS] [THREADS]
+
+Stacks and architectures take turns in the same rounds. Every architecture is there twice: how far its two times are
+apart is the floor, below which an error says nothing. A last pair of columns is of the table fitted to the first three
+models, as a search fits it to what it has timed. Every sample is kept in `results/additivity.jsonl`.
+"""
+
+import json
+import random
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from puzzle.artefacts import CostTable
+from puzzle.blocks import BlockVariant, Space, derive_space
+from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of
+from puzzle.costs.engine import Engine, Times, summarise
+from puzzle.costs.slopes import Plan, Stack
+from puzzle.costs.table import cost_rows, part_times
+from puzzle.parents import open_parent
+from puzzle.recipe import ScenarioSettings
+
+ARCHITECTURES, FITTED = 10, 3
+QUANTITIES = ("prefill_ms", "decode_ms")
+KEPT = Path(__file__).parent / "results" / "additivity.jsonl"
+
+
+def main(
+    checkpoint: str,
+    name: str,
+    batch: str = "8",
+    prompt: str = "256",
+    generated: str = "64",
+    rounds: str = "9",
+    threads: str = "1",
+) -> None:
+    """Print a line for every architecture, and the means."""
+    torch.set_num_threads(int(threads))
+    config = open_parent(checkpoint).config
+    settings = ScenarioSettings(engine=name, prompt_tokens=int(prompt), generated_tokens=int(generated))
+    scenario, space, size = scenario_of(settings, torch.device("cpu")), derive_space(config), int(batch)
+    engine = ENGINES[name](config, scenario)
+    plan, models = Plan.of(space, config), architectures(space)
+    asked = plan.stacks | models | {f"{model} again": blocks for model, blocks in models.items()}
+    said = f"{Path(checkpoint).name}, {dict(engine.environment)}, {scenario}, batch {batch}, {rounds} rounds"
+    print(said, flush=True)
+    with engine.conditions():
+        measured = list(_rounds(engine, asked, size, int(rounds)))
+    with KEPT.open("a") as file:
+        kept = [{stack: asdict(sample) for stack, sample in samples.items()} for samples in measured]
+        file.write(json.dumps({"setting": said, "rounds": kept}) + "\n")
+    rows = tuple(cost_rows(config, space, scenario, size, part_times(plan, measured)))
+    table = CostTable(scenario=scenario, batch_sizes=(size,), rows=rows)
+    times = {
+        model: summarise([samples[each] for samples in measured for each in (model, f"{model} again")])
+        for model in models
+    }
+    known = [_timed(table, models[model], size, times[model]) for model in list(models)[:FITTED]]
+    after = fitted(table, size, known)
+    lines = {
+        model: (
+            *_errors(_timed(table, blocks, size, times[model])),
+            *_floor(measured, model),
+            *_errors(_timed(after, blocks, size, times[model])),
+        )
+        for model, blocks in models.items()
+    }
+    print(f"| | {' | '.join(f'{what} {each}' for what in ('error', 'floor', 'fitted') for each in QUANTITIES)} |")
+    for model, line in lines.items():
+        print(f"| {model} | " + " | ".join(f"{error:+.1%}" for error in line) + " |")
+    columns = [[abs(error) for error in column] for column in list(zip(*lines.values(), strict=True))]
+    unseen = [column[FITTED:] if index >= 4 else column for index, column in enumerate(columns)]
+    print("| mean, without sign | " + " | ".join(f"{statistics.mean(column):.1%}" for column in unseen) + " |")
+    print("| worst | " + " | ".join(f"{max(column):.1%}" for column in unseen) + " |")
+
+
+def architectures(space: Space) -> dict[str, Stack]:
+    """The parent, and random ones, always the same."""
+    chosen = random.Random(0)
+    drawn = {
+        f"mixed {index}": tuple(
+            BlockVariant(chosen.choice(layer.attention), chosen.choice(layer.ffn)) for layer in space.layers
+        )
+        for index in range(ARCHITECTURES)
+    }
+    return {"parent": tuple(layer.parent for layer in space.layers), **drawn}
+
+
+def _timed(table: CostTable, blocks: Stack, batch_size: int, times: Times) -> Timed:
+    cost = table.totals([block.name for block in blocks], batch_size).cost
+    return Timed(predicted=(cost.prefill_ms, cost.decode_ms), measured=(times.prefill_ms, times.decode_ms))
+
+
+def _errors(model: Timed) -> Iterator[float]:
+    """Of a prediction: prefill, decode."""
+    return (predicted / measured - 1 for predicted, measured in zip(model.predicted, model.measured, strict=True))
+
+
+def _floor(measured: Sequence[Mapping[str, Sample]], model: str) -> Iterator[float]:
+    """How far the same model's two times are apart: prefill, decode."""
+    first, again = (summarise([samples[name] for samples in measured]) for name in (model, f"{model} again"))
+    return (getattr(first, quantity) / getattr(again, quantity) - 1 for quantity in QUANTITIES)
+
+
+def _rounds(engine: Engine, asked: Mapping[str, Stack], batch: int, count: int) -> Iterator[dict[str, Sample]]:
+    for index in range(count):
+        print(f"round {index + 1} of {count}", file=sys.stderr, flush=True)
+        yield {name: engine.measure(blocks, batch) for name, blocks in asked.items()}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,54 @@
+"""A cost table fitted to whole models that were timed: a scale for all its rows, and an offset of what is fixed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from puzzle.artefacts import CostRow, CostTable
+
+QUANTITIES = ("prefill_ms", "decode_ms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A whole model's times in ms, by the table and on the engine."""
+
+    predicted: tuple[float, float]
+    """Prefill, and a decode step."""
+    measured: tuple[float, float]
+
+    @property
+    def error(self) -> float:
+        """The larger one's share of what was measured, without sign."""
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return max(abs(predicted / measured - 1) for predicted, measured in pairs if measured)
+
+
+def fitted(table: CostTable, batch_size: int, models: Sequence[Timed]) -> CostTable:
+    """The table whose rows at this batch size predict these models best, by least squares of relative errors."""
+    lines = [_line([(model.predicted[i], model.measured[i]) for model in models]) for i in range(len(QUANTITIES))]
+
+    def row(row: CostRow) -> CostRow:
+        if row.batch_size != batch_size:
+            return row
+        times = {
+            quantity: max(0.0, scale * getattr(row, quantity) + (offset if row.part == "fixed" else 0.0))
+            for quantity, (scale, offset) in zip(QUANTITIES, lines, strict=True)
+        }
+        return replace(row, **times)
+
+    return replace(table, rows=tuple(map(row, table.rows)))
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Scale and offset; the scale alone where predictions are too close to tell both, or disagree with the order."""
+    predicted, measured = np.array(points).T
+    if not measured.all():
+        return 1.0, 0.0
+    relative = predicted / measured
+    if np.ptp(predicted) > 0.1 * predicted.max():
+        (scale, offset), *_ = np.linalg.lstsq(np.stack([relative, 1 / measured], axis=1), np.ones(len(points)))
+        if scale > 0:
+            return float(scale), float(offset)
+    return float(relative.sum() / (relative**2).sum()), 0.0

