@@ -9,6 +9,7 @@ seconds of one thread; CBC's are its own process's, without what PuLP takes to w
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 
-from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, ScoreRow, ScoreTable
+from puzzle.artefacts import Bounds, CostRow, CostTable, PairTerm, Scenario, ScoreRow, ScoreTable
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import frontier, pool
 from puzzle.search.exact import Instance, best_architecture
@@ -244,9 +245,51 @@ def run_pool(differing: int, with_cbc: bool) -> dict[str, object]:
     return result
 
 
+def run_demands() -> list[dict[str, object]]:
+    """70B-A2 with what needs auxiliary columns, or ties layers together; `cost` is the rise of the summed score."""
+    instance, bounds = make("70B-A2", 0)
+    free, rng = best_architecture(instance, bounds, SETTINGS), np.random.default_rng(0)
+    assert free is not None
+    parent = [instance.scores.parent_row(layer).block for layer in range(len(free.blocks))]
+    changed = [layer for layer, block in enumerate(free.blocks) if block != parent[layer]][:12]
+    names = [[row.block for row in instance.scores.layer(layer)] for layer in range(len(free.blocks))]
+    adjacent = [
+        _pair(layer, layer + 1, rng.choice(names[layer]), rng.choice(names[layer + 1]), rng.normal(0, 1e-4))
+        for layer in range(len(names) - 1)
+        for _ in range(16)
+    ]
+    chosen = [
+        _pair(one, other, free.blocks[one], free.blocks[other], abs(rng.normal(0, 2e-4)))
+        for one, other in itertools.combinations(changed, 2)
+    ]
+    asked: dict[str, dict[str, object]] = {
+        f"{len(adjacent)} pair terms of adjacent layers": {"pairs": adjacent},
+        f"{len(chosen)} pair terms among 12 layers of the solution": {"pairs": chosen},
+        "layers equal in fours": {"constraints": SETTINGS.model_copy(update={"equal": 4})},
+        **{f"at most {n} blocks": {"constraints": SETTINGS.model_copy(update={"kinds": n})} for n in (12, 8, 4)},
+    }
+    return [_demand(instance, bounds, free.score, name, demands) for name, demands in asked.items()]
+
+
+def _pair(one: int, other: int, block: str, another: str, score: float) -> PairTerm:
+    return PairTerm(layers=(one, other), blocks=(str(block), str(another)), score=float(score))
+
+
+def _demand(
+    instance: Instance, bounds: Bounds, free: float, name: str, demands: dict[str, object]
+) -> dict[str, object]:
+    asked = Instance.of(instance.scores, instance.costs, **demands)
+    start = time.process_time()
+    solution = best_architecture(asked, bounds, SETTINGS)
+    seconds = time.process_time() - start
+    assert solution is not None
+    assert solution.proof is not None
+    return {"demand": name, "ours": seconds, "status": solution.proof.status, "cost": solution.score / free - 1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[*SETS, "frontier", "pool"])
+    parser.add_argument("--only", nargs="*", default=[*SETS, "frontier", "pool", "demands"])
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--alone", action="store_true", help="without CBC")
     parser.add_argument("--out", type=Path, help="a JSON line a result is added to it")
@@ -256,6 +299,8 @@ def main() -> None:
             results = [run_frontier(200, not options.alone)]
         elif name == "pool":
             results = [run_pool(differing, not options.alone) for differing in (1, 4, 8)]
+        elif name == "demands":
+            results = run_demands()
         else:
             results = [run_set(name, options.count, not options.alone)]
         for result in results:

@@ -34,7 +34,7 @@ STEPS: dict[str, dict[str, int]] = {
 }
 EVALUATIONS = 128
 """Whole architectures that the evolutionary baseline may evaluate, on the same text as the correction."""
-AFTER_GKD = ("search", "all", "evolutionary", "max-parameters", "random")
+AFTER_GKD = ("search", "rounds 1", "all", "noop-only", "evolutionary")
 
 
 def main(parent: str, text: str, folder: str, speeds: str = "1.3x,2x,3x", seeds: str = "0", gkd: str = "0") -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +26,10 @@ from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
 
 torch.set_num_threads(1)
+
+# A busy machine is no error.
+settings.register_profile("puzzle", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("puzzle")
 
 # Engines are looked for where the user has them; everything else that is kept for later goes nowhere near.
 os.environ.setdefault("PUZZLE_ENGINES", str(cache_folder() / "engines"))

@@ -11,7 +11,7 @@ from puzzle.blocks import Architecture
 from puzzle.confirm import confirmed_search, first_confirmed
 from puzzle.costs import Times
 from puzzle.pipeline import Pipeline
-from puzzle.recipe import TargetSettings
+from puzzle.recipe import FurtherScenarioSettings, ScenarioSettings, TargetSettings
 from puzzle.runs import Run
 from puzzle.search import solve
 
@@ -103,3 +103,19 @@ def test_out_of_reach_as_measured_keeps_the_solution_and_says_so(
     solution = confirmed_search(_run(pico_run, throughput="2.5x"), pico_pipeline.parent, toy_scores, toy_costs)
     assert len(solution.blocks) == 4
     assert "nothing has so much room" in capsys.readouterr().out
+
+
+def test_the_target_is_met_in_every_scenario(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    """A further scenario asks for more speed than the main one."""
+    scenario = ScenarioSettings(engine="roofline", batch_sizes=[2], prompt_tokens=16, generated_tokens=4)
+    asked = FurtherScenarioSettings(scenario=scenario, target=TargetSettings(throughput="1.6x"))
+    run = replace(pico_run, recipe=pico_run.recipe.model_copy(update={"scenarios": [asked]}))
+    (counted,) = Pipeline(run).further_costs
+    assert counted.scenario.engine == "roofline"
+    run, further = _run(run, throughput="1.1x"), replace(toy_costs, environment={"engine": "another"})
+    solution = confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs, [further])
+    (serving,) = solution.further
+    assert serving.predicted["throughput_tok_s"] / serving.parent["throughput_tok_s"] >= 1.6
+    assert slower["timed"] == 2

@@ -304,7 +304,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_on(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
+    command.add_argument(
+        "--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379"
+    )
 
 
 def _cluster(text: str) -> str:

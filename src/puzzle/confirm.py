@@ -63,19 +63,17 @@ def confirmed_search(
         if left == 0 or (missing == 0 and off <= _RIGHT):
             break
         run.log(f"measured, this is {missing:.1%} short of the target, predictions are off by up to {off:.1%}")
+        # What a fit does not mend, more room does.
+        if missing and (off <= _RIGHT or tables[0] is not costs):
+            margin += missing
         if off > _RIGHT:
             tables = [check.fitted(table) for check, table in zip(checks, tables, strict=True)]
-        else:
-            margin += missing
         try:
             found = _search(run, scores, tables, margin)
-            if missing and found.blocks == solution.blocks:
-                margin += missing
-                found = _search(run, scores, tables, margin)
         except PuzzleError as error:
             run.log_warning(f"nothing has so much room ({error}); a solution above stands")
             break
-        if found.blocks == solution.blocks:
+        if missing == 0 and found.blocks == solution.blocks:
             break
         solution = found
     if met is None:

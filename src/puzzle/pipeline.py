@@ -31,7 +31,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import estimate, plan_devices
 from puzzle.query import Tables
-from puzzle.recipe import Recipe
+from puzzle.recipe import Recipe, TargetSettings
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
 from puzzle.runs import Run, choose_device, write_json, write_text
 from puzzle.scores import score
@@ -95,8 +95,9 @@ class Pipeline:
         """The variants that the frontier uses most, `library.coupled` a half, and those of the best child (F.1.1)."""
         recipe, scores = self.run.recipe, self.subblock_scores
         best = confirmed_search(self.run, self.parent, scores, self.costs, self.further_costs).blocks
-        points = [solution.blocks for solution in frontier(scores, self.costs, recipe.target, recipe.search)]
-        return narrow_space(self.space, points, recipe.library.coupled or 0, always=best)
+        points = frontier(scores, self.costs, recipe.target, recipe.search, further=self._further)
+        shown = [solution.blocks for solution in points]
+        return narrow_space(self.space, shown, recipe.library.coupled or 0, always=best)
 
     @cached_property
     def library(self) -> Library:
@@ -234,6 +235,11 @@ class Pipeline:
         return path
 
     @property
+    def _further(self) -> list[tuple[CostTable, TargetSettings]]:
+        targets = [each.target for each in self.run.recipe.scenarios]
+        return list(zip(self.further_costs, targets, strict=True))
+
+    @property
     def _target(self) -> str:
         """The target as it was asked for, with the scenario."""
         asked = self.run.recipe.target.model_dump(mode="json", exclude_none=True)
@@ -261,7 +267,7 @@ class Pipeline:
             solution=self.solution,
             correction=self.correction,
             uniform=self.uniform.solution if self.uniform is not None else None,
-            frontier=frontier(self.scores, self.costs, target, settings),
+            frontier=frontier(self.scores, self.costs, target, settings, further=self._further),
             scores=self.scores,
             costs=self._all_costs,
             library=self.library.index,

@@ -23,7 +23,7 @@ Layers = Annotated[
 ]
 """Layers of the model: `all`, `7`, `0-3`, `first:4`, `last:4`."""
 Blocks = Text | Annotated[list[Text], Field(min_length=1)]
-"""A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; or a list, for any of them."""
+"""A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; a list for any of them."""
 
 
 class Section(BaseModel):
@@ -208,7 +208,7 @@ class SearchSettings(Section):
     score: Literal["kl", "lm_loss", "cosine", "task"] = "kl"
     """Which of the blocks' scores to add up."""
     objective: Objective = "score"
-    """What is best within the bounds: the lowest `score`, or the best of another quantity, for a target with a score."""
+    """What is best within the bounds: the lowest `score`, or another quantity where the target bounds the score."""
     fix: dict[Layers, Blocks] = {}
     """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, halves, lists of them."""
     forbid: dict[Layers, Blocks] = {}
@@ -236,7 +236,7 @@ class CorrectSettings(Section):
     """Layers in which each of these differs from all before."""
     depth: Count = 0
     """Whole layers removed, each the least missed with those before it gone, around which blocks are scored again."""
-    rounds: Count = 2
+    rounds: Count = 1
     """Times that blocks are scored again around the best architecture and searched again, while that helps."""
     pairs: Count = 0
     """Pairs of blocks at most whose joint score is measured around the best architecture and added to the search."""

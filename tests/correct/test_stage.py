@@ -119,6 +119,9 @@ def test_finalists_are_halved_and_the_last_one_leads(
     assert {blocks for blocks, _ in trained} == {each.blocks for each in plain.ranked[:count]}
     assert found.finalists[-1].blocks == found.ranked[0].blocks == plain.ranked[count - 1].blocks
     assert found.ranked[-1] == solution
+    everyone = corrected(pool=8, finalists=len(plain.ranked), finalist_tokens=100)
+    assert everyone is not None
+    assert everyone.ranked == (solution,), "nothing stands behind the search's own"
 
 
 def test_finalists_go_through_short_gkd(corrected: Corrected, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_pairs_are_measured_until_the_search_wants_no_others(
     def together(i: int, one: str, j: int, other: str) -> float:
         return 0.0 if OWN in (one, other) else float(strength[i, names.index(one), j, names.index(other)])
 
-    steps = taken(together, pairs=30)
+    steps = taken(together, pairs=12)
     known = [judged for judged in steps.judged if judged.step == "pairs"]
     assert len(known) >= 2
     assert steps.steps[0].after < steps.steps[0].before

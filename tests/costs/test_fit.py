@@ -61,5 +61,15 @@ def test_a_slope_that_is_against_the_order_is_not_believed() -> None:
     assert fixed.decode_ms == pytest.approx(0.4)
 
 
+def test_what_is_fixed_does_not_fall_below_zero() -> None:
+    models = [Timed(predicted=(16.0, 1.6), measured=(16.0, 1.6)), Timed(predicted=(8.0, 0.8), measured=(4.0, 0.8))]
+    after = fitted(table(), 1, models)
+    assert after.fixed(1).prefill_ms > 0
+    errors = [
+        times(after, blocks)[0] / model.measured[0] - 1 for blocks, model in zip((LARGE, SMALL), models, strict=True)
+    ]
+    assert min(errors) < 0 < max(errors)
+
+
 def test_the_error_is_that_of_what_is_further_off() -> None:
     assert Timed(predicted=(11.0, 1.0), measured=(10.0, 2.0)).error == pytest.approx(0.5)

@@ -86,7 +86,9 @@ def test_a_killed_library_of_a_streamed_parent_has_the_same_weights(
         shutil.copytree(found, folder / "stages" / found.name)
     process = _run(folder, "library")
     # In the training of the third layer.
-    while len(_files(folder, "variants/*.json")) < 4 or not _files(folder, "stages/library-*/part*/training.safetensors"):
+    while len(_files(folder, "variants/*.json")) < 4 or not _files(
+        folder, "stages/library-*/part*/training.safetensors"
+    ):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

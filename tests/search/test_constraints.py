@@ -15,7 +15,7 @@ from puzzle.search.exact import Instance, best_architecture
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(bounded(), st.data())
 def test_constraints_are_kept_to_and_cost_nothing_more(
     case: tuple[ScoreTable, CostTable, Bounds], data: st.DataObject

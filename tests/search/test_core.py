@@ -1,4 +1,4 @@
-"""The ways to solve a program agree: enumeration near the bound, HiGHS on the core, HiGHS on the whole, other solvers."""
+"""All ways to solve a program agree: enumeration near the bound, HiGHS on the core and on the whole, other solvers."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from puzzle.search.problem import Program, Row
 
 
 def random_program(seed: int, layers: int, blocks: int, rows: int, levels: int | None = None) -> Program:
-    """Blocks that cost more where they are better; few `levels` of cost and score, and layers alike in pairs, for ties."""
+    """Blocks that cost more where they are better; for ties few `levels` of both, and layers alike in pairs."""
     rng = np.random.default_rng(seed)
     sizes = rng.random((layers, blocks))
     terms = [sizes * rng.lognormal(0, 0.3, sizes.shape) for _ in range(rows)]
@@ -113,6 +113,7 @@ def test_equal_to_cp_sat(seed: int, layers: int, rows: int) -> None:
     assert found.value == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PuLP's own
 @pytest.mark.parametrize(("seed", "layers", "rows"), [(0, 32, 2), (1, 32, 4), (2, 80, 2)])
 def test_equal_to_cbc(seed: int, layers: int, rows: int) -> None:
     pulp = pytest.importorskip("pulp")

@@ -42,7 +42,7 @@ def total(scores: ScoreTable, pairs: list[PairTerm], blocks: tuple[str, ...]) ->
     return scores.total(blocks) + sum_of_pairs
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(with_pairs(), st.sampled_from([None, "all", 2]), st.booleans())
 def test_the_solution_is_the_best_with_its_pair_terms(
     case: tuple[ScoreTable, CostTable, Bounds, list[PairTerm]], equal: str | int | None, bound_score: bool
@@ -88,18 +88,28 @@ def _is_equal(blocks: tuple[str, ...], equal: str | int | None) -> bool:
     return all(len(set(blocks[start : start + size])) == 1 for start in range(0, len(blocks), size))
 
 
-def test_a_block_that_is_worse_alone_is_chosen_for_its_pair() -> None:
+def two_layers() -> tuple[ScoreTable, CostTable]:
+    """Twice the layer of `two_batches`."""
     scores, costs = two_batches()
-    doubled = replace(
-        scores, num_layers=2, rows=(*scores.rows, *(replace(row, layer=1, kl=row.kl) for row in scores.rows))
-    )
-    rows = costs.rows + tuple(replace(row, layer=1) for row in costs.rows if row.layer == 0)
+    again = [replace(row, layer=1) for row in scores.rows]
+    rows = [replace(row, layer=1) for row in costs.rows if row.layer == 0]
+    return replace(scores, num_layers=2, rows=(*scores.rows, *again)), replace(costs, rows=(*costs.rows, *rows))
+
+
+def test_a_block_that_is_worse_alone_is_chosen_for_its_pair() -> None:
     pair = PairTerm(layers=(1, 0), blocks=("kv4+w64", "kv4+w64"), score=-1.5)
     target = TargetSettings(parameters="100%")
-    solution = solve(doubled, replace(costs, rows=rows), target, SETTINGS, pairs=[pair])
-    assert solution.blocks == ("kv4+w64", "kv4+w64")
-    assert solution.score == -0.5
-    assert solve(doubled, replace(costs, rows=rows), target, SETTINGS).blocks == ("kv8+w64", "kv8+w64")
+    solution = solve(*two_layers(), target, SETTINGS, pairs=[pair])
+    assert (solution.blocks, solution.score) == (("kv4+w64", "kv4+w64"), -0.5)
+    assert solve(*two_layers(), target, SETTINGS).blocks == ("kv8+w64", "kv8+w64")
+
+
+@pytest.mark.parametrize(("term", "most", "params"), [(1.0, 1.5, 170), (-0.75, 0.3, 130), (0.0, 1.5, 130)])
+def test_a_bound_on_the_score_counts_pair_terms(term: float, most: float, params: int) -> None:
+    settings = SETTINGS.model_copy(update={"objective": "parameters"})
+    pair = PairTerm(layers=(0, 1), blocks=("kv4+w64", "kv4+w64"), score=term)
+    solution = solve(*two_layers(), TargetSettings(score=most), settings, pairs=[pair])
+    assert solution.predicted["params"] == params
 
 
 @pytest.mark.parametrize(("layers", "score"), [((0, 0), 0.5), ((0, 1), 0.5), ((-1, 0), 0.5), ((0, 1), math.nan)])
@@ -110,8 +120,5 @@ def test_a_pair_term_that_makes_no_sense(layers: tuple[int, int], score: float) 
 
 
 def test_pairs_of_blocks_that_cannot_be_chosen_are_left_out() -> None:
-    scores, costs = two_batches()
     terms = [PairTerm(layers=(0, 1), blocks=names, score=-9.0) for names in itertools.permutations(("kv4+w64", "gone"))]
-    twice = replace(scores, num_layers=2, rows=(*scores.rows, *(replace(row, layer=1) for row in scores.rows)))
-    rows = costs.rows + tuple(replace(row, layer=1) for row in costs.rows if row.layer == 0)
-    assert solve(twice, replace(costs, rows=rows), TargetSettings(parameters="150"), SETTINGS, pairs=terms).score == 1.0
+    assert solve(*two_layers(), TargetSettings(parameters="150"), SETTINGS, pairs=terms).score == 1.0

@@ -21,8 +21,8 @@ from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import evaluate_blocks, parent_totals, resolve_bounds, solve
 from puzzle.search.bounds import excesses
-from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.core import minimise_core
+from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value
 from puzzle.search.highs import Outcome, Relaxation, minimise, relax
 from puzzle.search.problem import Program, build_program
@@ -32,11 +32,11 @@ examples = settings(max_examples=60, deadline=None)  # a busy machine is no erro
 
 
 @st.composite
-def bounded(draw: st.DrawFn) -> tuple[ScoreTable, CostTable, Bounds]:
-    """Tables with bounds at or near what some architecture has, all kinds and numbers of them."""
+def bounded(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> tuple[ScoreTable, CostTable, Bounds]:
+    """Tables with bounds at or near what some architecture has, all kinds of them and so many at once."""
     scores, costs = draw(tables())
     bounds = {}
-    for name in draw(st.lists(st.sampled_from(BOUNDS), min_size=1, max_size=4, unique=True)):
+    for name in draw(st.lists(st.sampled_from(BOUNDS), min_size=fewest, max_size=most, unique=True)):
         _, near = draw(st.sampled_from(everything(scores, costs)))
         bounds[name] = near.as_dict()[name] * draw(st.sampled_from([0.8, 1.0, 1.0, 1.1])) or 0.5
     return scores, costs, Bounds(**bounds)
@@ -199,7 +199,7 @@ def test_a_solution_without_a_proof_is_not_called_optimal(monkeypatch: pytest.Mo
         return replace(minimise(program, gap=gap, time_limit_s=time_limit_s), status="feasible", bound=0.125)
 
     monkeypatch.setattr("puzzle.search.core.minimise", hurried)
-    monkeypatch.setattr("puzzle.search.core._LABELS", 0)
+    monkeypatch.setattr("puzzle.search.core._LABELS", (0, 0))
 
     def loose(program: Program) -> Relaxation:
         return replace(relax(program), bound=0.0)

@@ -30,3 +30,18 @@ def test_a_search_is_written_once_and_read_back(
     create_folder(tmp_path / "run", recipe(parameters="80%"))
     with open_run(tmp_path / "run") as run:
         assert search(run, scores, costs, ["a", "b"]).bounds.params == 88
+
+
+def test_further_scenarios_and_notes_are_kept_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores, costs = two_batches()
+    further = {"scenario": {"prompt_tokens": 64}, "target": {"memory": "60%"}}
+    values = recipe(throughput="0.1x").model_dump(mode="json", exclude_unset=True)
+    create_folder(tmp_path / "run", Recipe.model_validate(values | {"scenarios": [further]}))
+    with open_run(tmp_path / "run") as run:
+        solution = search(run, scores, costs, ["a"], further=[costs])
+        said = " ".join(capsys.readouterr().out.split())
+        assert search(run, scores, costs, ["a"], further=[costs]) == solution
+    assert solution.blocks == ("kv4+w64",)
+    assert "search: in torch, cpu, float32, prompt 8, generate 5, at batch size" in said
+    assert "target.throughput: 0.1x" in said
+    assert "decides nothing" in said

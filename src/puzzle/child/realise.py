@@ -32,7 +32,6 @@ class Child:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
 
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name in the model, as it is stored, one at a time."""
         names = [name for name, _ in empty_model(self.config).named_parameters()]

@@ -9,7 +9,7 @@ from puzzle.correct.whole import Blocks
 from puzzle.search import QUANTITIES
 
 _SLACK = 0.05
-"""Of the summed score: see `matter`. Benchmarks/search_quality.md has what more costs and gains."""
+"""Of the summed score: see `matter`. How many blocks it leaves is in benchmarks/search_quality.md."""
 
 Evaluate = Callable[[Sequence[Blocks]], list[float]]
 Places = frozenset[tuple[int, str]]

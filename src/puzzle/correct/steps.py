@@ -38,8 +38,8 @@ class Steps:
         true: TrueScore,
         further: Sequence[CostTable] = (),
     ) -> None:
-        self._run, self._costs, self._first, self._true = run, costs, solution, true
-        self._scores = scores.having(run.recipe.search.score)
+        self._run, self._scores, self._costs = run, scores, costs
+        self._first, self._true = solution, true
         self._settings = run.recipe.correct
         targets = [_of_costs(each.target) for each in run.recipe.scenarios]
         self._target, self._further = _of_costs(run.recipe.target), [*zip(further, targets, strict=True)]
@@ -50,7 +50,7 @@ class Steps:
         self.steps: list[Step] = []
 
     def take(self) -> None:
-        """All steps that the settings ask for, in the order of what they cost."""
+        """All steps that the settings ask for: those that look elsewhere before those that look around the best."""
         self._offer("search", [self._first])
         wanted = {
             "pool": (self._settings.pool, self._pool),
@@ -78,7 +78,8 @@ class Steps:
 
     def _pool(self, count: int) -> None:
         """The search's next best solutions too."""
-        self._offer("pool", self._found(self._scores, self._search, count, self._settings.differing))
+        differing = min(self._settings.differing, self._scores.num_layers)
+        self._offer("pool", self._found(self._scores, self._search, count, differing))
 
     def _depth(self, count: int) -> None:
         """Whole layers removed one after another, each the least missed with those before it gone."""

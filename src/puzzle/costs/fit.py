@@ -27,28 +27,32 @@ class Timed:
 
 def fitted(table: CostTable, batch_size: int, models: Sequence[Timed]) -> CostTable:
     """The table whose rows at this batch size predict these models best, by least squares of relative errors."""
-    lines = [_line([(model.predicted[i], model.measured[i]) for model in models]) for i in range(len(QUANTITIES))]
+    fixed = table.fixed(batch_size)
+    lines = {
+        quantity: _line([(model.predicted[i], model.measured[i]) for model in models], getattr(fixed, quantity))
+        for i, quantity in enumerate(QUANTITIES)
+    }
 
     def row(row: CostRow) -> CostRow:
         if row.batch_size != batch_size:
             return row
         times = {
-            quantity: max(0.0, scale * getattr(row, quantity) + (offset if row.part == "fixed" else 0.0))
-            for quantity, (scale, offset) in zip(QUANTITIES, lines, strict=True)
+            quantity: scale * getattr(row, quantity) + (offset if row.part == "fixed" else 0.0)
+            for quantity, (scale, offset) in lines.items()
         }
         return replace(row, **times)
 
     return replace(table, rows=tuple(map(row, table.rows)))
 
 
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Scale and offset; the scale alone where predictions are too close to tell both, or disagree with the order."""
+def _line(points: Sequence[tuple[float, float]], fixed: float) -> tuple[float, float]:
+    """Scale and offset; a scale alone where predictions are too close to tell both, or nothing fixed would be left."""
     predicted, measured = np.array(points).T
     if not measured.all():
         return 1.0, 0.0
     relative = predicted / measured
     if np.ptp(predicted) > 0.1 * predicted.max():
         (scale, offset), *_ = np.linalg.lstsq(np.stack([relative, 1 / measured], axis=1), np.ones(len(points)))
-        if scale > 0:
+        if scale > 0 and scale * fixed + offset >= 0:
             return float(scale), float(offset)
     return float(relative.sum() / (relative**2).sum()), 0.0

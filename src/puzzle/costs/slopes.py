@@ -83,16 +83,17 @@ class Plan:
             else 0.0
             for variant in self.variants
         }
-        pad_ms = (stack_ms[_WHOLE] - stack_ms[PADS]) / COPIES - empty_layer_ms
+        whole_ms = (stack_ms[_WHOLE] - stack_ms[PADS]) / COPIES - empty_layer_ms
         attention_ms, ffn_ms = costs[part_name(self.pad.attention)], costs[part_name(self.pad.ffn)]
-        saved_ms = attention_ms + ffn_ms - pad_ms
+        saved_ms = max(0.0, attention_ms + ffn_ms - whole_ms)  # a block that takes more has found less in the cache
         last_ffn_ms = max(0.0, stack_ms[PADS] - stack_ms[_LAST] + saved_ms)
         for variant in self.variants:
             if variant.half == "ffn":
                 costs["last ffn", variant.name] = costs[part_name(variant)] * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
             elif variant.kind != "none":
                 costs[part_name(variant)] -= saved_ms
-        costs[FIXED] = stack_ms[PADS] - 2 * pad_ms + ffn_ms - last_ffn_ms + (self.num_layers - 2) * empty_layer_ms
+        pads_ms = 2 * (attention_ms + ffn_ms - saved_ms) - ffn_ms + last_ffn_ms
+        costs[FIXED] = stack_ms[PADS] - pads_ms + (self.num_layers - 2) * empty_layer_ms
         return costs
 
 

@@ -40,9 +40,9 @@ def predicted_whole(correction: Correction) -> go.Figure:
     return theme.figure(
         360,
         traces,
-        xaxis_title_text="sum of scores, predicted",
+        xaxis_title_text="sum of scores",
         xaxis_nticks=6,
-        yaxis_title_text=f"{VALUES[_measured(correction)]}, measured",
+        yaxis_title_text=VALUES[_measured(correction)],
         legend={"y": -0.2, "yanchor": "top"},
     )
 

@@ -107,9 +107,10 @@ _BOUNDED = {
     "prefill_ms": _Bounded("time to first token", False, numbers.milliseconds),
     "decode_ms": _Bounded("time per output token", False, numbers.milliseconds),
     "params": _Bounded("parameters", False, numbers.count),
+    "weight_bytes": _Bounded("weights on disk", False, numbers.size),
 }
 """By the names of `Bounds`."""
-_COUNTED = ("memory_bytes", "params")
+_COUNTED = ("memory_bytes", "params", "weight_bytes")
 """Known exactly from the architecture, so that nothing is left to measure."""
 
 

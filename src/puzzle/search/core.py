@@ -14,8 +14,8 @@ from puzzle.search.labels import enumerate_near
 from puzzle.search.problem import Program
 
 _LABELS = (1024, 8192)
-"""Labels at a time. Few find a solution, which narrows the search, and many then prove it; where that is not enough, HiGHS
-is faster (benchmarks/search.md).
+"""Labels at a time. Few find a solution, which narrows the search, and many then prove it; where that is not enough,
+HiGHS is faster (benchmarks/search.md).
 """
 _START = 1e-5
 """Least first width of an enumeration, as a share of the bound or of the largest term, whichever is more."""
@@ -26,7 +26,7 @@ _GROWTH = 4
 
 
 def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_limit_s: float) -> Outcome:
-    """The answer of `minimise` to the whole program: by enumeration near the bound, or by HiGHS where that is too much."""
+    """As `minimise` answers for the whole program: by enumeration near the bound, or where that is much by HiGHS."""
     end = time.monotonic() + time_limit_s
     ranked = np.sort(relaxation.reduced)
     least = _START * (max(abs(relaxation.bound), float(np.abs(program.objective).max())) or 1.0)

@@ -9,6 +9,7 @@ from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search.bounds import QUANTITIES, resolve_bounds
 from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value, explain
+from puzzle.search.solve import Further, further_bounds
 
 
 def frontier(
@@ -18,20 +19,25 @@ def frontier(
     settings: SearchSettings,
     quantity: str = "throughput_tok_s",
     points: int = 12,
+    *,
+    further: Further = (),
 ) -> list[Solution]:
     """Exact solutions at `points` bounds on `quantity`, from the parent's value to the best reachable by equal factors.
 
-    The target's other bounds are kept. Where these already force a value no better than the parent's, there is one
-    point: the best reachable. Each solution's `bounds` say which bound it was found for.
+    The target's other bounds are kept, and those of further scenarios. Where these already force a value no better than
+    the parent's, there is one point: the best reachable. Each solution's `bounds` say which bound it was found for.
 
     Raises:
         PuzzleError: the other bounds cannot be met.
     """
-    instance = Instance.of(scores, costs, settings.score, constraints=settings)
+    instance = Instance.of(
+        scores, costs, settings.score, constraints=settings, further=further_bounds(scores, further, settings)
+    )
     others = replace(resolve_bounds(target, instance.parent, settings.margin), **{quantity: None})
     best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
     if best is None:
-        raise explain(instance, [target.model_copy(update={QUANTITIES[quantity].setting: None})], others, settings)
+        without = target.model_copy(update={QUANTITIES[quantity].setting: None})
+        raise explain(instance, [without, *(its for _, its in further)], others, settings)
     better = QUANTITIES[quantity].best([best, parent]) != parent
     values = np.geomspace(parent, best, points).tolist() if better else [best]
     solutions: list[Solution] = []

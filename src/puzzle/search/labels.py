@@ -5,6 +5,7 @@ above the relaxation's bound is the sum of its reduced costs and of its unused l
 both are small, so few entries and few labels come into question.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +76,7 @@ def enumerate_near(program: Program, relaxation: Relaxation, width: float, most:
     return Enumeration(complete=complete, positions=positions, value=scale * float(labels[best, 0]))
 
 
-def _still_to_come(layers: list[Ints], sums: Floats, extreme: np.ufunc) -> Floats:
+def _still_to_come(layers: list[Ints], sums: Floats, extreme: Callable[..., Floats]) -> Floats:
     """[L + 1, rows]: the lowest or highest sums of the layers from each on."""
     terms = [extreme(sums[entries], axis=0) for entries in reversed(layers)]
     return np.cumsum([np.zeros(sums.shape[1]), *terms], axis=0)[::-1]

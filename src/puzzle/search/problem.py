@@ -219,5 +219,5 @@ def _undominated(choices: Choices, objective: Floats, terms: Sequence[Floats], a
         no_worse &= column[:, :, None] <= column[:, None, :]
     faster = table[:, :, None, 0] < table[:, None, :, 0]
     stays = faster | (~faster.transpose(0, 2, 1) & np.triu(np.ones(no_worse.shape[1:], dtype=bool), k=1))
-    dominated = (no_worse & (stays | ~no_worse.transpose(0, 2, 1))).any(axis=1)
+    dominated: NDArray[np.bool_] = np.any(no_worse & (stays | ~no_worse.transpose(0, 2, 1)), axis=1)
     return np.flatnonzero(~dominated[choices.layers, place])

@@ -78,6 +78,12 @@ def pool(
     return sorted(found, key=question.objective.reached, reverse=largest_first)
 
 
+def further_bounds(scores: ScoreTable, further: Further, settings: SearchSettings) -> list[tuple[CostTable, Bounds]]:
+    """The targets of further scenarios in absolute numbers, each of the parent in its own scenario."""
+    scores = scores.having(settings.score)
+    return [(costs, resolve_bounds(target, parent_totals(scores, costs), settings.margin)) for costs, target in further]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Question:
     """What is searched, and for what."""
@@ -100,10 +106,7 @@ class _Question:
         further: Further,
     ) -> "_Question":
         _check_asked(target, settings)
-        others = [
-            (table, resolve_bounds(its, parent_totals(scores.having(settings.score), table), settings.margin))
-            for table, its in further
-        ]
+        others = further_bounds(scores, further, settings)
         instance = Instance.of(scores, costs, settings.score, constraints=settings, pairs=pairs, further=others)
         return cls(
             instance=instance,
