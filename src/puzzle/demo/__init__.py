@@ -11,7 +11,7 @@ from puzzle.runs import create_folder, is_run_folder, open_run
 _PARENT_SHARE, _LIBRARY_SHARE, _SCORE_SHARE, _DISTIL_SHARE = 0.38, 0.09, 0.09, 0.13
 
 # Tokens per second of each step, relative to training the parent (measured at the demo's sizes, 2 cores, 2026-11-21).
-_LIBRARY_SPEED, _SCORE_SPEED, _DISTIL_SPEED = 0.25, 0.0107, 0.43
+_LIBRARY_SPEED, _SCORE_SPEED, _DISTIL_SPEED = 0.25, 0.025, 0.43
 
 
 def demo(out: Path | None, minutes: float) -> None:
@@ -47,6 +47,7 @@ def demo_recipe(parent: Path, corpus: Path, seconds: float, speed: float) -> Rec
             "score": {"tokens": tokens(_SCORE_SHARE, _SCORE_SPEED)},
             "scenario": {"batch_sizes": [64], "prompt_tokens": 256, "generated_tokens": 64},
             "target": {"throughput": "2x"},
+            "correct": {"tokens": 4096},
             "distil": {"tokens": tokens(_DISTIL_SHARE, _DISTIL_SPEED), "learning_rate": 1e-3},
             "evaluate": {"tokens": 65_536},
         }
