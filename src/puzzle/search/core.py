@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from puzzle.search.highs import Outcome, Relaxation, minimise
-from puzzle.search.labels import enumerate_near
+from puzzle.search.labels import Enumeration, enumerate_near
 from puzzle.search.problem import Program
 
 _LABELS = (1024, 8192)
@@ -31,20 +31,20 @@ def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_
     ranked = np.sort(relaxation.reduced)
     least = _START * (max(abs(relaxation.bound), float(np.abs(program.objective).max())) or 1.0)
     width = max(least, float(ranked[min(program.num_layers * 9 // 8, len(ranked) - 1)]))
-    few, many = _LABELS
-    most = few
+    best, labels = Enumeration(complete=False, positions=None, value=np.inf), iter(_LABELS)
+    most = next(labels)
     while not program.links and relaxation.bound > -np.inf and width <= ranked[-1] and time.monotonic() < end:
         found = enumerate_near(program, relaxation, width, most)
-        if found.positions is not None and found.complete:
-            return Outcome(status="optimal", positions=found.positions, value=found.value, bound=found.value)
-        if found.positions is not None:
-            width = min(width, found.value - relaxation.bound)
-        elif found.complete:
+        best = found if found.value < best.value else best
+        if found.complete and best.positions is not None:
+            return Outcome(status="optimal", positions=best.positions, value=best.value, bound=best.value)
+        if found.complete:
             width *= _WIDER
             continue
-        if found.positions is None or most == many:
+        width = min(width, best.value - relaxation.bound)
+        if (more := next(labels, None)) is None:
             break
-        most = many
+        most = more
     return _by_highs(program, relaxation, width, gap, end)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from puzzle.search.highs import Relaxation
 from puzzle.search.problem import Floats, Ints, Program
@@ -17,8 +18,10 @@ _DIGITS = 13
 """After the point, to which two sums of the same terms in two orders agree: of rows, which are divided by their bounds,
 and of the objective, divided by its largest term.
 """
-_PIVOTS = 64
-"""Labels that the others are compared with for dominance; more would drop few others."""
+_TOO_MANY = 8
+"""Times as many labels as are kept, among which dominance is not looked for: it would not leave few enough."""
+_CHUNK = 256
+"""Labels that are compared with all others at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ def enumerate_near(program: Program, relaxation: Relaxation, width: float, most:
         left = limits - labels[:, 1:]
         above = reduced + np.maximum(left - largest[place], 0.0) @ relaxation.prices
         kept = np.flatnonzero((left >= least[place]).all(axis=1) & (above <= width))
-        kept = kept[_undominated(labels[kept])]
+        if len(kept) <= _TOO_MANY * most:
+            kept = kept[_undominated(labels[kept])]
         if len(kept) > most:
             complete = False
             kept = kept[np.argsort(above[kept], kind="stable")[:most]]
@@ -92,16 +96,26 @@ def _trace(steps: list[tuple[Ints, Ints]], label: int) -> list[int]:
 
 
 def _undominated(labels: Floats) -> Ints:
-    """Positions of labels, equal ones once, without most of those that another is no worse than in every sum."""
+    """Positions of labels that no other is no worse than in every sum, of equal ones the first."""
     rounded = np.round(labels, _DIGITS)
     order = np.lexsort(rounded.T[::-1])
-    rounded = rounded[order]
-    new = np.append(True, (rounded[1:] != rounded[:-1]).any(axis=1))[: len(order)]
-    order, rounded = order[new], rounded[new]
-    for place in range(_PIVOTS):
-        if place + 1 >= len(order):
-            break
-        kept = ~(rounded >= rounded[place]).all(axis=1)
-        kept[: place + 1] = True
-        order, rounded = order[kept], rounded[kept]
-    return order
+    kept, kept_sums = [], np.empty((0, labels.shape[1]))
+    for start in range(0, len(order), _CHUNK):
+        chunk = order[start : start + _CHUNK]
+        chunk = chunk[~_is_dominated(rounded[chunk], kept_sums, itself=False)]
+        chunk = chunk[~_is_dominated(rounded[chunk], rounded[chunk], itself=True)]
+        kept.append(chunk)
+        kept_sums = np.concatenate([kept_sums, rounded[chunk]])
+    return np.concatenate([*kept, order[:0]])
+
+
+def _is_dominated(sums: Floats, others: Floats, *, itself: bool) -> NDArray[np.bool_]:
+    """Which rows of `sums` some row of `others`, none of which is above it in the first sum, is no worse than.
+
+    Args:
+        itself: whether the two are one, so that only earlier rows count.
+    """
+    no_worse = np.tri(len(sums), k=-1, dtype=bool) if itself else np.ones((len(sums), len(others)), dtype=bool)
+    for column, other in zip(sums.T[1:], others.T[1:], strict=True):
+        no_worse &= other[None, :] <= column[:, None]
+    return np.asarray(no_worse.any(axis=1))
