@@ -170,3 +170,10 @@ def test_every_setting_has_help_and_its_default_in_the_help() -> None:
     described = yaml.safe_load(describe(Recipe))
     described["parent"], described["data"]["source"] = "model", "text"
     assert Recipe.model_validate(described) == Recipe.model_validate(MINIMAL)
+
+
+def test_a_setting_in_a_list_of_sections_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("parent: p\ndata: {source: s}\nscenarios: [{scenario: {}, target: {memry: 1GB}}]\n")
+    with pytest.raises(PuzzleError, match=r"scenarios\[0\].target.memry is not a setting; did you mean .*\.memory\?"):
+        Recipe.read(path)

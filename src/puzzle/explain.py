@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -74,24 +74,26 @@ def _section(field: FieldInfo) -> Schema | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def _section_of_each(field: FieldInfo) -> Schema | None:
+    """Of a list of sections."""
+    arguments = get_args(field.annotation)
+    return _section(FieldInfo(annotation=arguments[0])) if get_origin(field.annotation) is list else None
+
+
 def _locate(schema: Schema, location: tuple[int | str, ...]) -> tuple[str, Schema]:
     """The path of a problem as a person writes it, and the section it is in."""
-    path, section = "", schema
+    path, section, inside = "", schema, True
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
             continue
         field = section.model_fields.get(part)
-        if field is None and path and _is_setting(schema, path):
+        if field is None and not inside:
             break  # the member of a union that pydantic tried, which is no key
         path += f".{part}" if path else part
-        section = (field and _section(field)) or section
+        below = field and (_section(field) or _section_of_each(field))
+        section, inside = below or section, below is not None
     return path, section
-
-
-def _is_setting(schema: Schema, path: str) -> bool:
-    found = dict(settings(schema)).get(path.partition("[")[0])
-    return found is not None and _section(found) is None
 
 
 def _describe(detail: Any, path: str, section: Schema, schema: Schema) -> str:

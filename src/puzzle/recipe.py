@@ -3,11 +3,12 @@
 Everything but `execution` changes results and is part of the addresses of what it affects.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
@@ -18,9 +19,16 @@ PositiveCount = Annotated[Count, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[Fraction, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-Layers = Annotated[
-    str, BeforeValidator(str), Field(pattern=r"^(all|[0-9]+(-[0-9]+)?|(first|last):[1-9][0-9]*)$", min_length=1)
-]
+
+
+def _check_layers(text: str) -> str:
+    if not re.fullmatch(r"all|[0-9]+(-[0-9]+)?|(first|last):[1-9][0-9]*", text):
+        raise ValueError(f"expected layers such as 7, 0-3, first:4, last:4 or all, found {text!r}")
+    return text
+
+
+Layers = Annotated[str, AfterValidator(_check_layers)]
+NumberedLayers = Annotated[Layers, BeforeValidator(lambda layers: str(layers) if isinstance(layers, int) else layers)]
 """Layers of the model: `all`, `7`, `0-3`, `first:4`, `last:4`."""
 Blocks = Text | Annotated[list[Text], Field(min_length=1)]
 """A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; a list for any of them."""
@@ -209,11 +217,11 @@ class SearchSettings(Section):
     """Which of the blocks' scores to add up."""
     objective: Objective = "score"
     """What is best within the bounds: the lowest `score`, or another quantity where the target bounds the score."""
-    fix: dict[Layers, Blocks] = {}
+    fix: dict[NumberedLayers, Blocks] = {}
     """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, halves, lists of them."""
-    forbid: dict[Layers, Blocks] = {}
+    forbid: dict[NumberedLayers, Blocks] = {}
     """What layers must not take, in the same terms, as `{all: [linear+*, none+none]}`."""
-    equal: PositiveInt | Layers | Annotated[list[Layers], Field(min_length=1)] | None = None
+    equal: PositiveInt | Layers | Annotated[list[NumberedLayers], Field(min_length=1)] | None = None
     """Layers that take one block together: `all`, groups of `4` consecutive ones, or a list such as `[0-7, 8-15]`."""
     kinds: PositiveInt | None = None
     """At most so many distinct blocks in the whole model; null: any number."""

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -57,6 +58,8 @@ def test_all_ways_find_the_same(seed: int, rows: int, levels: int | None, labels
     assert found.bound <= found.value
     assert found.value == pytest.approx(program.objective[found.positions].sum())
     assert all(row.terms[found.positions].sum() <= row.limit + 1e-9 for row in program.rows)
+    by_highs = core._by_highs(program, relaxation, 0.0, 1e-9, time.monotonic() + 60)
+    assert by_highs.value == pytest.approx(whole.value, rel=1e-7)
     # What the relaxation says of entries and of unused limits holds for this solution.
     unused = [row.limit - row.terms[found.positions].sum() for row in program.rows]
     above = relaxation.reduced[found.positions].sum() + np.array(unused) @ relaxation.prices
