@@ -123,7 +123,7 @@ def stage(arguments: argparse.Namespace) -> None:
     if launched_size() > 1:
         from puzzle.distributed.together import open_together
 
-        opening = open_together(arguments.folder, ("teacher", "distil"))
+        opening = open_together(arguments.folder)
     else:
         opening = open_run(arguments.folder, arguments.on)
     with opening as opened:

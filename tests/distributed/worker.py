@@ -21,7 +21,6 @@ from puzzle.recipe import DistilSettings
 from puzzle.runs import Run, open_run
 
 torch.set_num_threads(1)
-STAGES = ("teacher", "distil")
 TAKE_STEP = trainer.Training._step
 
 
@@ -69,7 +68,7 @@ def disturb(run: Run, dies: int, stops: int) -> None:
 
 def main(path: Path, job: dict[str, Any]) -> int:
     try:
-        with open_together(path, STAGES) if launched_size() > 1 else open_run(path) as run:
+        with open_together(path) if launched_size() > 1 else open_run(path) as run:
             if "trainings" in job:
                 compare(run, **job)
             else:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from puzzle.distill.teachers import (
 from puzzle.distill.trainer import Curve, Training, read_curve, remove_state
 from puzzle.distributed.group import Group
 from puzzle.distributed.sharding import fill, shard
+from puzzle.distributed.together import train_on_cluster
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent
@@ -44,6 +46,9 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
     if stage.done:
         remove_state(stage.path)
         return distilled
+    if run.on is not None:
+        train_on_cluster(run, partial(distil, parent=parent, child=child, data=data, label=label), _shared(run))
+        return distilled
     boundary = find_boundary(run, parent, data) if run.recipe.distil.documents else None
     batches = Batches(data, run.recipe.distil, run.recipe.seed, boundary)
     lesson = _lesson(run, parent, child, _cache(run, parent, data, batches))
@@ -56,6 +61,13 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
         remove_state(stage.path)
     Group.current().wait()
     return distilled
+
+
+def _shared(run: Run) -> int:
+    """Sequences that processes may share out: those of a batch, or one where all must be in one process."""
+    settings = run.recipe.distil
+    alone = settings.adapter_rank is not None or settings.optimizer == "adamw8bit"
+    return 1 if alone else settings.batch_size // settings.accumulate
 
 
 def distillation_curve(child: Child) -> Curve:

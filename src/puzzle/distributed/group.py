@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 _POLL_S = 0.05
 
-_TIMEOUT = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 """Of one collective: the others wait while the first writes a whole model. Lost processes are noticed by torchrun."""
 
 
@@ -109,13 +109,25 @@ def start(device: "torch.device") -> Group:
         torch.cuda.set_device(local)
     store, rank, size = next(rendezvous("env://"))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backend(device.type == "cuda"),
         store=_fresh(store, rank, size),
         rank=rank,
         world_size=size,
-        timeout=_TIMEOUT,
+        timeout=TIMEOUT,
     )
     return Group.current()
+
+
+def backend(on_gpus: bool) -> str:
+    """What carries tensors from process to process."""
+    return "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
 
 
 def _fresh(store: "Store", rank: int, size: int) -> "Store":

@@ -1,28 +1,38 @@
-"""Tasks on a Ray cluster. Ray places them, and begins those again that a lost process or machine had.
+"""Tasks, and processes that train together, on a Ray cluster. Ray places them; what a lost process or machine had is
+begun again.
 
 Every machine has this program installed, and sees the run folder, the parent and the text under the same paths.
 """
 
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from puzzle.distributed.group import TIMEOUT, backend, is_lost_peer
 from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import Run, progress
 
 try:
     import ray
     from ray.exceptions import RayError, RayTaskError
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
 except ImportError:
     raise PuzzleError("--on: ray is not installed; pip install 'puzzle-llm[ray]', on every machine") from None
 
 _RETRIES = 10
-"""Times that a task is begun again after its process or machine was lost."""
+"""Times that work is begun again after its process or machine was lost."""
+
+_FILES = "ray"
+"""The folder that Ray Train wants, in the run folder; nothing of ours is in it."""
 
 
 class Cluster:
@@ -48,14 +58,15 @@ class Cluster:
         room = sum(cpus) // gpus if on_gpus else max(cpus, default=0)
         self._threads = max(1, min(torch.get_num_threads(), room))
         self.workers = gpus if on_gpus else sum(count // self._threads for count in cpus)
-        self._resources = {"num_gpus": 1, "num_cpus": 1} if on_gpus else {"num_cpus": self._threads}
+        self._on_gpus, self._folder = on_gpus, run.path
         if not self.workers:
             raise PuzzleError(f"--on: the cluster {run.on} offers neither GPUs nor CPUs; start a worker machine")
 
     def run(self, label: str, function: Callable[..., object], items: Sequence[tuple[Any, ...]]) -> None:
         """Call `function` on every item. An error in one of them ends all; lost processes and machines do not."""
         # Ray ends a process after a task on a GPU, so that the next one finds the memory free.
-        work = ray.remote(max_retries=_RETRIES, **self._resources)(_work)
+        resources = {"num_gpus": 1, "num_cpus": 1} if self._on_gpus else {"num_cpus": self._threads}
+        work = ray.remote(max_retries=_RETRIES, **resources)(_work)
         shared = ray.put(function)
         waiting = [work.remote(Path.cwd(), self._threads, shared, item) for item in items]
         try:
@@ -77,6 +88,75 @@ class Cluster:
         finally:
             for task in waiting:
                 ray.cancel(task, force=True)
+
+    def together(self, function: Callable[[], object], size: int) -> None:
+        """Call `function` in so many processes at once, by Ray Train: a `Group`.
+
+        Raises:
+            LostProcessError: one of them was lost, and so all were ended.
+        """
+        trainer = TorchTrainer(
+            partial(_work, Path.cwd(), self._threads, function, ()),
+            torch_config=TorchConfig(backend=backend(self._on_gpus), timeout_s=int(TIMEOUT.total_seconds())),
+            scaling_config=ScalingConfig(
+                num_workers=size,
+                use_gpu=self._on_gpus,
+                resources_per_worker={"CPU": 1 if self._on_gpus else self._threads},
+            ),
+            run_config=RunConfig(name=_FILES, storage_path=str(self._folder.absolute())),
+        )
+        try:
+            with ThreadPoolExecutor(1) as aside:  # in the main thread it would take Ctrl-C for itself
+                training = aside.submit(trainer.fit)
+                try:
+                    training.result()
+                except KeyboardInterrupt:
+                    ray.shutdown()
+                    raise
+        except TrainingFailedError as error:
+            raise _cause(error) from None
+        finally:
+            shutil.rmtree(self._folder / _FILES, ignore_errors=True)
+
+
+class LostProcessError(Exception):
+    """One of several that work together, or its machine, is gone."""
+
+
+def train_together(run: Run, function: Callable[[], object], sequences: int) -> None:
+    """Call `function` on all workers of the cluster at once, or on as many as share out so many sequences evenly; where
+    one is lost, on those that are there then.
+
+    Raises:
+        PuzzleError: the function raised it, or processes were lost again and again.
+    """
+    for _ in range(_RETRIES + 1):
+        cluster = Cluster(run)
+        size = max(count for count in range(1, cluster.workers + 1) if sequences % count == 0)
+        run.log(f"GKD on {size} of {cluster.workers} workers")
+        try:
+            return cluster.together(function, size)
+        except LostProcessError as lost:
+            run.log_warning(f"a process was lost ({one_line(lost)}); training goes on from its last saved state")
+            ray.shutdown()  # what Ray Train had reserved is free again only then
+    raise PuzzleError(
+        f"--on: processes were lost {_RETRIES + 1} times; look at the machines (memory?), then run the same command "
+        "again: it goes on where it stood"
+    )
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """What went wrong in the processes themselves; `LostProcessError` where that is the end of one of them."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    # Of a lost one, Ray speaks; the others lose their connections to it.
+    own = [each for each in failures if not type(each).__module__.startswith("ray.") and not is_lost_peer(each)]
+    mistakes = [failure for failure in own if isinstance(failure, PuzzleError)]
+    if mistakes:
+        return mistakes[0]
+    if not own or len(own) < len(failures):
+        return LostProcessError(one_line(error))
+    own[0].add_note(str(error))  # the traceback over there
+    return own[0]
 
 
 def _work(folder: Path, threads: int, function: Callable[..., object], item: tuple[Any, ...]) -> None:

@@ -1,23 +1,26 @@
-"""One run folder, opened by several processes: the first locks it and writes, the others read."""
+"""One run folder and several processes: the first writes, the others read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from puzzle.distributed.group import start
+from puzzle.distributed.group import Group, is_lost_peer, start
 from puzzle.errors import PuzzleError, one_line
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, check_folder, choose_device, open_run
 
+TOGETHER = ("teacher", "distil")
+"""The stages that several processes work on as one."""
+
 
 @contextmanager
-def open_together(path: Path, stages: tuple[str, ...]) -> Iterator[Run]:
-    """The run in `path` for each of the processes that torchrun started.
+def open_together(path: Path) -> Iterator[Run]:
+    """The run in `path` for each of the processes that torchrun started; the first holds its lock.
 
-    Args:
-        stages: what they do together; all other stages must be finished.
+    All stages that are not theirs must be finished.
     """
     check_folder(path)
     recipe = Recipe.read(path / "recipe.yaml")
@@ -26,12 +29,11 @@ def open_together(path: Path, stages: tuple[str, ...]) -> Iterator[Run]:
         opened: list[Run] = []
         group.first(lambda: opened.append(stack.enter_context(open_run(path))))
         run = opened[0] if group.leads else Run(path, recipe, leads=False)
-        if not group.leads:
-            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        stack.enter_context(_silent(group))
         try:
-            yield replace(run, only=stages)
+            yield replace(run, only=TOGETHER)
         except RuntimeError as error:
-            if not _is_lost_peer(error):
+            if not is_lost_peer(error):
                 raise
             raise PuzzleError(
                 f"another of the {group.size} processes was lost ({one_line(error)}); torchrun starts all again if "
@@ -39,7 +41,29 @@ def open_together(path: Path, stages: tuple[str, ...]) -> Iterator[Run]:
             ) from None
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
-    import torch.distributed as dist
+def train_on_cluster(run: Run, train: Callable[[Run], object], sequences: int) -> None:
+    """Call `train` with the run in several processes of the cluster that `run.on` names; this one holds the lock.
 
-    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+    Args:
+        train: can be pickled, and goes on from what it has saved.
+        sequences: that are shared out.
+    """
+    from puzzle.distributed.ray import train_together
+
+    train_together(run, partial(_train, run, train), sequences)
+
+
+def _train(run: Run, train: Callable[[Run], object]) -> None:
+    group = Group.current()
+    with _silent(group):
+        train(replace(run, on=None, leads=group.leads, only=TOGETHER))
+
+
+@contextmanager
+def _silent(group: Group) -> Iterator[None]:
+    """The first process alone speaks."""
+    if group.leads:
+        yield
+    else:
+        with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
+            yield
