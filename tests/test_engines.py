@@ -68,3 +68,19 @@ def test_versions_are_those_of_the_package_with_the_module() -> None:
     assert engines.version_of(python, "pytest") == own.stdout.strip()
     with pytest.raises(PuzzleError, match="has no no_such_module"):
         engines.version_of(python, "no_such_module")
+
+
+def test_an_engine_beside_puzzle_is_found_where_it_has_no_environment_of_its_own(
+    calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PuzzleError, match=r"^llama-cpp is not installed in .* `puzzle engines install llama-cpp`"):
+        engines.python_of("llama-cpp")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "llama_cpp.py").touch()
+    monkeypatch.syspath_prepend(str(beside))
+    assert engines.python_of("llama-cpp") == Path(sys.executable)
+    with pytest.raises(PuzzleError, match="`puzzle engines install llama-cpp` builds it"):
+        engines.program_of("llama-cpp", "llama-server")
+    engines.install("llama-cpp")
+    assert engines.python_of("llama-cpp") == tmp_path / "llama-cpp/bin/python"

@@ -1,9 +1,11 @@
 """Inference engines that live in Python environments of their own: where they are, and how they get there.
 
 Their requirements contradict each other's and ours (vLLM pins torch and transformers), so each has its own environment
-below the user's cache folder, made by `puzzle engines install NAME`, and is called as a subprocess.
+below the user's cache folder, made by `puzzle engines install NAME`, and is called as a subprocess. One that gets along
+with ours may be installed beside it (`puzzle-llm[llamacpp]`).
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -59,15 +61,16 @@ EXTERNAL: Mapping[str, External] = {
 
 
 def python_of(*names: str) -> Path:
-    """The interpreter of the first of these engines that is installed.
+    """The interpreter of the first of these engines that is installed, in its own environment or else in this one.
 
     `PUZZLE_ENGINES` names another folder of environments than the user's cache.
 
     Raises:
         PuzzleError: none is; the line says how to install the first.
     """
+    found = installed()
     for name in names:
-        if (python := _python(name)).exists():
+        if (python := found[name]) is not None:
             return python
     raise PuzzleError(f"{names[0]} is not installed in {_folder()}; `puzzle engines install {names[0]}` does it")
 
@@ -109,7 +112,13 @@ def program_of(name: str, program: str) -> Path:
 
 def installed() -> dict[str, Path | None]:
     """Every engine with its interpreter, None where it is not installed."""
-    return {name: python if (python := _python(name)).exists() else None for name in EXTERNAL}
+    return {name: _find(name) for name in EXTERNAL}
+
+
+def _find(name: str) -> Path | None:
+    if (python := _python(name)).exists():
+        return python
+    return Path(sys.executable) if importlib.util.find_spec(EXTERNAL[name].module) else None
 
 
 def _folder() -> Path:
