@@ -17,15 +17,15 @@ from statistics import median
 import torch
 from ablations import BASE
 from datasets import Dataset
-from setting import opened, recipe
+from setting import CHILD, opened, recipe
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from puzzle import Pipeline, distil
+from puzzle import Child, Pipeline, distil, realise
 
-Way = Callable[[Pipeline, int, int, Path], None]
+Way = Callable[[Pipeline, Child, int, int, Path], None]
 
 SHORT, LONG, ROUNDS = 8, 40, 3
 BATCH, RATE = 8, 1e-4
@@ -38,11 +38,12 @@ def main(parent: str, text: str, folder: str) -> None:
     settings = {"learning_rate": RATE, "batch_size": BATCH, "cosine_weight": 0, "documents": False, "log": []}
     chosen = recipe(parent, text, **BASE, distil={**settings, "tokens": BATCH * 256, "validation_tokens": 256})
     with opened(root / "run", chosen) as method:
+        child = realise(method.run, method.parent, method.library, CHILD)
         ways = {"ours": ours, "TRL": trl, "plain loop": plain}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for index in range(ROUNDS):
             for name, way in ways.items():
-                short, long = (timed(way, method, steps, index, root) for steps in (SHORT, LONG))
+                short, long = (timed(way, method, child, steps, index, root) for steps in (SHORT, LONG))
                 seconds[name].append((long - short) / (LONG - SHORT))
                 print(f"{name}: {1e3 * seconds[name][-1]:.0f} ms a step", flush=True)
     for name, values in seconds.items():
@@ -51,20 +52,20 @@ def main(parent: str, text: str, folder: str) -> None:
         print(f"| {name} | {1e3 * median(values):.0f} ms | {ratio:.2f} | {low:.0f} to {high:.0f} ms |")
 
 
-def timed(way: Way, method: Pipeline, steps: int, index: int, root: Path) -> float:
+def timed(way: Way, method: Pipeline, child: Child, steps: int, index: int, root: Path) -> float:
     began = time.process_time()
-    way(method, steps, index, root)
+    way(method, child, steps, index, root)
     return time.process_time() - began
 
 
-def ours(method: Pipeline, steps: int, index: int, root: Path) -> None:
+def ours(method: Pipeline, child: Child, steps: int, index: int, root: Path) -> None:
     """The stage itself; another seed each time, so that it is not found done."""
     settings = method.run.recipe.distil.model_copy(update={"tokens": steps * BATCH * method.data.sequence_length})
     changed = method.run.recipe.model_copy(update={"distil": settings, "seed": 1000 + index})
-    distil(replace(method.run, recipe=changed), method.parent, method.child_before, method.data)
+    distil(replace(method.run, recipe=changed), method.parent, child, method.data)
 
 
-def trl(method: Pipeline, steps: int, index: int, root: Path) -> None:
+def trl(method: Pipeline, child: Child, steps: int, index: int, root: Path) -> None:
     """The trainer of TRL on packed text."""
     rows = [row for batch in batches(method, steps) for row in batch.tolist()]
     arguments = GKDConfig(
@@ -84,7 +85,7 @@ def trl(method: Pipeline, steps: int, index: int, root: Path) -> None:
         disable_tqdm=True,
     )
     GKDTrainer(
-        model=load(method.child_before.path),
+        model=load(child.path),
         teacher_model=load(method.parent.path),
         args=arguments,
         data_collator=collate,
@@ -104,9 +105,9 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     }
 
 
-def plain(method: Pipeline, steps: int, index: int, root: Path) -> None:
+def plain(method: Pipeline, child: Child, steps: int, index: int, root: Path) -> None:
     """What one writes by hand: both models' logits, their KL, AdamW."""
-    teacher, student = load(method.parent.path).eval(), load(method.child_before.path).train()
+    teacher, student = load(method.parent.path).eval(), load(child.path).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
     for tokens_BT in batches(method, steps):
         with torch.no_grad():
