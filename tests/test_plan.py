@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.test_recipes import PARENTS
 
 import puzzle.pipeline
@@ -13,6 +14,7 @@ from puzzle.cli import main
 from puzzle.costs import Machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
+from puzzle.plan import estimate
 from puzzle.plan.devices import StagePlan, _Planner
 from puzzle.plan.work import Work
 from puzzle.recipe import Recipe
@@ -117,6 +119,62 @@ def test_scores_take_the_layers_after_and_a_share_of_composed_blocks(space: Spac
     tokens = 640 * 5 + 64 * 4
     per_layer = 2 * LAYER + 4 * 256 * 64 / 2
     assert work.scoring(1) == pytest.approx(tokens * (2 * per_layer + 2 * 1000 * 256))
+
+
+HEAD, PER_LAYER = 2 * 1000 * 256, 2 * LAYER + 4 * 256 * 64 / 2
+AROUND = 9 * (10 * PER_LAYER + 4 * HEAD)  # nine blocks of four layers, from their own on
+
+
+@pytest.mark.parametrize(
+    ("settings", "operations"),
+    [
+        ({"rounds": 0}, 18 * FORWARD),  # parent, the search's own, pool
+        ({"pool": 0}, AROUND + 6 * FORWARD),
+        ({"pool": 3, "rounds": 2}, 2 * AROUND + 13 * FORWARD),
+        ({"depth": 9, "pool": 0, "rounds": 0}, 4 * AROUND + 4 * (10 * PER_LAYER + 4 * HEAD) + 18 * FORWARD),
+        ({"pairs": 20, "pool": 0, "rounds": 0}, AROUND + 26 * FORWARD),
+        ({"tokens": 0}, 0),
+    ],
+)
+def test_whole_architectures(space: Space, settings: dict[str, int], operations: float) -> None:
+    plan = planner(space, 4, correct={"tokens": 100} | settings)
+    assert plan.work.comparing == pytest.approx(100 * operations)
+    assert plan.work.operations["correct"] == plan.work.comparing
+    if settings.get("tokens", 100):
+        assert stage(plan, "correct").seconds == pytest.approx(100 * operations / 1e12)
+        assert stage(plan, "correct").devices == 1
+    else:
+        assert "correct" not in [stage.stage for stage in plan.stages()]
+
+
+def test_what_is_not_corrected_takes_nothing(space: Space) -> None:
+    plan = planner(space, 4, search={"score": "task"}, correct={"finalists": 4})
+    assert plan.work.operations["correct"] == 0
+    assert "correct" not in [stage.stage for stage in plan.stages()]
+
+
+def test_finalists_are_halved_on_twice_the_tokens_on_one_device(space: Space) -> None:
+    plain, plan = planner(space, 4), planner(space, 4, correct={"finalists": 5, "finalist_tokens": 100})
+    assert plan.work.finalists == [(5, 100), (2, 200)]
+    added = plan.work.operations["correct"] - plain.work.operations["correct"]
+    assert added == pytest.approx(4 * FORWARD * 900)
+    assert stage(plan, "correct").seconds - stage(plain, "correct").seconds == pytest.approx(added / 0.8e12)
+    one = stage(planner(space, 1, execution={"memory": "1MB"}, correct={"finalists": 2}), "distil")
+    few = planner(space, 4, execution={"memory": "1MB"}, correct={"finalists": 2})
+    assert stage(few, "correct").memory_bytes == pytest.approx(one.memory_bytes)
+    assert plan.work.disk_bytes(range(4)) - plain.work.disk_bytes(range(4)) == 7 * 3 * 4 * PARAMS
+
+
+def test_comparing_takes_half_of_the_memory_for_states(space: Space) -> None:
+    plain = stage(planner(space, 1), "correct").memory_bytes
+    assert plain - stage(planner(space, 1, execution={"memory": "2GB"}), "correct").memory_bytes == pytest.approx(1e9)
+
+
+def test_this_machines_times_say_what_is_a_bound(space: Space) -> None:
+    recipe = planner(space, 1).work.recipe
+    assert re.search(
+        r"score [^,]+, correct at most [^,]+, distil", estimate(recipe, CONFIG, space, torch.device("cpu"))[-1]
+    )
 
 
 def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None:

@@ -29,6 +29,7 @@ _HINTS = {
     "calibrate": "shorter sequences (data.sequence_length)",
     "library": "fewer variants of a layer (space), shorter sequences",
     "score": "shorter sequences (data.sequence_length)",
+    "correct": "finalists are trained on one device: correct.finalists=0, or shorter sequences (data.sequence_length)",
     "refine": "shorter sequences (data.sequence_length)",
     "distil": "more devices, distil.accumulate, distil.checkpointing, shorter sequences",
 }
@@ -66,7 +67,7 @@ def plan_devices(recipe: Recipe, config: PuzzleConfig, space: Space, devices: st
         *describe(planner.work),
         *_table(stages),
         f"disk: about {format_bytes(planner.work.disk_bytes(planner.layers_in_flight()))}; "
-        f"time by calculation: {total}, without tokenising, costs and export",
+        f"time by calculation: {total}, with the most that correct can take, without tokenising, costs and export",
         *warnings,
     ]
 
@@ -83,6 +84,7 @@ class _Planner:
             self._ranges("calibrate", [self.work.moments(layer) for layer in layers], recipe.calibration.tokens),
             self._ranges("library", [6.0 * students for students in self.work.students], recipe.library.tokens),
             self._scores(),
+            *([self._correct()] if recipe.corrected else []),
             *([self._refine()] if recipe.refine.tokens else []),
             self._gkd(),
         ]
@@ -123,6 +125,18 @@ class _Planner:
         seconds = (max(busy) + self.work.forward * tokens) / self._rate()
         return StagePlan("score", len(busy), tokens, seconds, self._streamed_bytes() + self._one_layer(1))
 
+    def _correct(self) -> StagePlan:
+        """Whole architectures and finalists, on one device; at most (`Work.comparing`)."""
+        work, settings = self.work, self.work.recipe
+        training = 4.0 * work.forward * work.finalist_tokens
+        seconds = work.comparing / self._rate() + training / self._rate(share=_TRAINING_SHARE)
+        # What enters and leaves a layer takes half of `execution.memory`, which is half of a device's.
+        states = (settings.execution.memory or 1e9 * self.machine.memory_gb / 2) / 2
+        blocks = self._size * max(self.work.students)
+        held = states + blocks + self._streamed_bytes() + self._one_layer(1)
+        memory = max(held, self._gkd_bytes(1) if work.finalists else 0.0)
+        return StagePlan("correct", 1, settings.correct.tokens, seconds, memory)
+
     def _refine(self) -> StagePlan:
         """One layer after the other, on one device."""
         seconds = self.work.operations["refine"] / self._rate(share=_TRAINING_SHARE)
@@ -138,13 +152,8 @@ class _Planner:
                 f"distil.batch_size: {settings.batch_size} sequences a step cannot be shared by {n} devices; "
                 f"take a multiple of {n}"
             )
-        at_a_time = max(1, settings.batch_size // n // settings.accumulate)
-        passes = tokens / (n * at_a_time * self.work.recipe.data.sequence_length)
+        passes = tokens / (n * self._at_a_time(n) * self.work.recipe.data.sequence_length)
         size, params = self._size, self.work.num_params
-        weights = (size * params + _GKD_BYTES * params) / n
-        # Two layers of both models at a time: one at work, one on its way; and both heads with their embeddings.
-        gathered = 2 * size * (2 * max(self.work.layer_params) + self.work.outer_params)
-        memory = weights + gathered + self._activations(at_a_time)
         # Of the parent once, of the child once forward and once backward; gradients are summed in float32.
         moved = passes * self.work.children * params * (3 * size + 4) * (n - 1) / n
         again = 1.0 if settings.checkpointing else 0.0
@@ -152,7 +161,22 @@ class _Planner:
         compute = operations / self._rate(share=_TRAINING_SHARE)
         links = moved / self._link_bytes_s
         bound = "links" if links > compute else "compute"
-        return StagePlan("distil", n, tokens * self.work.children, max(compute, links), memory, moved, bound)
+        return StagePlan(
+            "distil", n, tokens * self.work.children, max(compute, links), self._gkd_bytes(n), moved, bound
+        )
+
+    def _at_a_time(self, devices: int) -> int:
+        """Sequences that a device trains on at a time in GKD."""
+        settings = self.work.recipe.distil
+        return max(1, settings.batch_size // devices // settings.accumulate)
+
+    def _gkd_bytes(self, devices: int) -> float:
+        """Of GKD on one of so many devices."""
+        size, params = self._size, self.work.num_params
+        weights = (size * params + _GKD_BYTES * params) / devices
+        # Two layers of both models at a time: one at work, one on its way; and both heads with their embeddings.
+        gathered = 2 * size * (2 * max(self.work.layer_params) + self.work.outer_params)
+        return weights + gathered + self._activations(self._at_a_time(devices))
 
     @property
     def _size(self) -> int:

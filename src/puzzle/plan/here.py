@@ -18,6 +18,8 @@ from puzzle.units import format_bytes, format_seconds
 _EFFICIENCY = 0.5
 """Share of the speed of a large matrix product that a model's layers reach (measured on CPU, 2026-11)."""
 _SECONDS_PER_MEASUREMENT = 0.5
+_NAMES = {"correct": "correct at most"}
+"""Of the stages whose time is an upper bound."""
 
 
 def estimate(recipe: Recipe, config: PuzzleConfig, space: Space, device: torch.device) -> list[str]:
@@ -26,7 +28,9 @@ def estimate(recipe: Recipe, config: PuzzleConfig, space: Space, device: torch.d
     flops = _EFFICIENCY * _flops_per_second(device, getattr(torch, recipe.precision))
     seconds = {stage: count / flops for stage, count in work.operations.items()}
     seconds["costs"] = _measurements(recipe, space) * _SECONDS_PER_MEASUREMENT
-    per_stage = ", ".join(f"{stage} {format_seconds(value)}" for stage, value in seconds.items() if value)
+    per_stage = ", ".join(
+        f"{_NAMES.get(stage, stage)} {format_seconds(value)}" for stage, value in seconds.items() if value
+    )
     return [
         *describe(work),
         f"disk: about {format_bytes(work.disk_bytes(range(len(space.layers))))}",

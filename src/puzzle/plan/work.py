@@ -16,6 +16,8 @@ KEPT_PER_PARAMETER = 4
 """Bytes of a variant, and of a child, on disk: float32."""
 STATE_PER_PARAMETER = 12
 """Bytes of a training state on disk: weight and two moments."""
+_PROPOSALS = 4
+"""Architectures that a corrected search offers at once."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,12 @@ class Work:
     @cached_property
     def forward(self) -> float:
         """Operations a token of the whole parent."""
-        return sum(self.layer_forward(layer) for layer in range(len(self.space.layers))) + self.head_forward
+        return self.suffix(0)
+
+    def suffix(self, layer: int) -> float:
+        """Operations a token of the layers from `layer` on, and of the head."""
+        layers = range(layer, len(self.space.layers))
+        return sum(self.layer_forward(after) for after in layers) + self.head_forward
 
     def moments(self, layer: int) -> float:
         """Operations a token of the moments of a layer: one of I x I, and four of D x D."""
@@ -96,11 +103,10 @@ class Work:
 
     def scoring(self, layer: int) -> float:
         """Operations of a layer's scores: what comes after it and the head, for every block's share of the text."""
-        suffix = sum(self.layer_forward(after) for after in range(layer + 1, len(self.space.layers)))
         tokens = sum(
             self._scored_tokens(block, self.space.layers[layer]) for block in self.space.layers[layer].blocks()
         )
-        return tokens * (suffix + self.head_forward)
+        return tokens * self.suffix(layer + 1)
 
     def _scored_tokens(self, block: BlockVariant, layer: LayerSpace) -> float:
         """Blocks with both halves replaced are estimated from a share of the text."""
@@ -108,6 +114,38 @@ class Work:
         composed = block.attention != own.attention and block.ffn != own.ffn
         estimated = composed and settings.composed == "estimated" and settings.race is not None
         return settings.tokens * (settings.race or 1.0 if estimated else 1.0)
+
+    @property
+    def comparing(self) -> float:
+        """Operations of whole architectures that `correct` compares, at most: of the parent's size, and with all blocks
+        scored again in every round.
+
+        Of 10 layers a round scores 16 to 29 % of them (benchmarks/search_quality.md), of 80 nearly all. A block takes
+        the layers from its own on, as the others are shared; pairs ask for few proposals in between.
+        """
+        settings, layers = self.recipe.correct, self.space.layers
+        if not self.recipe.corrected:
+            return 0.0
+        removed = min(settings.depth, len(layers))
+        rounds = settings.rounds + removed + (settings.pairs > 0)
+        again = sum((rounds * len(layer.blocks()) + removed) * self.suffix(place) for place, layer in enumerate(layers))
+        whole = 2 + settings.pool + settings.pairs + _PROPOSALS * rounds  # 2: the parent, and the search's own
+        return settings.tokens * (again + whole * self.forward)
+
+    @property
+    def finalists(self) -> list[tuple[int, int]]:
+        """Finalists and the GKD tokens of each, round after round: half of them go on, with twice the tokens."""
+        settings = self.recipe.correct
+        left, tokens, rounds = settings.finalists if self.recipe.corrected else 0, settings.finalist_tokens, []
+        while left > 1:
+            rounds.append((left, tokens))
+            left, tokens = left // 2, 2 * tokens
+        return rounds
+
+    @property
+    def finalist_tokens(self) -> int:
+        """GKD tokens of all finalists together."""
+        return sum(count * tokens for count, tokens in self.finalists)
 
     @property
     def operations(self) -> dict[str, float]:
@@ -118,22 +156,23 @@ class Work:
             "calibrate": (self.forward + sum(map(self.moments, layers))) * recipe.calibration.tokens,
             "library": (self.forward + 6.0 * sum(self.students)) * recipe.library.tokens,
             "score": sum(map(self.scoring, layers)),
+            "correct": self.comparing + training * self.finalist_tokens,
             "refine": training * recipe.refine.tokens * self.children,
             "distil": training * recipe.distil.tokens * self.children,
             "evaluate": 2 * self.forward * recipe.evaluate.tokens * (self.children + 2),
         }
 
     def disk_bytes(self, in_training: Sequence[int]) -> int:
-        """Statistics, library with the training state of the layers in flight, and the children: as they are put
-        together, refined, and after GKD with the best weights and the training state; the parent's outputs if cached.
+        """Statistics, library with the training state of the layers in flight, and the children and finalists: as they
+        are put together, refined, and after GKD with the best weights and the training state; the parent's outputs if
+        cached.
 
         Args:
             in_training: layers in flight at a time.
         """
         recipe = self.recipe
-        kept = KEPT_PER_PARAMETER * (
-            self.variants + self.children * self.num_params * (4 if recipe.refine.tokens else 3)
-        )
+        models = self.children * (4 if recipe.refine.tokens else 3) + 3 * sum(count for count, _ in self.finalists)
+        kept = KEPT_PER_PARAMETER * (self.variants + models * self.num_params)
         states = STATE_PER_PARAMETER * (sum(self.students[layer] for layer in in_training) + self.num_params)
         moments = sum(self.moment_bytes(layer) for layer in range(len(self.space.layers)))
         cached = 8 * recipe.distil.tokens * (recipe.distil.teacher_cache or 0)  # a token and its log-probability
