@@ -33,7 +33,10 @@ def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_
     width = max(least, float(ranked[min(program.num_layers * 9 // 8, len(ranked) - 1)]))
     best, labels = Enumeration(complete=False, positions=None, value=np.inf), iter(_LABELS)
     most = next(labels)
-    while not program.links and relaxation.bound > -np.inf and width <= ranked[-1] and time.monotonic() < end:
+    # Of what is within the gap one solution is as good as another, so that nothing is to be enumerated.
+    coarse = width <= gap * abs(relaxation.bound)
+    able = not (program.links or coarse) and relaxation.bound > -np.inf
+    while able and width <= ranked[-1] and time.monotonic() < end:
         found = enumerate_near(program, relaxation, width, most)
         best = found if found.value < best.value else best
         if found.complete and best.positions is not None:
