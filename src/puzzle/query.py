@@ -17,6 +17,7 @@ from puzzle.runs import write_text
 from puzzle.search import (
     QUANTITIES,
     Evaluator,
+    Further,
     frontier,
     parent_totals,
     pool,
@@ -35,6 +36,8 @@ class Tables:
     costs: CostTable
     target: TargetSettings
     settings: SearchSettings
+    further: Further = ()
+    """Scenarios that the same architecture must serve too, with their own targets."""
     influence: Callable[[], Sequence[float]] | None = None
     """Reads the block influence of each layer, for the baseline `depth`."""
     evaluate: Evaluator | None = None
@@ -43,8 +46,9 @@ class Tables:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Those of a table file, which is taken at its word: no margin."""
-        scores, costs = read_table(path)
-        return cls(scores=scores, costs=costs, target=TargetSettings(), settings=SearchSettings(margin=0))
+        scores, costs, further = read_table(path)
+        settings = SearchSettings(margin=0)
+        return cls(scores=scores, costs=costs, target=TargetSettings(), settings=settings, further=further)
 
     @cached_property
     def parent(self) -> list[str]:
@@ -54,7 +58,11 @@ class Tables:
     @cached_property
     def known(self) -> dict[str, str]:
         """The quantities of which the table has costs, by their setting in `target`."""
-        totals = parent_totals(self.scores, self.costs)
+        return self.known_of(self.costs)
+
+    def known_of(self, costs: CostTable) -> dict[str, str]:
+        """The same in one of the scenarios."""
+        totals = parent_totals(self.scores, costs)
         return {quantity.setting: name for name, quantity in QUANTITIES.items() if totals.get(name)}
 
 
@@ -63,7 +71,7 @@ class Question:
     """What to find; without `frontier`, `pool` and `baseline` the best architecture."""
 
     target: Sequence[str] = field(default_factory=list)
-    """Other bounds, as `throughput=2x`."""
+    """Other bounds in the main scenario, as `throughput=2x`."""
     search: Sequence[str] = field(default_factory=list)
     """Other settings of the recipe's `search`, as `score=cosine`."""
     frontier: int | None = None
@@ -107,11 +115,12 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
         if getattr(question, flag) is not None and question.frontier is None:
             raise PuzzleError(f"--{flag}: it belongs to a frontier; give --frontier N too")
     if question.table is not None:
-        yield from _write(question.table, to_table_file(tables.scores, tables.costs, settings.score))
+        yield from _write(question.table, to_table_file(tables.scores, tables.costs, settings.score, tables.further))
     if question.frontier is not None:
         yield from _answer_frontier(tables, target, settings, question, question.frontier)
     elif question.pool is not None:
-        solutions = pool(tables.scores, tables.costs, target, settings, question.pool, question.differing)
+        count, differing, further = question.pool, question.differing, tables.further
+        solutions = pool(tables.scores, tables.costs, target, settings, count, differing, further=further)
         yield from _list(tables, solutions, _over(tables, None), question.out)
     elif question.table is None or question.target or question.baseline or question.out:
         solution = _solve(tables, target, settings, question)
@@ -123,7 +132,7 @@ def _answer_frontier(
     tables: Tables, target: TargetSettings, settings: SearchSettings, question: Question, points: int
 ) -> Iterator[RenderableType]:
     quantity = _over(tables, question.over)
-    solutions = frontier(tables.scores, tables.costs, target, settings, quantity, points)
+    solutions = frontier(tables.scores, tables.costs, target, settings, quantity, points, further=tables.further)
     yield from _list(tables, solutions, quantity, question.out)
     if question.figure is not None:
         yield from _write(question.figure, frontier_figure(solutions, {}, quantity).to_html())
@@ -136,7 +145,7 @@ def _list(tables: Tables, solutions: Sequence[Solution], quantity: str, out: Pat
 
 def _solve(tables: Tables, target: TargetSettings, settings: SearchSettings, question: Question) -> Solution:
     if question.baseline is None:
-        return solve(tables.scores, tables.costs, target, settings)
+        return solve(tables.scores, tables.costs, target, settings, further=tables.further)
     return solve_baseline(
         question.baseline,
         tables.scores,
@@ -146,6 +155,7 @@ def _solve(tables: Tables, target: TargetSettings, settings: SearchSettings, que
         seed=question.seed,
         evaluate=tables.evaluate,
         influence=tables.influence() if tables.influence else None,
+        further=tables.further,
     )
 
 
@@ -157,11 +167,19 @@ def _changed(section: SectionT, assignments: Sequence[str], flag: str) -> Sectio
 
 def _check_known(tables: Tables, target: TargetSettings, settings: SearchSettings) -> None:
     """A bound on what has no costs would be met by everything."""
-    places = {setting: f"target.{setting}" for setting in target.model_dump(exclude_none=True)}
-    for setting, place in ({settings.objective: "search.objective"} | places).items():
-        if setting != "score" and setting not in tables.known:
-            known = ", ".join(tables.known)
-            raise PuzzleError(f"{place}: all of the table's costs for {setting} are 0; it has others for {known}")
+    asked = [("target", tables.costs, target)]
+    asked += [(f"scenarios[{at}].target", costs, its) for at, (costs, its) in enumerate(tables.further)]
+    places: list[tuple[str, CostTable, str]] = [("search.objective", tables.costs, settings.objective)]
+    places += [
+        (f"{where}.{setting}", costs, setting)
+        for where, costs, its in asked
+        for setting in its.model_dump(exclude_none=True)
+    ]
+    for place, costs, setting in places:
+        known = tables.known_of(costs)
+        if setting != "score" and setting not in known:
+            others = ", ".join(known)
+            raise PuzzleError(f"{place}: all of the table's costs for {setting} are 0; it has others for {others}")
 
 
 def _over(tables: Tables, setting: str | None) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +105,66 @@ def test_max_parameters_has_the_most(problem: tuple[ScoreTable, CostTable, Targe
     found = solve_baseline("max-parameters", *problem, EXACT)
     params = [costs.totals(blocks, costs.batch_sizes[0]).cost.params for blocks in feasible(scores, costs, found)]
     assert found.predicted["params"] == max(params)
+
+
+@st.composite
+def served(draw: st.DrawFn) -> tuple[ScoreTable, CostTable, TargetSettings, list[tuple[CostTable, TargetSettings]]]:
+    """The same blocks in one or two further scenarios: other times, batch sizes, and bounds that some have there."""
+    scores, costs, target = draw(problems())
+    further = []
+    for _ in range(draw(st.integers(1, 2))):
+        sizes, factor = draw(st.sampled_from([[2], [2, 8]])), draw(st.integers(1, 4))
+        rows = [
+            replace(row, batch_size=size, decode_ms=row.prefill_ms * factor, prefill_ms=row.decode_ms + row.params / 8)
+            for size in sizes
+            for row in costs.rows
+            if row.batch_size == costs.batch_sizes[0]
+        ]
+        there = cost_table(rows, sizes, generated_tokens=3)
+        reached = there.totals([draw(st.sampled_from(BLOCKS)) for _ in range(scores.num_layers)], 2)
+        asked = {"memory": f"{reached.memory_bytes}B", "time_to_first_token": f"{reached.cost.prefill_ms}ms"}
+        kept = draw(st.sampled_from([["memory"], ["time_to_first_token"], [*asked]]))
+        further.append((there, TargetSettings.model_validate({name: asked[name] for name in kept})))
+    return scores, costs, target, further
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@given(problem=served(), seed=st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_within_the_bounds_of_every_scenario(name: str, problem: Any, seed: int) -> None:
+    *tables, further = problem
+    try:
+        best = solve(*tables, EXACT, further=further)
+    except PuzzleError:
+        with pytest.raises(PuzzleError):
+            solve_baseline(name, *tables, EXACT, seed=seed, evaluations=20, further=further)
+        return
+    try:
+        found = solve_baseline(name, *tables, EXACT, seed=seed, evaluations=20, further=further)
+    except PuzzleError:
+        assert name in MAY_FAIL
+        return
+    scores, costs, _ = tables
+    assert within(costs.totals(found.blocks, found.batch_size), found.bounds)
+    for (there, _), serving, its in zip(further, found.further, best.further, strict=True):
+        totals = there.totals(found.blocks, serving.batch_size)
+        assert serving.predicted == totals.as_dict()
+        assert within(totals, serving.bounds)
+        assert (serving.asked, serving.bounds, serving.parent) == (its.asked, its.bounds, its.parent)
+    assert best.score - 1e-9 <= found.score == scores.total(found.blocks)
+
+
+def test_a_further_scenario_decides() -> None:
+    """There prefills are bounded, which the main scenario says nothing of: no more than half of the layers stay."""
+    scores, costs = _ladder([(0, 1, 2), (0, 1, 3)])
+    there = replace(costs, rows=tuple(replace(row, prefill_ms=row.decode_ms, decode_ms=1.0) for row in costs.rows))
+    further = [(there, TargetSettings.model_validate({"time_to_first_token": "4ms"}))]
+    for name in BASELINES:
+        free = solve_baseline(name, scores, costs, _bound(8), EXACT)
+        found = solve_baseline(name, scores, costs, _bound(8), EXACT, further=further)
+        assert there.totals(found.blocks, 1).cost.prefill_ms <= 4
+        assert name == "random" or there.totals(free.blocks, 1).cost.prefill_ms == 8
+        assert [str(serving.asked.prefill_ms) for serving in found.further] == ["4.0"]
 
 
 def _all_alike(blocks: Sequence[str]) -> bool:

@@ -22,7 +22,8 @@ EXACT = SearchSettings(gap=0, margin=0)
 def read(folder: Path, table: dict[str, Any]) -> tuple[ScoreTable, CostTable]:
     path = folder / "table.json"
     path.write_text(json.dumps(table))
-    return read_table(path)
+    scores, costs, _ = read_table(path)
+    return scores, costs
 
 
 @given(tables())
@@ -31,7 +32,8 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     scores, costs = pair
     path = tmp_path_factory.mktemp("table") / "table.json"
     path.write_text(to_table_file(scores, costs))
-    read_scores, read_costs = read_table(path)
+    read_scores, read_costs, further = read_table(path)
+    assert further == []
     assert everything(read_scores, read_costs) == everything(scores, costs)
     assert parent_totals(read_scores, read_costs) == parent_totals(scores, costs)
     assert read_costs.scenario == costs.scenario
@@ -56,6 +58,39 @@ def test_a_score_and_one_cost_are_enough(tmp_path: Path) -> None:
     assert solution.blocks == ("full", "half")
     assert solution.score == pytest.approx(0.02)  # against the parent's 1.70
     assert solution.predicted["throughput_tok_s"] == 0
+
+
+def test_further_scenarios_share_what_is_said_for_all(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(EXAMPLES[2])
+    scores, costs, ((there, target),) = read_table(tmp_path / "table.json")
+    assert (costs.batch_sizes, there.batch_sizes, there.scenario.prompt_tokens) == ((8,), (1, 2), 32768)
+    solution = solve(
+        scores, costs, TargetSettings.model_validate({"throughput": "1x"}), EXACT, further=[(there, target)]
+    )
+    assert (solution.blocks, solution.score) == (("full", "few"), 0.04)
+    (serving,) = solution.further
+    assert (serving.batch_size, serving.predicted["memory_bytes"]) == (1, 450_000)
+    (tmp_path / "again.json").write_text(to_table_file(scores, costs, further=[(there, target)]))
+    again_scores, again_costs, ((again, its),) = read_table(tmp_path / "again.json")
+    assert everything(again_scores, again_costs) == everything(scores, costs)
+    assert everything(again_scores, again) == everything(scores, there)
+    assert (again.scenario, its) == (there.scenario, target)
+
+
+@pytest.mark.parametrize(
+    ("place", "changed", "expected"),
+    [
+        (4, {"scenario": 2}, "rows[4].scenario: found 2; the file has scenarios 0 to 1"),
+        (5, {"block": "other"}, "layer 0 block full has no costs at batch size 1 of scenario 1, and it has no halves"),
+        (4, {"batch_size": 2}, "rows[4].batch_size: found 2; scenario.batch_sizes has 8"),
+        (4, {"scenario": None}, "rows[5]: the costs at batch size 1 stand in rows[4] already"),
+    ],
+)
+def test_a_wrong_scenario_is_named(tmp_path: Path, place: int, changed: dict[str, Any], expected: str) -> None:
+    table = json.loads(EXAMPLES[2])
+    table["rows"][place].update(changed)
+    with pytest.raises(PuzzleError, match=re.escape(expected)):
+        read(tmp_path, table)
 
 
 def test_rows_may_lie_in_a_parquet_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from puzzle.artefacts import Solution
+from puzzle.artefacts import Bounds, Solution
 from puzzle.report import numbers
 from puzzle.report.table import METRICS, final_table
 from puzzle.search import QUANTITIES
@@ -71,17 +71,27 @@ def _row(totals: Mapping[str, float]) -> dict[str, float]:
 
 def _verdict(solution: Solution) -> str:
     """Score, proof, bounds and notes, a line each."""
-    bounds = [
-        f"{quantity.setting.replace('_', ' ')} {'at least' if quantity.at_least else 'at most'} {_written(name, bound)}"
-        for name, bound in solution.asked.given().items()
-        for quantity in [QUANTITIES[name]]
-    ]
-    bounds += [] if solution.asked.score is None else [f"score at most {numbers.plain(solution.asked.score)}"]
     proof = solution.proof
     proven = f"{proof.status} within {proof.gap:.1e} ({proof.solver}, {proof.seconds:.2g} s)" if proof else "none"
     score = f"{numbers.plain(solution.score)} at batch size {solution.batch_size}"
-    lines = [f"summed score: {score}", f"proof: {proven}", f"asked: {', '.join(bounds)}"]
+    lines = [f"summed score: {score}", f"proof: {proven}", f"asked: {_asked(solution.asked)}"]
+    for serving in solution.further:
+        reached = [f"{_setting(name)} {_written(name, serving.predicted[name])}" for name in serving.asked.given()]
+        where = f"in {serving.scenario}, at batch size {serving.batch_size}"
+        lines.append(f"asked {where}: {_asked(serving.asked)}; predicted: {', '.join(reached)}")
     return "\n".join([*lines, *(f"note: {note}" for note in solution.notes)])
+
+
+def _asked(bounds: Bounds) -> str:
+    asked = [
+        f"{_setting(name)} {'at least' if QUANTITIES[name].at_least else 'at most'} {_written(name, bound)}"
+        for name, bound in bounds.given().items()
+    ]
+    return ", ".join([*asked, *([] if bounds.score is None else [f"score at most {numbers.plain(bounds.score)}"])])
+
+
+def _setting(name: str) -> str:
+    return QUANTITIES[name].setting.replace("_", " ")
 
 
 def _written(name: str, value: float) -> str:

@@ -59,10 +59,13 @@ class Quantity:
         """The best of the values of several models; None of none."""
         return max(values, default=None) if self.at_least else min(values, default=None)
 
+    def load(self, totals: Totals, bound: float) -> float:
+        """What share of its limit the sum takes."""
+        return self.additive(totals) / self.convert(bound, totals.batch_size, totals.generated_tokens)
+
     def excess(self, totals: Totals, bound: float) -> float:
         """By what share of its limit the sum is above it; 0 if `totals` meets `bound`."""
-        limit = self.convert(bound, totals.batch_size, totals.generated_tokens)
-        share = max(0.0, (self.additive(totals) - limit) / limit)
+        share = max(0.0, self.load(totals, bound) - 1)
         return share if self.whole or share > TIME_TOLERANCE else 0.0
 
 

@@ -84,6 +84,15 @@ def further_bounds(scores: ScoreTable, further: Further, settings: SearchSetting
     return [(costs, resolve_bounds(target, parent_totals(scores, costs), settings.margin)) for costs, target in further]
 
 
+def with_asked(solution: Solution, targets: Sequence[TargetSettings]) -> Solution:
+    """The solution with what was asked, of it and in further scenarios, beside the bounds that have a margin."""
+    served = tuple(
+        replace(serving, asked=resolve_bounds(target, serving.parent))
+        for serving, target in zip(solution.further, targets[1:], strict=True)
+    )
+    return replace(solution, asked=resolve_bounds(targets[0], solution.parent), further=served)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Question:
     """What is searched, and for what."""
@@ -127,13 +136,7 @@ class _Question:
         solution = best_architecture(
             self.instance, self.bounds, settings, self.objective, others=others, differing=differing
         )
-        if solution is None:
-            return None
-        served = tuple(
-            replace(serving, asked=resolve_bounds(target, serving.parent))
-            for serving, target in zip(solution.further, self.targets[1:], strict=True)
-        )
-        return replace(solution, asked=resolve_bounds(self.targets[0], self.instance.parent), further=served)
+        return None if solution is None else with_asked(solution, self.targets)
 
 
 def _check_asked(target: TargetSettings, settings: SearchSettings) -> None:

@@ -11,7 +11,8 @@ from pydantic import Field
 from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreName, ScoreRow, ScoreTable
 from puzzle.artefacts.costs import Part, dump_rows
 from puzzle.errors import PuzzleError
-from puzzle.recipe import PositiveInt, Section, Text, validate
+from puzzle.recipe import PositiveInt, Section, TargetSettings, Text, validate
+from puzzle.search.solve import Further
 
 FORMAT = "puzzle-table-1"
 _COSTS = ("params", "weight_bytes", "kv_bytes_per_sequence", "prefill_ms", "decode_ms")
@@ -34,9 +35,16 @@ class _Scenario(Section):
     """Batch sizes the search may choose from."""
 
 
+class _Further(_Scenario):
+    target: TargetSettings
+    """What the same architecture must reach there."""
+
+
 class _Costs(Section):
     """A cost that is left out in every row is unknown and counts nothing."""
 
+    scenario: _Natural | None = None
+    """0 is the main one, others are counted on from 1; without it the row holds for every scenario."""
     batch_size: PositiveInt | None = None
     """Without it the row holds for every batch size."""
     params: _Natural | None = None
@@ -79,6 +87,8 @@ class _Row(_Costs):
 class _Head(Section):
     format: Literal["puzzle-table-1"]
     scenario: _Scenario
+    scenarios: list[_Further] = []
+    """Further ones."""
     parent: Text | Annotated[list[Text], Field(min_length=1)]
     """The parent's own block: one name for every layer, or a list with one a layer."""
     fixed: list[_Costs] = []
@@ -87,8 +97,8 @@ class _Head(Section):
     """The rows, or the name of a parquet file beside this one that holds them."""
 
 
-def read_table(path: Path) -> tuple[ScoreTable, CostTable]:
-    """The score and the cost table in a file.
+def read_table(path: Path) -> tuple[ScoreTable, CostTable, Further]:
+    """The score and the cost table in a file, and cost tables and targets of further scenarios.
 
     Raises:
         PuzzleError: it does not hold; names the row, counted from 0, and the column.
@@ -102,20 +112,30 @@ def read_table(path: Path) -> tuple[ScoreTable, CostTable]:
     return _Reader(str(path), head, {where: validate(_Row, values, where) for where, values in rows.items()}).tables()
 
 
-def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> str:
+def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl", further: Further = ()) -> str:
     """The tables as the text of such a file: a row for each block's score, and for each half's costs, one a line."""
     scores = scores.having(score)
+    tables = [costs, *(other for other, _ in further)]
+    main, *others = [asdict(table.scenario) | {"batch_sizes": list(table.batch_sizes)} for table in tables]
+    targets = [{"target": target.model_dump(mode="json", exclude_none=True)} for _, target in further]
+    # A file of one scenario need not say which.
+    named = [(row, {"scenario": place} if further else {}) for place, table in enumerate(tables) for row in table.rows]
     head = {
         "format": FORMAT,
-        "scenario": asdict(costs.scenario) | {"batch_sizes": list(costs.batch_sizes)},
+        "scenario": main,
+        **({"scenarios": [other | target for other, target in zip(others, targets, strict=True)]} if further else {}),
         "parent": [scores.parent_row(layer).block for layer in range(scores.num_layers)],
-        "fixed": [_costs_of(row) for row in costs.rows if row.part == "fixed"],
+        "fixed": [where | _costs_of(row) for row, where in named if row.part == "fixed"],
     }
     blocks = [
         {"layer": row.layer, "block": row.block, "score": scores.value(row.layer, row.block, score)}
         for row in scores.rows
     ]
-    parts = [{"layer": row.layer, row.part: row.variant} | _costs_of(row) for row in costs.rows if row.part != "fixed"]
+    parts = [
+        {"layer": row.layer, row.part: row.variant} | where | _costs_of(row)
+        for row, where in named
+        if row.part != "fixed"
+    ]
     return dump_rows(head, [*blocks, *parts])
 
 
@@ -137,11 +157,11 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 class _Reader:
-    """From validated rows to the two tables."""
+    """From validated rows to the tables."""
 
     def __init__(self, path: str, head: _Head, rows: Mapping[str, _Row]) -> None:
         self.path, self.head, self.rows = path, head, rows
-        self.batch_sizes = tuple(dict.fromkeys(head.scenario.batch_sizes))
+        self.scenarios: list[_Scenario] = [head.scenario, *head.scenarios]
         if not rows:
             raise PuzzleError(f"{path}: rows is empty; give at least one block a layer")
         deepest = max(row.layer for row in rows.values())
@@ -151,20 +171,25 @@ class _Reader:
                 f"{path}: rows have a layer {deepest}, parent has {len(self.parent)} blocks; give one each"
             )
 
-    def tables(self) -> tuple[ScoreTable, CostTable]:
+    def tables(self) -> tuple[ScoreTable, CostTable, Further]:
         for where, row in self.rows.items():
             self._check(where, row)
         for part in _PARTS:
             _check_columns({where: row for where, row in self.rows.items() if row.part == part and row.given})
-        costs = CostTable(
-            scenario=Scenario(**self.head.scenario.model_dump(exclude={"batch_sizes"})),
-            batch_sizes=self.batch_sizes,
-            rows=(*self._fixed(), *self._parts()),
+        scores, (costs, *others) = self._scores(), [self._costs(place) for place in range(len(self.scenarios))]
+        for place, table in enumerate((costs, *others)):
+            for scored in scores.rows:
+                self._check_priced(place, table, scored.layer, scored.block)
+        return scores, costs, [(other, its.target) for other, its in zip(others, self.head.scenarios, strict=True)]
+
+    def _costs(self, place: int) -> CostTable:
+        """Of the scenario in that place."""
+        scenario = self.scenarios[place]
+        return CostTable(
+            scenario=Scenario(**scenario.model_dump(exclude={"batch_sizes", "target"})),
+            batch_sizes=tuple(dict.fromkeys(scenario.batch_sizes)),
+            rows=(*self._fixed(place), *self._parts(place)),
         )
-        scores = self._scores()
-        for scored in scores.rows:
-            self._check_priced(costs, scored.layer, scored.block)
-        return scores, costs
 
     def _check(self, where: str, row: _Row) -> None:
         if len(row.parts) != 1:
@@ -176,35 +201,50 @@ class _Reader:
             )
         if row.part == "block" and row.score is None and not row.given:
             raise PuzzleError(f"{where}.score is missing, and {row.name} has no costs here either; give one of them")
-        self._check_batch_size(where, row)
+        self._check_place(where, row)
 
-    def _check_batch_size(self, where: str, row: _Costs) -> None:
-        if row.batch_size is not None and row.batch_size not in self.batch_sizes:
-            allowed = ", ".join(map(str, self.batch_sizes))
+    def _check_place(self, where: str, row: _Costs) -> None:
+        """That its scenario is one of the file's, and its batch size one of that scenario's."""
+        if row.scenario is not None and row.scenario >= len(self.scenarios):
+            last = len(self.scenarios) - 1
+            raise PuzzleError(f"{where}.scenario: found {row.scenario}; the file has scenarios 0 to {last}")
+        meant = self.scenarios if row.scenario is None else [self.scenarios[row.scenario]]
+        sizes = dict.fromkeys(size for scenario in meant for size in scenario.batch_sizes)
+        if row.batch_size is not None and row.batch_size not in sizes:
+            allowed = ", ".join(map(str, sizes))
             raise PuzzleError(f"{where}.batch_size: found {row.batch_size}; scenario.batch_sizes has {allowed}")
 
-    def _fixed(self) -> list[CostRow]:
+    def _fixed(self, place: int) -> list[CostRow]:
         head = self.head.fixed or [_Costs()]  # nothing is fixed, at any batch size
-        rows = {f"{self.path}: fixed[{place}]": row for place, row in enumerate(head)}
+        rows = {f"{self.path}: fixed[{number}]": row for number, row in enumerate(head)}
         _check_columns(rows)
         for where, row in rows.items():
-            self._check_batch_size(where, row)
-        found = _unique((where, cost) for where, row in rows.items() for cost in self._expand(-1, "fixed", "", row))
-        if absent := set(self.batch_sizes) - {row.batch_size for row in found}:
-            raise PuzzleError(f"{self.path}: fixed has no row for batch size {min(absent)}; give one, or none at all")
+            self._check_place(where, row)
+        found = _unique(
+            (where, cost) for where, row in rows.items() for cost in self._expand(place, -1, "fixed", "", row)
+        )
+        if absent := set(self.scenarios[place].batch_sizes) - {row.batch_size for row in found}:
+            lacking = f"batch size {min(absent)}{self._of(place)}"
+            raise PuzzleError(f"{self.path}: fixed has no row for {lacking}; give one, or none at all")
         return found
 
-    def _parts(self) -> list[CostRow]:
+    def _parts(self, place: int) -> list[CostRow]:
         priced = {where: row for where, row in self.rows.items() if row.given}
         return _unique(
-            (where, cost) for where, row in priced.items() for cost in self._expand(row.layer, row.part, row.name, row)
+            (where, cost)
+            for where, row in priced.items()
+            for cost in self._expand(place, row.layer, row.part, row.name, row)
         )
 
-    def _expand(self, layer: int, part: Part, name: str, row: _Costs) -> Iterator[CostRow]:
-        """The row at each batch size that it holds for."""
+    def _expand(self, place: int, layer: int, part: Part, name: str, row: _Costs) -> Iterator[CostRow]:
+        """The row at each batch size of a scenario that it holds for."""
         values = {column: getattr(row, column) or 0 for column in _COSTS}
-        for batch_size in self.batch_sizes if row.batch_size is None else (row.batch_size,):
-            yield CostRow(layer=layer, part=part, variant=name, batch_size=batch_size, **values)
+        for batch_size in dict.fromkeys(self.scenarios[place].batch_sizes):
+            if row.scenario in (None, place) and row.batch_size in (None, batch_size):
+                yield CostRow(layer=layer, part=part, variant=name, batch_size=batch_size, **values)
+
+    def _of(self, place: int) -> str:
+        return f" of scenario {place}" if len(self.scenarios) > 1 else ""
 
     def _scores(self) -> ScoreTable:
         """One score a block, in the order of the rows, the parent's own block first and 0."""
@@ -222,16 +262,16 @@ class _Reader:
             rows += [_score_row(layer, block, found[layer, block] - own) for block in blocks]
         return ScoreTable(num_layers=len(self.parent), sequences=0, sequence_length=0, rows=tuple(rows))
 
-    def _check_priced(self, costs: CostTable, layer: int, block: str) -> None:
-        for batch_size in self.batch_sizes:
+    def _check_priced(self, place: int, costs: CostTable, layer: int, block: str) -> None:
+        for batch_size in costs.batch_sizes:
             try:
                 costs.block(layer, block, batch_size)
             except KeyError as error:
                 _, part, name, _ = error.args[0]
                 lacking = f"its {part} {name!r} has none" if "+" in block else "it has no halves"
                 raise PuzzleError(
-                    f"{self.path}: layer {layer} block {block} has no costs at batch size {batch_size}, and {lacking}; "
-                    "give a row of them"
+                    f"{self.path}: layer {layer} block {block} has no costs at batch size "
+                    f"{batch_size}{self._of(place)}, and {lacking}; give a row of them"
                 ) from None
 
 

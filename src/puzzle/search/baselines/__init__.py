@@ -1,7 +1,6 @@
 """What one does without the search: baselines on the same library, costs and bounds, each one small file."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
@@ -16,6 +15,7 @@ from puzzle.search.baselines.random import random
 from puzzle.search.baselines.uniform import uniform
 from puzzle.search.bounds import resolve_bounds
 from puzzle.search.exact import Instance
+from puzzle.search.solve import Further, further_bounds, with_asked
 
 BASELINES: dict[str, Baseline] = {
     "random": random,
@@ -39,6 +39,7 @@ def solve_baseline(
     evaluate: Evaluator | None = None,
     evaluations: int = 256,
     influence: Sequence[float] | None = None,
+    further: Further = (),
 ) -> Solution:
     """The architecture that baseline `name` finds within the target's bounds, checked against the raw tables, unproven.
 
@@ -47,15 +48,17 @@ def solve_baseline(
         evaluate: what `evolutionary` minimises, such as the true KL; without it the summed score.
         evaluations: how many architectures `evolutionary` may evaluate.
         influence: of each layer, the order in which `depth` drops them; without it the score of an empty layer.
+        further: other scenarios that the same architecture must serve, as in `solve`.
 
     Raises:
         PuzzleError: there is no such baseline, or it finds nothing within the bounds; the search itself still may.
     """
     if name not in BASELINES:
         raise PuzzleError(f"baseline {name!r} is unknown; use one of {', '.join(BASELINES)}")
-    instance = Instance.of(scores, costs, settings.score, constraints=settings)
+    others = further_bounds(scores, further, settings)
+    instance = Instance.of(scores, costs, settings.score, constraints=settings, further=others)
     bounds = resolve_bounds(target, instance.parent, settings.margin)
-    if not bounds.given():
+    if not any(its.given() for its in (bounds, *(part.bounds for part in instance.further))):
         raise PuzzleError("target: no cost is bounded; a baseline needs that, for example `throughput: 2x`")
     problem = Problem(
         instance=instance,
@@ -69,7 +72,8 @@ def solve_baseline(
     found = BASELINES[name](problem)
     if found is None:
         raise PuzzleError(f"baseline {name}: it finds nothing within the target; loosen the target or take another")
-    return replace(found.solution(instance.parent, bounds, None), asked=resolve_bounds(target, instance.parent))
+    solution = found.solution(instance.parent, bounds, None, instance.further)
+    return with_asked(solution, [target, *(its for _, its in further)])
 
 
 __all__ = ["BASELINES", "Baseline", "Evaluator", "Problem", "solve_baseline"]

@@ -1,15 +1,13 @@
 """Evolution by level switches, judged on the whole model (EvoPress, arXiv 2410.14649)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from puzzle.search.baselines.base import Problem
+from puzzle.search.baselines.base import Combination, Problem
 from puzzle.search.baselines.random import random
 from puzzle.search.exact import Candidate
-from puzzle.search.problem import Choices, build_program
 
 _OFFSPRING = 8
 """A generation, of which the best lives on if it beats its parent."""
@@ -23,7 +21,7 @@ _Levels = NDArray[np.int64]
 
 
 def evolutionary(problem: Problem) -> Candidate | None:
-    """The best of `problem.evaluations` architectures, at the batch size of the random one from which they descend.
+    """The best of `problem.evaluations` architectures, at the batch sizes of the random one from which they descend.
 
     A mutation makes a few layers richer and others poorer, by any number of levels, until the bounds are met again.
     The levels of a layer are those of its blocks that no other one dominates in score and bounded costs.
@@ -31,9 +29,9 @@ def evolutionary(problem: Problem) -> Candidate | None:
     drawn = random(problem)
     if drawn is None:
         return None
-    batch_size = drawn.totals.batch_size
-    (choices,) = (each for each in problem.instance.choices if each.batch_size == batch_size)
-    mutations = _Mutations(problem, choices, np.random.default_rng(problem.seed))
+    sizes = [totals.batch_size for totals in (drawn.totals, *drawn.further)]
+    (combination,) = (each for each in problem.combinations() if [choices.batch_size for choices in each] == sizes)
+    batch_size, mutations = sizes[0], _Mutations(problem, combination, np.random.default_rng(problem.seed))
     levels = mutations.levels_of(drawn.blocks)
     best = problem.candidate(mutations.blocks(levels), batch_size)
     assert best is not None, "what dominates a block within the bounds is within them too"
@@ -61,15 +59,13 @@ def evolutionary(problem: Problem) -> Candidate | None:
 class _Mutations:
     """The levels of every layer, and random steps between them."""
 
-    def __init__(self, problem: Problem, choices: Choices, random: np.random.Generator) -> None:
-        bounds = replace(problem.bounds, score=None)
+    def __init__(self, problem: Problem, combination: Combination, random: np.random.Generator) -> None:
+        choices, rows = combination[0], problem.rows(combination)
         apart = None if problem.settings.kinds is None else np.arange(len(choices.blocks))  # the worse may save a kind
-        program = build_program(choices, choices.scores, bounds, apart=apart)
+        program = problem.program(combination, apart=apart)
         self.random, self.choices = random, choices
-        self.costs = np.stack([choices.costs[name] for name in bounds.given()], axis=1)
-        self.terms = np.zeros_like(self.costs)
-        self.terms[program.entries] = np.stack([row.terms for row in program.rows], axis=1)
-        self.limits = np.array([row.limit for row in program.rows])
+        self.terms = np.stack([row.terms for row in rows], axis=1)
+        self.limits = np.array([row.limit for row in rows])
         layers = [program.entries[program.layers == layer] for layer in range(choices.num_layers)]
         self.entries = [entries[np.argsort(self.terms[entries].sum(axis=1), kind="stable")] for entries in layers]
         """By layer, from the cheapest by the shares of the bounds that it takes."""
@@ -81,7 +77,7 @@ class _Mutations:
         """Each block's level, or where it has none that of the best block that dominates it."""
         levels = []
         for own, entries in zip(np.flatnonzero(self.choices.overlap(blocks)), self.entries, strict=True):
-            affordable = (self.costs[entries] <= self.costs[own]).all(axis=1)
+            affordable = (self.terms[entries] <= self.terms[own]).all(axis=1)
             scores = np.where(affordable, self.choices.scores[entries], np.inf)
             levels.append(int(np.where(entries == own, -np.inf, scores).argmin()))
         return np.array(levels)

@@ -1,24 +1,22 @@
 """A budget for each layer, spent one after another (paper section F.2.2)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
-from puzzle.search.baselines.base import Problem
+from puzzle.search.baselines.base import Combination, Problem
 from puzzle.search.exact import Candidate
-from puzzle.search.problem import Choices, build_program
 
 
 def greedy(problem: Problem) -> Candidate | None:
-    """Every bound is split equally over the layers; the easiest layer, of lowest mean score, chooses first.
+    """Each bound is split equally over the layers; the easiest layer, of lowest mean score, chooses first.
 
     Each takes the block of lowest score within its budget, and what it leaves over is the next one's. Where nothing
     fits, it takes what overdraws least, and the next ones have less.
     """
 
-    def propose(choices: Choices) -> Iterator[Sequence[str]]:
-        program = build_program(choices, choices.scores, replace(problem.bounds, score=None))
+    def propose(combination: Combination) -> Iterator[Sequence[str]]:
+        choices, program = combination[0], problem.program(combination)
         limits = np.array([row.limit for row in program.rows])
         terms = np.stack([row.terms for row in program.rows], axis=1)
         means = [choices.scores[choices.layers == layer].mean() for layer in range(choices.num_layers)]
