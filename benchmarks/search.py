@@ -1,11 +1,12 @@
-"""How fast the search proves its solutions, beside CBC, on generated instances: benchmarks/search.md.
+"""How fast the search proves its solutions, beside CBC and CP-SAT, on generated instances: benchmarks/search.md.
 
-    pip install pulp
-    python benchmarks/search.py --out search.json               # instances, frontier, pool; half an hour, or
-    python benchmarks/search.py --only 70B-A2 --count 20        # one set
+    pip install pulp ortools
+    python benchmarks/search.py                                              # everything; 70B-DEG takes longest
+    python benchmarks/search.py --only 70B-A2 --count 20 --beside cbc        # one set
 
 Shapes are Llama's; costs an H100 roofline's with noise; scores grow with compression, differ by depth, with noise. CPU
-seconds of one thread; CBC's are its own process's, without what PuLP takes to write the program down.
+seconds of one thread; others' are of their own processes, without what it takes to write the program down. Every
+instance is kept in `results/search.jsonl`.
 """
 
 import argparse
@@ -13,13 +14,15 @@ import itertools
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pulp
 
 from puzzle.artefacts import Bounds, CostRow, CostTable, PairTerm, Scenario, ScoreRow, ScoreTable
 from puzzle.recipe import SearchSettings, TargetSettings
@@ -28,6 +31,7 @@ from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value
 from puzzle.search.problem import Choices, bound_rows
 
+KEPT = Path(__file__).parent / "results" / "search.jsonl"
 MODELS = {"8B": (32, 4096, 14336, 32), "70B": (80, 8192, 28672, 64), "405B": (126, 16384, 53248, 128)}
 """Layers, hidden size, FFN width, attention heads; 8 KV heads of 128."""
 ATTENTION = {"kv8": 8, "kv4": 4, "kv2": 2, "kv1": 1, "linear": None, "none": 0}
@@ -46,8 +50,29 @@ BATCH, PROMPT, GENERATED = 64, 2048, 512
 FLOPS, BANDWIDTH = 0.55 * 989e12, 0.8 * 3.35e12
 SETS = ("8B-A2", "70B-A2", "70B-A4", "70B-DEG", "70B-INF", "405B-A2", "405B-A4")
 BOUNDED = {"A2": ("memory_bytes", "request_ms"), "A4": ("memory_bytes", "request_ms", "params", "prefill_ms")}
-LIMIT_S = 60.0
+LIMIT_S = 20.0
+"""Of CPU time, for each program and solver; for the search itself of elapsed time."""
 SETTINGS = SearchSettings(gap=1e-6, margin=0.0, time_limit_s=LIMIT_S)
+
+
+class Answer(NamedTuple):
+    seconds: float
+    status: str
+    """`optimal`, `infeasible`, `feasible` or `unknown`."""
+    score: float | None
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def proven(self) -> bool:
+        return self.status in ("optimal", "infeasible")
+
+    def differs(self, other: "Answer") -> bool:
+        """Whether two proofs exclude each other."""
+        if not (self.proven and other.proven):
+            return False
+        if self.score is None or other.score is None:
+            return self.score != other.score
+        return abs(self.score - other.score) > 3e-6 * abs(self.score)
 
 
 def half_costs(model: str) -> dict[tuple[str, str], tuple[int, int, float, float]]:
@@ -146,38 +171,81 @@ def make(kind: str, seed: int) -> tuple[Instance, Bounds]:
     return instance, bounds
 
 
-def ours(instance: Instance, bounds: Bounds) -> tuple[float, str, float | None]:
+def ours(instance: Instance, bounds: Bounds) -> Answer:
     start = time.process_time()
     solution = best_architecture(instance, bounds, SETTINGS)
     seconds = time.process_time() - start
     if solution is None:
-        return seconds, "infeasible", None
+        return Answer(seconds, "infeasible", None)
     assert solution.proof is not None
-    return seconds, solution.proof.status, solution.score
+    return Answer(seconds, solution.proof.status, solution.score, solution.blocks)
+
+
+def limited(
+    choices: Choices, bounds: Bounds, others: Sequence[tuple[str, ...]], differing: int
+) -> list[tuple[list[float], float]]:
+    """Terms and upper limit of every row that other solvers are given."""
+    away = [(choices.overlap(blocks).tolist(), float(len(blocks) - differing)) for blocks in others]
+    return [*((row.terms.tolist(), row.limit) for row in bound_rows(choices, bounds)), *away]
 
 
 def cbc(
-    choices: Choices, bounds: Bounds, others: Sequence[tuple[str, ...]] = (), differing: int = 1, gap: float = 1e-6
-) -> tuple[float, str, float | None, tuple[str, ...]]:
+    choices: Choices,
+    bounds: Bounds,
+    others: Sequence[tuple[str, ...]] = (),
+    differing: int = 1,
+    gap: float = SETTINGS.gap,
+) -> Answer:
     """The same by CBC: every choice a binary, nothing left out beforehand."""
+    import pulp
+
     program = pulp.LpProblem("search", pulp.LpMinimize)
     x = [pulp.LpVariable(f"x{place}", cat="Binary") for place in range(len(choices.blocks))]
-    scale = choices.scores.max()
-    program += pulp.lpSum(x[i] * float(choices.scores[i] / scale) for i in range(len(x)))
+    program += pulp.lpDot((choices.scores / choices.scores.max()).tolist(), x)
     for layer in range(choices.num_layers):
         program += pulp.lpSum(x[i] for i in np.flatnonzero(choices.layers == layer)) == 1
-    for row in bound_rows(choices, bounds):
-        program += pulp.lpSum(x[i] * float(row.terms[i]) for i in range(len(x))) <= row.limit
-    for blocks in others:
-        program += pulp.lpSum(x[i] for i in np.flatnonzero(choices.overlap(blocks))) <= len(blocks) - differing
+    for terms, limit in limited(choices, bounds, others, differing):
+        program += pulp.lpDot(terms, x) <= limit
     before = _children_s()
-    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, gapRel=gap, timeLimit=LIMIT_S))
+    program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, gapRel=gap, timeLimit=LIMIT_S, timeMode="cpu"))
     seconds, status = _children_s() - before, pulp.LpStatus[program.status]
     if status != "Optimal":
-        return seconds, "infeasible" if status == "Infeasible" else "unknown", None, ()
-    chosen = np.array([place for place, variable in enumerate(x) if variable.value() > 0.5])
+        return Answer(seconds, "infeasible" if status == "Infeasible" else "unknown", None)
+    chosen = [place for place, variable in enumerate(x) if variable.value() > 0.5]
     done = "optimal" if program.sol_status == pulp.LpSolutionOptimal else "feasible"
-    return seconds, done, float(choices.scores[chosen].sum()), tuple(choices.blocks[i] for i in chosen)
+    return _answer(choices, seconds, done, chosen)
+
+
+def cp_sat(
+    choices: Choices,
+    bounds: Bounds,
+    others: Sequence[tuple[str, ...]] = (),
+    differing: int = 1,
+    gap: float = SETTINGS.gap,
+) -> Answer:
+    """The same by CP-SAT of OR-Tools."""
+    program = {
+        "num_layers": choices.num_layers,
+        "layers": choices.layers.tolist(),
+        "objective": (choices.scores / choices.scores.max()).tolist(),
+        "rows": limited(choices, bounds, others, differing),
+        "gap": gap,
+        "limit_s": LIMIT_S,
+    }
+    command = [sys.executable, str(Path(__file__).parent / "cp_sat.py")]
+    printed = subprocess.run(command, input=json.dumps(program), capture_output=True, text=True, check=True).stdout
+    status, chosen, seconds = json.loads(printed)
+    return _answer(choices, seconds, status.lower(), chosen)
+
+
+def _answer(choices: Choices, seconds: float, status: str, chosen: Sequence[int]) -> Answer:
+    if not chosen:
+        return Answer(seconds, status, None)
+    return Answer(seconds, status, float(choices.scores[chosen].sum()), tuple(choices.blocks[i] for i in chosen))
+
+
+Solver = Callable[..., Answer]
+OTHERS: dict[str, Solver] = {"cbc": cbc, "cp-sat": cp_sat}
 
 
 def _children_s() -> float:
@@ -185,48 +253,45 @@ def _children_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run_set(kind: str, count: int, with_cbc: bool) -> dict[str, object]:
-    found, theirs, disagree = [], [], 0
-    for seed in range(count):
+def run_set(kind: str, seeds: range, beside: Sequence[str]) -> Iterator[dict[str, object]]:
+    """A row an instance, and one of the whole set."""
+    found: dict[str, list[Answer]] = {name: [] for name in ("ours", *beside)}
+    for seed in seeds:
         instance, bounds = make(kind, seed)
-        found.append(ours(instance, bounds))
-        if with_cbc:
-            theirs.append(cbc(instance.choices[0], bounds)[:3])
-            (_, done, score), (_, other_done, other) = found[-1], theirs[-1]
-            if {done, other_done} <= {"optimal", "infeasible"}:
-                same = score == other if None in (score, other) else abs(score - other) <= 3e-6 * abs(score)
-                disagree += not same
-        print(kind, seed, found[-1], theirs[-1:] or "", flush=True)
-    result: dict[str, object] = {"set": kind, "instances": count, "ours": _summary(found)}
-    if with_cbc:
-        result |= {"cbc": _summary(theirs), "disagree": disagree}
-        result["times"] = statistics.median(s for s, *_ in theirs) / statistics.median(s for s, *_ in found)
-    return result
+        found["ours"].append(ours(instance, bounds))
+        for name in beside:
+            found[name].append(OTHERS[name](instance.choices[0], bounds))
+        last = {name: answers[-1] for name, answers in found.items()}
+        differ = [name for name in beside if last["ours"].differs(last[name])]
+        yield {"set": kind, "seed": seed, **{name: each[:3] for name, each in last.items()}, "differ": differ}
+    yield {"set": kind, "instances": len(seeds)} | {name: _summary(answers) for name, answers in found.items()}
 
 
-def _summary(runs: list[tuple[float, str, float | None]]) -> dict[str, float]:
-    seconds = [each for each, *_ in runs]
-    proven = sum(status in ("optimal", "infeasible") for _, status, _ in runs)
+def _summary(answers: Sequence[Answer]) -> dict[str, float]:
+    seconds = [answer.seconds for answer in answers]
+    proven = sum(answer.proven for answer in answers)
     return {"median": statistics.median(seconds), "worst": max(seconds), "proven": proven}
 
 
-def run_frontier(points: int, with_cbc: bool) -> dict[str, object]:
-    """70B with a bound on memory; CBC solves the same programs."""
+def run_frontier(points: int, beside: Sequence[str]) -> Iterator[dict[str, object]]:
+    """70B with a bound on memory; the others solve the same programs."""
     instance, bounds = make("70B-A2", 0)
     target = TargetSettings(memory=f"{bounds.memory_bytes:.0f}B")
     start = time.process_time()
     solutions = frontier(instance.scores, instance.costs, target, SETTINGS, "throughput_tok_s", points)
     result: dict[str, object] = {"frontier": len(solutions), "ours": time.process_time() - start}
-    if with_cbc:
-        theirs = [cbc(instance.choices[0], solution.bounds) for solution in solutions]
-        result["cbc"] = sum(seconds for seconds, *_ in theirs)
-        result["cbc_proven"] = sum(done == "optimal" for _, done, *_ in theirs)
-        pairs = zip(solutions, theirs, strict=True)
-        result["disagree"] = sum(abs(s.score - score) > 3e-6 * s.score for s, (_, _, score, _) in pairs if score)
-    return result
+    for name in beside:
+        answers = [OTHERS[name](instance.choices[0], solution.bounds) for solution in solutions]
+        pairs = zip(solutions, answers, strict=True)
+        result[name] = {
+            "seconds": sum(answer.seconds for answer in answers),
+            "proven": sum(answer.proven for answer in answers),
+            "differ": sum(answer.differs(Answer(0.0, "optimal", solution.score)) for solution, answer in pairs),
+        }
+    yield result
 
 
-def run_pool(differing: int, with_cbc: bool) -> dict[str, object]:
+def run_pool(differing: int, beside: Sequence[str]) -> Iterator[dict[str, object]]:
     """Ten of 70B-A2; each solver goes on from its own solutions."""
     instance, bounds = make("70B-A2", 0)
     target = TargetSettings(memory=f"{bounds.memory_bytes:.0f}B", latency=f"{bounds.request_ms!r}ms")
@@ -235,17 +300,18 @@ def run_pool(differing: int, with_cbc: bool) -> dict[str, object]:
     spread = solutions[-1].score / solutions[0].score - 1
     result: dict[str, object] = {"pool": differing, "ours": time.process_time() - start, "spread": spread}
     result["proven"] = sum(each.proof is not None and each.proof.status == "optimal" for each in solutions)
-    if with_cbc:
-        seconds, found, gap = 0.0, [], SETTINGS.gap
+    for name in beside:
+        found: list[Answer] = []
         for _ in range(10):
-            taken, _, _, blocks = cbc(instance.choices[0], bounds, found, differing, gap)
-            seconds, gap = seconds + taken, 1e-3 if differing > 1 else SETTINGS.gap
-            found.append(blocks)
-        result["cbc"] = seconds
-    return result
+            gap = 1e-3 if differing > 1 and found else SETTINGS.gap
+            others = [answer.blocks for answer in found]
+            found.append(OTHERS[name](instance.choices[0], bounds, others, differing, gap))
+        seconds, proven = sum(answer.seconds for answer in found), sum(answer.proven for answer in found)
+        result[name] = {"seconds": seconds, "proven": proven}
+    yield result
 
 
-def run_demands() -> list[dict[str, object]]:
+def run_demands() -> Iterator[dict[str, object]]:
     """70B-A2 with what needs auxiliary columns, or ties layers together; `cost` is the rise of the summed score."""
     instance, bounds = make("70B-A2", 0)
     free, rng = best_architecture(instance, bounds, SETTINGS), np.random.default_rng(0)
@@ -268,7 +334,8 @@ def run_demands() -> list[dict[str, object]]:
         "layers equal in fours": {"constraints": SETTINGS.model_copy(update={"equal": 4})},
         **{f"at most {n} blocks": {"constraints": SETTINGS.model_copy(update={"kinds": n})} for n in (12, 8, 4)},
     }
-    return [_demand(instance, bounds, free.score, name, demands) for name, demands in asked.items()]
+    for name, demands in asked.items():
+        yield _demand(instance, bounds, free.score, name, demands)
 
 
 def _pair(one: int, other: int, block: str, another: str, score: float) -> PairTerm:
@@ -287,27 +354,27 @@ def _demand(
     return {"demand": name, "ours": seconds, "status": solution.proof.status, "cost": solution.score / free - 1}
 
 
+def results(name: str, seeds: range, beside: Sequence[str]) -> Iterator[dict[str, object]]:
+    if name == "frontier":
+        return run_frontier(200, beside)
+    if name == "pool":
+        return itertools.chain.from_iterable(run_pool(differing, beside) for differing in (1, 4, 8))
+    return run_demands() if name == "demands" else run_set(name, seeds, beside)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*SETS, "frontier", "pool", "demands"])
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--alone", action="store_true", help="without CBC")
-    parser.add_argument("--out", type=Path, help="a JSON line a result is added to it")
+    parser.add_argument("--first", type=int, default=0, help="the first seed of a set")
+    parser.add_argument("--count", type=int, default=20, help="so many seeds")
+    parser.add_argument("--beside", nargs="*", choices=OTHERS, default=[*OTHERS], help="which other solvers")
     options = parser.parse_args()
+    seeds = range(options.first, options.first + options.count)
     for name in options.only:
-        if name == "frontier":
-            results = [run_frontier(200, not options.alone)]
-        elif name == "pool":
-            results = [run_pool(differing, not options.alone) for differing in (1, 4, 8)]
-        elif name == "demands":
-            results = run_demands()
-        else:
-            results = [run_set(name, options.count, not options.alone)]
-        for result in results:
+        for result in results(name, seeds, options.beside):
             print(json.dumps(result), flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+            with KEPT.open("a") as file:
+                file.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
