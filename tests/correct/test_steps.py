@@ -211,6 +211,19 @@ def test_what_matters_is_what_nearly_as_good_architectures_take(
     assert len(near - found) <= len(near) / 4
 
 
+def test_in_deep_models_a_layers_share_says_what_matters(
+    toy_scores: ScoreTable, toy_costs: CostTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = solve(toy_scores, toy_costs, TargetSettings.model_validate({"throughput": "1.3x"}), SEARCH)
+
+    def left(slack: float, layer_slack: float) -> int:
+        monkeypatch.setattr(puzzle.correct.neighbours, "_SLACK", slack)
+        monkeypatch.setattr(puzzle.correct.neighbours, "_LAYER_SLACK", layer_slack)
+        return len(matter(toy_scores, toy_costs, first, "kl"))
+
+    assert left(10.0, 0.4) == left(0.1, 10.0) < left(10.0, 10.0)
+
+
 def test_a_solution_of_a_fitted_table_sets_the_pace_for_the_others(
     taken: Callable[..., Steps], toy_scores: ScoreTable, toy_costs: CostTable
 ) -> None:

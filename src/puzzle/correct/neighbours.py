@@ -8,8 +8,9 @@ from puzzle.artefacts import CostTable, PairTerm, ScoreName, ScoreTable, Solutio
 from puzzle.correct.whole import Blocks
 from puzzle.search import QUANTITIES
 
-_SLACK = 0.05
-"""Of the summed score: see `matter`. How many blocks it leaves is in benchmarks/search_quality.md."""
+_SLACK, _LAYER_SLACK = 0.05, 0.5
+"""Of the summed score, or of a layer's mean share if that is less, as in deep models: see `matter`. How many blocks it
+leaves is in benchmarks/search_quality.md."""
 
 Evaluate = Callable[[Sequence[Blocks]], list[float]]
 Places = frozenset[tuple[int, str]]
@@ -20,7 +21,7 @@ def matter(scores: ScoreTable, costs: CostTable, solution: Solution, score: Scor
     """The blocks that architectures nearly as good as the solution may take.
 
     At the price that the solution pays for what is bounded, in score for a share of the bounds, each layer has a best
-    block. What is worse there by more than any block of the solution and `_SLACK` of the summed score does not matter.
+    block. What is worse there by more than any block of the solution and what `_SLACK` says does not matter.
     """
     value = {(row.layer, row.block): scores.value(row.layer, row.block, score) for row in scores.rows}
     cost = {place: _share(costs, solution, *place) for place in value}
@@ -29,7 +30,8 @@ def matter(scores: ScoreTable, costs: CostTable, solution: Solution, score: Scor
     best = [min(priced[place] for place in priced if place[0] == layer) for layer in range(scores.num_layers)]
     # The solution's own blocks may be worse than the best too: nothing in between may cost exactly what is left.
     own = max(priced[place] - best[place[0]] for place in enumerate(solution.blocks))
-    room = own + _SLACK * abs(sum(value[place] for place in enumerate(solution.blocks)))
+    share = min(_SLACK, _LAYER_SLACK / scores.num_layers)
+    room = own + share * abs(sum(value[place] for place in enumerate(solution.blocks)))
     return frozenset(place for place in priced if priced[place] <= best[place[0]] + room)
 
 

@@ -120,8 +120,8 @@ class Work:
         """Operations of whole architectures that `correct` compares, at most: of the parent's size, and with all blocks
         scored again in every round.
 
-        Of 10 layers a round scores 16 to 29 % of them (benchmarks/search_quality.md), of 80 nearly all. A block takes
-        the layers from its own on, as the others are shared; pairs ask for few proposals in between.
+        A round scores 15 to 40 % of them (docs/scaling.md). A block takes the layers from its own on, as the others are
+        shared; pairs ask for few proposals in between.
         """
         settings, layers = self.recipe.correct, self.space.layers
         if not self.recipe.corrected:
