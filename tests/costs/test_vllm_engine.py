@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import BlockVariant
 from puzzle.costs import Sample
+from puzzle.costs.allocator import keeps_memory
 from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.errors import PuzzleError
 
@@ -23,6 +25,7 @@ answers = os.fdopen(int(sys.argv[2]), "w", buffering=1)
 for line in sys.stdin:
     request = json.loads(line)
     with open({folder!r} + "/requests", "a") as file:
+        request["mapped"] = os.environ.get("MALLOC_MMAP_MAX_")
         request["config"] = json.load(open(request["checkpoint"] + "/config.json"))
         file.write(json.dumps(request) + "\\n")
     if request["batch_size"] == 13:
@@ -53,10 +56,20 @@ def test_a_stack_is_a_checkpoint_without_weights(engine: VLLMEngine, tmp_path: P
     assert engine.environment["engine"] == "vllm 1.2.3, Transformers backend"
     first, second = map(json.loads, (tmp_path / "requests").read_text().splitlines())
     assert (first["load_format"], first["dtype"], first["batch_size"]) == ("dummy", "float32", 3)
+    assert first["model_impl"] == "transformers"
     assert (first["prompt_tokens"], first["generated_tokens"], second["batch_size"]) == (16, 8, 5)
+    assert (first["mapped"] == "0") == ("kept" in engine.environment["allocator"]) == keeps_memory(torch.device("cpu"))
     assert len(first["config"]["blocks"]) == 3
     assert "modeling_puzzle.PuzzleForCausalLM" in first["config"]["auto_map"].values()
     assert not Path(first["checkpoint"]).exists()
+
+
+def test_a_checkpoint_runs_in_the_code_that_vllm_chooses(engine: VLLMEngine, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with engine.conditions():
+        assert engine.measure_checkpoint(tmp_path, 2) == Sample(prefill_ms=4.0, decode_ms=0.5)
+    request = json.loads((tmp_path / "requests").read_text())
+    assert (request["load_format"], request["model_impl"]) == ("auto", "auto")
 
 
 def test_what_vllm_refuses_is_one_line(engine: VLLMEngine) -> None:

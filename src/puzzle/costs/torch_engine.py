@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
-from puzzle.costs.allocator import freed_memory_kept, is_glibc
+from puzzle.costs.allocator import KEPT, freed_memory_kept, keeps_memory
 from puzzle.costs.engine import Sample, clock, processor_name
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
@@ -45,7 +45,7 @@ class TorchEngine:
             "engine": f"torch {torch.__version__}, transformers {transformers.__version__}",
             "device": _device_name(self._device),
             "threads": str(torch.get_num_threads()),
-            "allocator": "glibc, freed memory kept" if _keeps_memory(self._device) else "as it comes",
+            "allocator": KEPT if keeps_memory(self._device) else "as it comes",
         }
 
     def conditions(self) -> AbstractContextManager[None]:
@@ -136,12 +136,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _keeps_memory(device: torch.device) -> bool:
-    return device.type == "cpu" and is_glibc()
-
-
 def _conditions(device: torch.device) -> AbstractContextManager[None]:
-    return freed_memory_kept() if _keeps_memory(device) else nullcontext()
+    return freed_memory_kept() if keeps_memory(device) else nullcontext()
 
 
 def _device_name(device: torch.device) -> str:

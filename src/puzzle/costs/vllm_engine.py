@@ -17,12 +17,13 @@ import torch
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import Architecture, BlockVariant
+from puzzle.costs.allocator import KEPT, KEPT_FROM_START, keeps_memory
 from puzzle.costs.engine import Sample
 from puzzle.costs.worker import Worker
 from puzzle.engines import python_of, version_of
 from puzzle.modeling import PuzzleConfig, save_configuration
 
-_ROUNDS = 3
+_ROUNDS = 5
 _CACHE_GIB = 1
 """Beside what a full batch takes: vLLM allots its cache in blocks of equal size over layers that differ."""
 _ENVIRONMENTS = ("vllm-cpu", "vllm")
@@ -43,12 +44,14 @@ class VLLMEngine:
             "engine": f"vllm {version}, Transformers backend",
             "device": self._scenario.device,
             "threads": str(torch.get_num_threads()),
+            "allocator": KEPT if self._keeps_memory else "as it comes",
         }
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
         """One worker process for all measurements inside."""
-        self._worker = Worker("vllm", python_of(*_ENVIRONMENTS), _WORKER, torch.get_num_threads())
+        variables = KEPT_FROM_START if self._keeps_memory else {}
+        self._worker = Worker("vllm", python_of(*_ENVIRONMENTS), _WORKER, torch.get_num_threads(), variables)
         try:
             yield
         finally:
@@ -60,18 +63,21 @@ class VLLMEngine:
         folder = Path(tempfile.mkdtemp(prefix="puzzle-vllm-"))
         try:
             save_configuration(Architecture(tuple(blocks)).configure(self._config), folder)
-            return self.measure_checkpoint(folder, batch_size, load_format="dummy")
+            return self._time(folder, batch_size, load_format="dummy", model_impl="transformers")
         finally:
             shutil.rmtree(folder)
 
-    def measure_checkpoint(self, checkpoint: Path, batch_size: int, load_format: str = "auto") -> Sample:
-        """Time any checkpoint that vLLM loads."""
+    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
+        """Time any checkpoint that vLLM loads, in the code it chooses itself: a parent's may be of its own."""
+        return self._time(checkpoint, batch_size, load_format="auto", model_impl="auto")
+
+    def _time(self, checkpoint: Path, batch_size: int, **how: str) -> Sample:
         scenario = self._scenario
         assert self._worker is not None, "measure inside `conditions`"
         answer = self._worker.ask(
             {
                 "checkpoint": str(checkpoint),
-                "load_format": load_format,
+                **how,
                 "dtype": scenario.dtype,
                 "batch_size": batch_size,
                 "prompt_tokens": scenario.prompt_tokens,
@@ -83,6 +89,11 @@ class VLLMEngine:
         return Sample(
             prefill_ms=statistics.median(answer["prefill_ms"]), decode_ms=statistics.median(answer["decode_ms"])
         )
+
+    @property
+    def _keeps_memory(self) -> bool:
+        """Servers preload an allocator that does: vLLM itself one that it brings, or it warns that there is none."""
+        return keeps_memory(torch.device(self._scenario.device))
 
     def _cache_bytes(self, batch_size: int) -> int:
         """What a full batch of the parent would take; no child takes more."""

@@ -1,8 +1,8 @@
 """Times checkpoints in vLLM: run by the interpreter of vLLM's environment, so it imports nothing of puzzle.
 
 Reads one request a line from standard input, answers each with one line on the descriptor named in argv[1]:
-{"checkpoint", "load_format", "dtype", "batch_size", "prompt_tokens", "generated_tokens", "rounds", "cache_gib"} ->
-{"prefill_ms": [...], "decode_ms": [...]} or {"error": "..."}.
+{"checkpoint", "load_format", "model_impl", "dtype", "batch_size", "prompt_tokens", "generated_tokens", "rounds",
+"cache_gib"} -> {"prefill_ms": [...], "decode_ms": [...]} or {"error": "..."}.
 """
 
 import gc
@@ -32,6 +32,7 @@ def measure(request: dict[str, Any]) -> dict[str, list[float]]:
     llm = LLM(
         model=request["checkpoint"],
         trust_remote_code=True,
+        model_impl=request["model_impl"],
         load_format=request["load_format"],
         dtype=request["dtype"],
         max_model_len=prompt + generated,

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from puzzle.errors import PuzzleError, one_line
 class Worker:
     """The process: requests on its standard input, answers on a pipe of their own, for engines print what they like."""
 
-    def __init__(self, engine: str, python: Path, script: Path, threads: int) -> None:
+    def __init__(
+        self, engine: str, python: Path, script: Path, threads: int, variables: Mapping[str, str] | None = None
+    ) -> None:
         """Start it.
 
         Args:
             engine: as `scenario.engine` names it, for error messages.
             script: gets the pipe's descriptor as its argument; imports nothing of puzzle.
             threads: of OpenMP, set before any library looks.
+            variables: further ones for its environment.
         """
         self._engine = engine
         reader, writer = os.pipe()
@@ -30,7 +34,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             pass_fds=(writer,),
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(variables or {}),
         )
         os.close(writer)
         self._answers = os.fdopen(reader, encoding="utf-8")
