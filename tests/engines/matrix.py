@@ -1,7 +1,8 @@
 """The parity matrix of docs/engines.md: `python -m tests.engines.matrix` measures it and writes it there.
 
 Each column's alternatives stand one after another in a stack, which is rotated, so that every one of them is first,
-last, and in the middle. Further stacks have both halves of their layers replaced.
+last, and in the middle. Further stacks have both halves of their layers replaced. Parents with biases, as Qwen's have
+them, are tried with all alternatives in one stack, and with one of the further ones.
 """
 
 import datetime
@@ -57,9 +58,32 @@ STACKS = (
         "kv1win6+w16",
     ),
 )
+BIASES = {
+    "biases of attention": ("attention_bias",),
+    "biases of attention and FFN": ("attention_bias", "mlp_bias"),
+}
+"""Switches of the parent's configuration."""
+_BIASED = len(MIXED)
+"""The one of `STACKS` that every format holds."""
 GREEDY = 64
 _SIZES = {"head_dim": 32}
 """The smallest for which vLLM has an attention on the CPU."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A child: its blocks, and the switches of `BIASES` that are on."""
+
+    blocks: tuple[str, ...]
+    biases: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return _SIZES | dict.fromkeys(self.biases, True)
+
+
+Found = Mapping[Stack, tuple[float, int]]
+"""By stack, the greatest difference of log-probabilities, and how many greedy tokens are equal."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +97,21 @@ class Column:
     """From the child's folder, and a path, to what the engine reads."""
     ask: Callable[..., list[Answer]]
 
-    def holds(self, stack: Sequence[str]) -> bool:
+    def holds(self, stack: Stack) -> bool:
         """Whether the format has all these blocks where they stand."""
-        findings = check(pico_puzzle(*stack, **_SIZES).config, self.target)
+        findings = check(pico_puzzle(*stack.blocks, **stack.settings).config, self.target)
         return not any(finding.verdict == "no" for finding in findings)
 
-    def stacks(self) -> list[tuple[str, ...]]:
-        """All rotations of the alternatives, and the further stacks, as far as the format holds them."""
-        blocks = tuple(block for block in ALTERNATIVES.values() if self.holds([block] * 3))
-        rotations = [blocks[index:] + blocks[:index] for index in range(len(blocks))]
-        return rotations + [stack for stack in STACKS if self.holds(stack)]
+    def stacks(self) -> list[Stack]:
+        """All rotations of the alternatives, the further stacks, and those with biases, as far as the format can."""
+        blocks = tuple(block for block in ALTERNATIVES.values() if self.holds(Stack((block,) * 3)))
+        rotations = [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
+        biased = [Stack(each, biases) for biases in BIASES.values() for each in (blocks, STACKS[_BIASED])]
+        return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if self.holds(stack)]
 
-    def differences(self, folder: Path) -> dict[tuple[str, ...], tuple[float, int]]:
-        """By stack, the greatest difference of log-probabilities, and how many greedy tokens are equal."""
-        saved = {stack: save(folder / str(i), *stack, **_SIZES) for i, stack in enumerate(self.stacks())}
+    def differences(self, folder: Path) -> Found:
+        """What the engine computes, against torch."""
+        saved = {stack: save(folder / str(i), *stack.blocks, **stack.settings) for i, stack in enumerate(self.stacks())}
         files = [self.write(child, child.with_name("exported")) for _, child in saved.values()]
         answers = self.ask(files, TOKENS, greedy=GREEDY)
         return {
@@ -105,21 +130,25 @@ def columns(llama_cpp: LlamaCpp, vllm: Vllm) -> tuple[Column, ...]:
     )
 
 
-def render(matrix: Mapping[Column, Mapping[Sequence[str], tuple[float, int]]]) -> str:
+def render(matrix: Mapping[Column, Found]) -> str:
     """The matrix as Markdown: what was found, without figures that no two machines share."""
     lines = [_row("one layer's alternative", *(column.title for column in matrix)), _row(*["---"] * (len(matrix) + 1))]
     for name, block in ALTERNATIVES.items():
-        lines.append(_row(f"{name}, `{block}`", *(_verdict(found, [block]) for found in matrix.values())))
-    for stack in STACKS:
-        verdicts = (
-            _verdict({each: found[each] for each in found if each == stack}, stack) for found in matrix.values()
-        )
-        lines.append(_row(f"`{' '.join(stack)}`", *verdicts))
+        lines.append(_row(f"{name}, `{block}`", *_verdicts(matrix, lambda stack, block=block: block in stack.blocks)))
+    for blocks in STACKS:
+        same = partial(Stack.__eq__, Stack(blocks))
+        lines.append(_row(f"`{' '.join(blocks)}`", *_verdicts(matrix, same)))
+    for name, biases in BIASES.items():
+        lines.append(_row(name, *_verdicts(matrix, lambda stack, biases=biases: stack.biases == biases)))
     return "\n".join(lines)
 
 
-def _verdict(found: Mapping[Sequence[str], tuple[float, int]], blocks: Sequence[str]) -> str:
-    results = [result for stack, result in found.items() if set(blocks) <= set(stack)]
+def _verdicts(matrix: Mapping[Column, Found], counts: Callable[[Stack], bool]) -> list[str]:
+    """Of every column, over the stacks that count."""
+    return [_verdict([result for stack, result in found.items() if counts(stack)]) for found in matrix.values()]
+
+
+def _verdict(results: Sequence[tuple[float, int]]) -> str:
     if not results:
         return "refused"
     return "equal" if all(error < ROUNDING and same == GREEDY for error, same in results) else "DIFFERENT"
