@@ -8,8 +8,8 @@ import pytest
 import puzzle.confirm
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.blocks import Architecture
-from puzzle.confirm import confirmed_search, first_confirmed
-from puzzle.costs import Times
+from puzzle.confirm import checked, confirmed_search, first_confirmed
+from puzzle.costs import Sample
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import FurtherScenarioSettings, ScenarioSettings, TargetSettings
 from puzzle.runs import Run
@@ -18,18 +18,25 @@ from puzzle.search import solve
 
 @pytest.fixture
 def slower(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Children take `child` times their predicted time; the parent is as predicted."""
-    factors = {"child": 1.0, "timed": 0.0}
+    """Children take `child` times as long as predicted, in every second round `noise` more; the parent as long."""
+    factors = {"child": 1.0, "noise": 0.0, "timed": 0.0}
 
-    def time_architectures(
+    def sample_architectures(
         config: object, models: Sequence[tuple[Architecture, int]], costs: CostTable, repeats: int
-    ) -> list[Times]:
+    ) -> list[list[Sample]]:
         factors["timed"] += 1
-        predicted = [costs.totals([b.name for b in model.blocks], size).cost.decode_ms for model, size in models]
-        taken = [predicted[0], *(ms * factors["child"] for ms in predicted[1:])]
-        return [Times(prefill_ms=0.0, decode_ms=ms, prefill_ms_spread=0.0, decode_ms_spread=0.0) for ms in taken]
+        predicted = [costs.totals([b.name for b in model.blocks], size).cost for model, size in models]
+        factor = [1.0, *(factors["child"] for _ in predicted[1:])]
+        noise = [0.0, *(factors["noise"] for _ in predicted[1:])]
+        return [
+            [
+                Sample(prefill_ms=cost.prefill_ms * slow, decode_ms=cost.decode_ms * slow)
+                for slow in (by * (1 + more * (index % 2)) for index in range(repeats))
+            ]
+            for cost, by, more in zip(predicted, factor, noise, strict=True)
+        ]
 
-    monkeypatch.setattr(puzzle.confirm, "time_architectures", time_architectures)
+    monkeypatch.setattr(puzzle.confirm, "sample_architectures", sample_architectures)
     return factors
 
 
@@ -66,6 +73,30 @@ def test_a_right_prediction_is_searched_once(
 ) -> None:
     confirmed_search(_run(pico_run, throughput="1.5x"), pico_pipeline.parent, toy_scores, toy_costs)
     assert slower["timed"] == 1
+
+
+def test_noise_is_given_room_and_not_fitted(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    """Half of the rounds are 8 % slower, so an error of 4 % is not to be told from noise."""
+    slower |= {"child": 1.04, "noise": 0.08}
+    solution = confirmed_search(_run(pico_run, throughput="1.601x"), pico_pipeline.parent, toy_scores, toy_costs)
+    assert solution.predicted == toy_costs.totals(solution.blocks, 2).as_dict()
+    assert solution.predicted["throughput_tok_s"] / solution.parent["throughput_tok_s"] >= 1.601 * 1.04 * 1.05
+    assert slower["timed"] == 2
+
+
+def test_what_was_timed_is_there_for_the_report(
+    pico_run: Run, pico_pipeline: Pipeline, toy_scores: ScoreTable, toy_costs: CostTable, slower: dict[str, float]
+) -> None:
+    slower["child"] = 1.15
+    run = replace(_run(pico_run, throughput="1.602x"), _used={})
+    confirmed_search(run, pico_pipeline.parent, toy_scores, toy_costs)
+    checks = checked(run, toy_costs)
+    assert len(checks) == slower["timed"] >= 2
+    assert [set(check) for check in checks] == [{"parent", "child", "blend"}] * len(checks)
+    assert checks[0]["child"].errors == pytest.approx((0, 1 - 1 / 1.15))
+    assert checked(run, replace(toy_costs, scenario=replace(toy_costs.scenario, prompt_tokens=99))) == []
 
 
 def test_of_better_ones_the_first_that_is_fast_enough_is_taken(

@@ -19,7 +19,7 @@ from puzzle.artefacts import Correction, CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
 from puzzle.blocks import Space, derive_space
 from puzzle.child import Child, realise, refine
-from puzzle.confirm import confirmed_search, first_confirmed
+from puzzle.confirm import checked, confirmed_search, first_confirmed
 from puzzle.correct import TrueScore, correct
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
@@ -155,6 +155,7 @@ class Pipeline:
             costs=self.costs,
             target=self.run.recipe.target,
             settings=self.run.recipe.search,
+            further=self._further,
             influence=lambda: self.statistics.influence(len(self.space.layers)),
             evaluate=lambda architectures: self.true_score(architectures),
         )
@@ -264,6 +265,7 @@ class Pipeline:
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,
+            checks=checked(self.run, self.costs),
             solution=self.solution,
             correction=self.correction,
             uniform=self.uniform.solution if self.uniform is not None else None,

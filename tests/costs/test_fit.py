@@ -71,5 +71,9 @@ def test_what_is_fixed_does_not_fall_below_zero() -> None:
     assert min(errors) < 0 < max(errors)
 
 
-def test_the_error_is_that_of_what_is_further_off() -> None:
-    assert Timed(predicted=(11.0, 1.0), measured=(10.0, 2.0)).error == pytest.approx(0.5)
+def test_a_prediction_agrees_with_what_noise_may_have_made_of_it() -> None:
+    model = Timed(predicted=(11.0, 1.0), measured=(10.0, 2.0), doubt=(0.05, 0.51))
+    assert model.errors == pytest.approx((0.1, 0.5))
+    assert model.agrees(0.11)
+    assert not model.agrees(0.09)
+    assert not replace(model, doubt=(0.11, 0.49)).agrees(0.11)

@@ -18,6 +18,7 @@ from puzzle.artefacts import (
     ScoreTable,
     Solution,
 )
+from puzzle.costs import Timed
 from puzzle.report import ReportData
 
 ATTENTION = {"kv8": 0.0, "kv4": 0.02, "kv2": 0.05, "kv1": 0.09, "linear": 0.10, "none": 0.13}
@@ -160,6 +161,19 @@ def _row(totals: dict[str, float], rng: random.Random, loss: float, top1: float,
     return row
 
 
+def _checks(child: Solution, rng: random.Random) -> list[dict[str, Timed]]:
+    """Two searches, the first one's predictions worse."""
+
+    def timed(totals: dict[str, float], scatter: float) -> Timed:
+        predicted = totals["prefill_ms"], totals["decode_ms"]
+        prefill, decode = (value * rng.uniform(1 - scatter, 1 + scatter) for value in predicted)
+        return Timed(predicted=predicted, measured=(prefill, decode))
+
+    blend = {name: (child.parent[name] + child.predicted[name]) / 2 for name in ("prefill_ms", "decode_ms")}
+    models = {"parent": child.parent, "child": child.predicted, "blend": blend}
+    return [{name: timed(totals, scatter) for name, totals in models.items()} for scatter in (0.1, 0.02)]
+
+
 def _curve(start: float, end: float, rng: random.Random, points: int = 900) -> list[dict[str, float]]:
     curve = []
     for step in range(points):
@@ -199,6 +213,7 @@ def make(num_layers: int, *, partial: bool = False) -> ReportData:
             "child": _row(child.predicted, rng, 2.8093, 0.4610, 0.0817),
             "uniform": _row(uniform.predicted, rng, 2.9377, 0.4388, 0.1931),
         },
+        checks=_checks(child, rng),
         curves={"child": _curve(0.6, 0.08, rng), "uniform": _curve(1.1, 0.19, rng)},
         seconds={"calibrate": 34.2, "library": 1460, "costs": 48, "score": 310.0, "search": 1.7, "distil": 5230},
         versions={"puzzle": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9"},

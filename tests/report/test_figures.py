@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from puzzle.artefacts import Bounds
+from puzzle.costs import Timed
 from puzzle.report import ReportData, choice, evidence, theme
+from puzzle.report.sections import sections
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,26 @@ def test_prediction_error_is_relative_to_the_measurement() -> None:
     figure = evidence.predicted_measured(rows, "tok_s")
     assert [trace.name for trace in figure.data[1:]] == ["parent -10.0 %", "child +5.0 %"]
     assert evidence.predicted_measured(rows, "prefill_ms") is None
+
+
+def test_what_each_search_timed_is_beside_the_final_models(data: ReportData) -> None:
+    _, circles, *final = evidence.predicted_measured(data.rows, "decode_ms", data.checks).data
+    assert len(final) == 3
+    assert len(circles.x) == len(circles.y) == 6
+    last = data.checks[1]["blend"]
+    assert (circles.text[5], circles.x[5], circles.y[5]) == (
+        "after search 2: every second layer of the child, else the parent", last.predicted[1], last.measured[1],
+    )  # fmt: skip
+    assert len(evidence.predicted_measured(data.rows, "tok_s", data.checks).data) == 4
+
+
+def test_the_caption_says_how_far_off_they_were(data: ReportData) -> None:
+    def caption(data: ReportData) -> str:
+        return next(section.caption for section in sections(data) if section.anchor == "prediction")
+
+    half = Timed(predicted=(1.0, 3.0), measured=(2.0, 2.0))
+    assert "50.0 % on average and 50.0 % at worst" in caption(replace(data, checks=[{"child": half}]))
+    assert "Circles" not in caption(replace(data, checks=[]))
 
 
 def test_local_distillation_shows_before_and_after_from_large_to_small(data: ReportData) -> None:

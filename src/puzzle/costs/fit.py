@@ -17,12 +17,19 @@ class Timed:
     predicted: tuple[float, float]
     """Prefill, and a decode step."""
     measured: tuple[float, float]
+    doubt: tuple[float, float] = (0.0, 0.0)
+    """How far the measured ones may be off, as shares of them."""
 
     @property
-    def error(self) -> float:
-        """The larger one's share of what was measured, without sign."""
+    def errors(self) -> tuple[float, float]:
+        """The predictions', as shares of what was measured, without sign; 0 where nothing was."""
         pairs = zip(self.predicted, self.measured, strict=True)
-        return max(abs(predicted / measured - 1) for predicted, measured in pairs if measured)
+        prefill, decode = (abs(predicted / measured - 1) if measured else 0.0 for predicted, measured in pairs)
+        return prefill, decode
+
+    def agrees(self, within: float) -> bool:
+        """Whether the predictions are right to this share, or to what can be told of them."""
+        return all(error <= max(within, doubt) for error, doubt in zip(self.errors, self.doubt, strict=True))
 
 
 def fitted(table: CostTable, batch_size: int, models: Sequence[Timed]) -> CostTable:

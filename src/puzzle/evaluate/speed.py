@@ -21,7 +21,7 @@ def measure_speed(
         "batch_size": batch_size,
         "models": names,
     }
-    stage = run.stage("speed", version=1, settings=settings, inputs=[models[name].address for name in names])
+    stage = run.stage("speed", version=2, settings=settings, inputs=[models[name].address for name in names])
     if not stage.done:
         (config,) = (model.config for model in models.values() if isinstance(model, Parent))
         checkpoints = {name: models[name].path for name in names}

@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from puzzle.artefacts import Correction, CostTable, LibraryIndex, ScoreTable, Solution
+from puzzle.costs import Timed
 
 Rows = Mapping[str, Mapping[str, float]]
 """Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the names of `table.METRICS`."""
+Checks = Sequence[Mapping[str, Timed]]
+"""What was timed whole after each search, before anything was built: `parent`, `child`, and a `blend` of both."""
 Curve = Sequence[Mapping[str, float]]
 
 MODEL_NAMES = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
@@ -28,6 +31,7 @@ class ReportData:
     uniform: Solution | None = None
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
+    checks: Checks = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """GKD of each model: `tokens`, and `loss` or `validation_kl` or both at each point."""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -9,18 +9,25 @@ from plotly.colors import sample_colorscale
 from puzzle.artefacts import LibraryRow
 from puzzle.blocks import GatedFFN, GroupedQuery, Half, Variant, parse_variant
 from puzzle.report import numbers, theme
-from puzzle.report.data import MODEL_NAMES, Curve, ReportData, Rows
+from puzzle.report.data import MODEL_NAMES, Checks, Curve, ReportData, Rows
 from puzzle.report.table import value_of
 
 QUANTITIES = {"tok_s": "throughput, tok/s", "prefill_ms": "prefill, ms", "decode_ms": "decode step, ms"}
+TIMES = ("prefill_ms", "decode_ms")
+"""In the order of `Timed`."""
+_CHECKED = {"parent": "parent", "child": "child", "blend": "every second layer of the child, else the parent"}
 CURVES = {"loss": "GKD loss", "validation_kl": "validation KL, nats per token"}
 _MAX_POINTS = 400
 """Of a curve; the page has no more pixels for it, and data stays aggregated."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
 
 
-def predicted_measured(rows: Rows, quantity: str) -> go.Figure | None:
-    """One speed of each model, the cost tables' prediction against the whole model on the engine; None without both."""
+def predicted_measured(rows: Rows, quantity: str, checks: Checks = ()) -> go.Figure | None:
+    """One speed of each model, the cost tables' prediction against the whole model on the engine; None without both.
+
+    Args:
+        checks: what each search timed; shown where the quantity is a time.
+    """
     points = {}
     # The child before GKD has the child's architecture, so nothing of its own to predict.
     for model in ("parent", "child", "uniform"):
@@ -30,7 +37,8 @@ def predicted_measured(rows: Rows, quantity: str) -> go.Figure | None:
             points[model] = (predicted, measured)
     if not points:
         return None
-    limit = 1.15 * max(max(point) for point in points.values())
+    timed = _checked(checks, quantity)
+    limit = 1.15 * max(max(point) for point in (*points.values(), *timed.values()))
     diagonal = go.Scatter(
         x=[0, limit],
         y=[0, limit],
@@ -42,7 +50,7 @@ def predicted_measured(rows: Rows, quantity: str) -> go.Figure | None:
     traces = [_dot(model, *point) for model, point in points.items()]
     return theme.figure(
         300,
-        [diagonal, *traces],
+        [diagonal, *([_circles(timed)] if timed else []), *traces],
         xaxis_title_text=f"predicted {QUANTITIES[quantity]}",
         yaxis_title_text=f"measured {QUANTITIES[quantity]}",
         xaxis_range=[0, limit],
@@ -51,6 +59,38 @@ def predicted_measured(rows: Rows, quantity: str) -> go.Figure | None:
         yaxis_nticks=5,
         # Points lie near the diagonal, which leaves the upper left corner free.
         legend={"orientation": "v", "x": 0.02, "y": 0.98, "yanchor": "top"},
+    )
+
+
+def errors(checks: Checks) -> list[float]:
+    """Of all predictions of times that were put to the test, without sign."""
+    return [error for check in checks for model in check.values() for error in model.errors]
+
+
+def _checked(checks: Checks, quantity: str) -> dict[str, tuple[float, float]]:
+    """Predicted and measured by what a person calls the model."""
+    if quantity not in TIMES:
+        return {}
+    index = TIMES.index(quantity)
+    return {
+        f"after search {number}: {_CHECKED[name]}": (model.predicted[index], model.measured[index])
+        for number, check in enumerate(checks, 1)
+        for name, model in check.items()
+    }
+
+
+def _circles(points: Mapping[str, tuple[float, float]]) -> go.Scatter:
+    predicted, measured = zip(*points.values(), strict=True)
+    return go.Scatter(
+        x=predicted,
+        y=measured,
+        text=[*points],
+        name="before building",
+        mode="markers",
+        marker={"size": 7, "color": theme.LINE, "symbol": "circle-open", "line": {"width": 1.5}},
+        legendrank=2000,
+        hovertemplate="%{text}<br>predicted %{x:.4g}<br>measured %{y:.4g}<extra></extra>",
+        showlegend=True,
     )
 
 

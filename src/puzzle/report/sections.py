@@ -105,12 +105,22 @@ def _correction(data: ReportData) -> Section:
 
 
 def _prediction(data: ReportData) -> Section:
-    figures = {quantity: evidence.predicted_measured(data.rows, quantity) for quantity in evidence.QUANTITIES}
+    figures = {
+        quantity: evidence.predicted_measured(data.rows, quantity, data.checks) for quantity in evidence.QUANTITIES
+    }
+    before = ""
+    if errors := evidence.errors(data.checks):
+        mean, worst = 100 * sum(errors) / len(errors), 100 * max(errors)
+        before = (
+            " Circles: parent, child and a blend of both, timed after each search, before anything was built; there "
+            f"times were off by {mean:.1f} % on average and {worst:.1f} % at worst, and where that was more than noise "
+            "the tables were fitted to them for the next search."
+        )
     return Section(
         anchor="prediction",
         heading="Predicted against measured",
         caption="On the dotted line the cost tables were right. The error is predicted / measured - 1. Throughput "
-        "counts generated tokens.",
+        f"counts generated tokens.{before}",
         plots=[Plot(anchor=f"prediction-{name}", figure=figure) for name, figure in figures.items() if figure],
         columns=True,
     )

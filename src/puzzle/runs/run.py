@@ -71,6 +71,10 @@ class Run:
             stage = open_stage(self.path / "stages", name, identity, self._opened_ns)
         return self._used.setdefault(stage.address, stage)
 
+    def used(self, name: str) -> list[Stage]:
+        """The finished stages `name` that this command used, in the order in which it asked for them."""
+        return [stage for stage in self._used.values() if stage.name == name and stage.done]
+
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
         spent: dict[str, float] = {}
