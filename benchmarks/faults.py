@@ -63,8 +63,10 @@ def main(parent: str, text: str, folder: str, kills: str = "50") -> None:
     runs = different = 0
     while hit.total() < int(kills):
         disturbed = fresh(root / f"disturbed-{runs}", parent, text)
-        while (stage := disturb(disturbed, moments, seconds)) is not None:
+        here: set[str] = set()
+        while (stage := disturb(disturbed, moments, seconds, here)) is not None:
             hit[stage] += 1
+            here.add(stage)
             print(f"kill {hit.total()} in {stage}", flush=True)
         found = differences(undisturbed, disturbed)
         runs, different = runs + 1, different + bool(found)
@@ -83,17 +85,22 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", RUN, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def disturb(folder: Path, moments: random.Random, seconds: dict[str, float]) -> str | None:
-    """Go on with a run and kill it in one of its next stages: which that was; None if it came to its end first."""
-    process = start(folder)
-    ahead = [stage for stage in seconds if not finished(folder, stage)]
+def disturb(folder: Path, moments: random.Random, seconds: dict[str, float], hit: set[str]) -> str | None:
+    """Go on with a run and kill it in one of its next stages: which that was; None if it came to its end first.
+
+    Args:
+        hit: stages that this run was killed in before: one that takes less than a start would never end.
+    """
+    began, process = time.time(), start(folder)
+    ahead = [stage for stage in seconds if stage not in hit and not finished(folder, stage)]
     chosen = moments.choice(ahead[:AHEAD]) if ahead else ""
     delay, gentle = moments.uniform(0, seconds.get(chosen, 0)), moments.random() < 0.2
-    while process.poll() is None and not begun(folder, chosen):
+    while process.poll() is None and not worked_on(folder, chosen, began):
         time.sleep(0.002)
     time.sleep(delay)
     if process.poll() is None:
-        stage = next((stage for stage in seconds if begun(folder, stage) and not finished(folder, stage)), "report")
+        open_ones = (stage for stage in seconds if worked_on(folder, stage, began) and not finished(folder, stage))
+        stage = next(open_ones, "between stages")
         process.send_signal(signal.SIGTERM if gentle else signal.SIGKILL)
         process.wait()
         # A gentle one may come when all is done, or so early that Python itself answers it.
@@ -113,8 +120,9 @@ def name_of(folder: Path) -> str:
     return folder.name.rpartition("-")[0]
 
 
-def begun(folder: Path, stage: str) -> bool:
-    return any(name_of(path) == stage for path in folder.glob("stages/*"))
+def worked_on(folder: Path, stage: str, since: float) -> bool:
+    """Whether an attempt at this stage has begun since then."""
+    return any(clock.stat().st_mtime >= since for clock in folder.glob(f"stages/{stage}-*/clock.json"))
 
 
 def finished(folder: Path, stage: str) -> bool:
