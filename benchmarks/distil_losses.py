@@ -13,12 +13,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ablations import BASE
-from setting import opened, recipe
+from setting import CHILD, opened, recipe
 
 import puzzle.distill.trainer
-from puzzle import Child, Pipeline, Quality, distil, evaluate
+from puzzle import Child, Pipeline, Quality, distil, evaluate, realise
 
-TOKENS = 131_072
+TOKENS = 65_536
 LOSSES = {
     "LM": (0, 0, 1),
     "cosine": (1, 0, 0),
@@ -34,11 +34,11 @@ LOSSES = {
 def main(parent: str, text: str, folder: str, *seeds: str) -> None:
     """Print and keep one row per loss and seed, and at last the table."""
     puzzle.distill.trainer._best = lambda curve: int(curve[-1]["step"])
-    distillation = {"tokens": TOKENS, "learning_rate": 1e-3, "batch_size": 8}
+    distillation = {"tokens": TOKENS, "learning_rate": 1e-3, "batch_size": 8, "validation_tokens": 2048, "log": []}
     chosen = recipe(parent, text, **BASE, distil=distillation, evaluate={"tokens": 65_536})
     rows = []
     with opened(Path(folder) / "run", chosen) as method:
-        child = method.child_before
+        child = realise(method.run, method.parent, method.library, CHILD)
         before = quality(method, child)
         for seed in map(int, seeds or ("0", "1", "2")):
             for loss, weights in LOSSES.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/search_quality.py PARENT TEXT FOLDER [SPEEDS [SEEDS [GKD_TOKENS]]]
 
-SPEEDS such as 1.3x,2x,3x; SEEDS such as 0,1,2, each with a library and scores of its own; with GKD_TOKENS the children
-of `AFTER_GKD` are also distilled on so many. All children of a speed meet one bound by one measured cost table. Rows
+SPEEDS such as 1.3x,2x,3x; SEEDS such as 0,1,2, each with a library and scores of its own; with GKD_TOKENS all children
+are also distilled on so many. All children of a speed meet one bound by one cost table, FOLDER/costs.json. Rows
 are kept in FOLDER/rows.jsonl as they are finished, and none is made twice.
 """
 
@@ -32,17 +32,20 @@ STEPS: dict[str, dict[str, int]] = {
     "pairs 20": {"pairs": 20},
     "all": {"pool": 16, "depth": 2, "rounds": 2, "pairs": 20},
 }
+DISTIL = {"batch_size": 4, "validation_tokens": 4096, "log": []}
 EVALUATIONS = 128
 """Whole architectures that the evolutionary baseline may evaluate, on the same text as the correction."""
-AFTER_GKD = ("search", "rounds 1", "all", "noop-only", "evolutionary")
 
 
 def main(parent: str, text: str, folder: str, speeds: str = "1.3x,2x,3x", seeds: str = "0", gkd: str = "0") -> None:
     """Print and keep one row per seed, speed and method."""
     rows_file, run = Path(folder) / "rows.jsonl", Path(folder) / "run"
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    with opened(run, settings(parent, text, 0)) as pipeline:
-        costs = pipeline.costs
+    table = Path(folder) / "costs.json"
+    if not table.exists():
+        with opened(run, settings(parent, text, 0)) as pipeline:
+            table.write_text(pipeline.costs.to_json())
+    costs = CostTable.from_json(table.read_text())
     for seed in map(int, seeds.split(",")):
         with opened(run, settings(parent, text, seed)) as pipeline:
             for row in measured(pipeline, costs, seed, speeds.split(","), int(gkd), rows):
@@ -72,8 +75,7 @@ def measured(
     done = {(row["seed"], row["speed"], row["method"], row["gkd"]) for row in known}
     for speed in speeds:
         for method, find in methods(pipeline, costs, speed).items():
-            wanted = [tokens for tokens in (0, gkd) if tokens == 0 or method in AFTER_GKD]
-            missing = [tokens for tokens in dict.fromkeys(wanted) if (seed, speed, method, tokens) not in done]
+            missing = [tokens for tokens in dict.fromkeys((0, gkd)) if (seed, speed, method, tokens) not in done]
             if not missing:
                 continue
             where = {"seed": seed, "speed": speed, "method": method}
@@ -125,7 +127,7 @@ def quality(pipeline: Pipeline, blocks: tuple[str, ...], gkd: int) -> dict[str, 
     run: Run = pipeline.run
     child = realise(run, pipeline.parent, pipeline.library, blocks)
     if gkd:
-        changed = run.recipe.distil.model_copy(update={"tokens": gkd, "batch_size": 4, "log": []})
+        changed = run.recipe.distil.model_copy(update={"tokens": gkd, **DISTIL})
         run = replace(run, recipe=run.recipe.model_copy(update={"distil": changed}))
         child = distil(run, pipeline.parent, child, pipeline.data)
     found = evaluate(run, pipeline.parent, child, pipeline.data, "child")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from puzzle.blocks.linear import linear_loss, linear_start
-from puzzle.blocks.variants import Half, ParentSubblock, State, Unsized, Variant
+from puzzle.blocks.variants import Half, Nothing, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
 
 _NORM = "input_layernorm."
@@ -140,21 +140,10 @@ class LinearAttention(Unsized):
 
 
 @dataclass(frozen=True)
-class NoAttention(Unsized):
-    """Nothing: no parameters, no norm, no KV cache."""
+class NoAttention(Nothing):
+    """No KV cache either."""
 
     half: ClassVar[Half] = "attention"
-    kind: ClassVar[str] = "none"
-    closed_form: ClassVar[bool] = True
-
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return own != self
-
-    def initialise(self, parent: ParentSubblock) -> State:
-        return {}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return 1.0
 
 
 def _kv_tensors(state: State) -> set[str]:

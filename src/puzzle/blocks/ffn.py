@@ -9,7 +9,7 @@ from torch import Tensor
 
 from puzzle.blocks.linear import linear_loss, linear_start, output_power, reduced_rank, refit
 from puzzle.blocks.modules import num_params
-from puzzle.blocks.variants import Half, ParentSubblock, State, Unsized, Variant
+from puzzle.blocks.variants import Half, Nothing, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
 
 _NORM = "post_attention_layernorm."
@@ -193,21 +193,10 @@ class LinearFFN(Unsized):
 
 
 @dataclass(frozen=True)
-class NoFFN(Unsized):
+class NoFFN(Nothing):
     """Nothing: no parameters, no norm."""
 
     half: ClassVar[Half] = "ffn"
-    kind: ClassVar[str] = "none"
-    closed_form: ClassVar[bool] = True
-
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return own != self
-
-    def initialise(self, parent: ParentSubblock) -> State:
-        return {}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return 1.0
 
 
 def _without_gate(state: State) -> tuple[Tensor, Tensor | None]:

@@ -132,3 +132,19 @@ class Unsized(Variant):
     @classmethod
     def from_config(cls, entry: dict[str, Any]) -> Self:
         return cls()
+
+
+class Nothing(Unsized):
+    """A half that is left out: no parameters, no norm."""
+
+    kind: ClassVar[str] = "none"
+    closed_form: ClassVar[bool] = True
+
+    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
+        return own != self
+
+    def initialise(self, parent: ParentSubblock) -> State:
+        return {}
+
+    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
+        return 1.0
