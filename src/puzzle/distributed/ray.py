@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -95,7 +94,7 @@ class Cluster:
         Raises:
             LostProcessError: one of them was lost, and so all were ended.
         """
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             partial(_work, Path.cwd(), self._threads, function, ()),
             torch_config=TorchConfig(backend=backend(self._on_gpus), timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
@@ -106,17 +105,16 @@ class Cluster:
             run_config=RunConfig(name=_FILES, storage_path=str(self._folder.absolute())),
         )
         try:
-            with ThreadPoolExecutor(1) as aside:  # in the main thread it would take Ctrl-C for itself
-                training = aside.submit(trainer.fit)
-                try:
-                    training.result()
-                except KeyboardInterrupt:
-                    ray.shutdown()
-                    raise
+            trainer.fit()
         except TrainingFailedError as error:
             raise _cause(error) from None
         finally:
             shutil.rmtree(self._folder / _FILES, ignore_errors=True)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    def _register_sigint_handler(self, controller: object) -> None:
+        """Ray's own would swallow Ctrl-C, which here ends the command as everywhere."""
 
 
 class LostProcessError(Exception):
