@@ -152,6 +152,7 @@ def _cache(run: Run, parent: Parent, data: TokenData, batches: Batches) -> Path 
     }
     stage = run.stage("teacher", version=1, settings=settings, inputs=(parent.address, data.address))
     folder = stage.path / "batches"
+    Group.current().wait()  # until the first has made the folder
     if not stage.done:
         likeliest = LikeliestTokens(_sharded(run, parent), kept)
         shard(likeliest, run.device)
