@@ -34,7 +34,7 @@ LOSSES = {
 def main(parent: str, text: str, folder: str, *seeds: str) -> None:
     """Print and keep one row per loss and seed, and at last the table."""
     puzzle.distill.trainer._best = lambda curve: int(curve[-1]["step"])
-    distillation = {"tokens": TOKENS, "learning_rate": 1e-3, "batch_size": 8, "validation_tokens": 2048, "log": []}
+    distillation = {"tokens": TOKENS, "learning_rate": 3e-4, "batch_size": 8, "validation_tokens": 2048, "log": []}
     chosen = recipe(parent, text, **BASE, distil=distillation, evaluate={"tokens": 65_536})
     rows = []
     with opened(Path(folder) / "run", chosen) as method:
