@@ -32,7 +32,8 @@ STEPS: dict[str, dict[str, int]] = {
     "pairs 20": {"pairs": 20},
     "all": {"pool": 16, "depth": 2, "rounds": 2, "pairs": 20},
 }
-DISTIL = {"batch_size": 4, "validation_tokens": 4096, "log": []}
+FINALISTS = {"pool": 16, "rounds": 1, "finalists": 4}
+"""Four are distilled on half the tokens, the better two on all of them."""
 EVALUATIONS = 128
 """Whole architectures that the evolutionary baseline may evaluate, on the same text as the correction."""
 
@@ -63,6 +64,7 @@ def settings(parent: str, text: str, seed: int) -> Recipe:
         library={"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
         score={"tokens": 8192},
         correct=NO_STEP,
+        distil={"batch_size": 4, "validation_tokens": 4096, "log": []},
         evaluate={"tokens": 16_384},
     )
     return base.model_copy(update={"seed": seed})
@@ -74,7 +76,7 @@ def measured(
     """The rows that are not known yet."""
     done = {(row["seed"], row["speed"], row["method"], row["gkd"]) for row in known}
     for speed in speeds:
-        for method, find in methods(pipeline, costs, speed).items():
+        for method, find in methods(pipeline, costs, speed, gkd).items():
             missing = [tokens for tokens in dict.fromkeys((0, gkd)) if (seed, speed, method, tokens) not in done]
             if not missing:
                 continue
@@ -89,7 +91,7 @@ def measured(
 
 
 def methods(
-    pipeline: Pipeline, costs: CostTable, speed: str
+    pipeline: Pipeline, costs: CostTable, speed: str, gkd: int
 ) -> dict[str, Callable[[], tuple[tuple[str, ...], dict[str, float]]]]:
     """By name, how each finds its blocks, with what it knows of them."""
     run, scores, target = pipeline.run, pipeline.scores, TargetSettings.model_validate({"throughput": speed})
@@ -118,7 +120,8 @@ def methods(
         return found.blocks, {"sum of scores": found.score}
 
     own = {"search": lambda: (first.blocks, {"sum of scores": first.score})}
-    steps = {name: (lambda steps=steps: corrected(steps)) for name, steps in STEPS.items()}
+    tried = STEPS | ({"finalists 4": FINALISTS | {"finalist_tokens": gkd // 2}} if gkd else {})
+    steps = {name: (lambda steps=steps: corrected(steps)) for name, steps in tried.items()}
     return own | steps | {name: (lambda name=name: baseline(name)) for name in BASELINES}
 
 
@@ -127,7 +130,7 @@ def quality(pipeline: Pipeline, blocks: tuple[str, ...], gkd: int) -> dict[str, 
     run: Run = pipeline.run
     child = realise(run, pipeline.parent, pipeline.library, blocks)
     if gkd:
-        changed = run.recipe.distil.model_copy(update={"tokens": gkd, **DISTIL})
+        changed = run.recipe.distil.model_copy(update={"tokens": gkd})
         run = replace(run, recipe=run.recipe.model_copy(update={"distil": changed}))
         child = distil(run, pipeline.parent, child, pipeline.data)
     found = evaluate(run, pipeline.parent, child, pipeline.data, "child")

@@ -152,6 +152,8 @@ def test_time_names_every_stage(data: ReportData) -> None:
     assert bars.text[1] == "24 min 20 s"
 
 
-def test_log_axis_labels_powers_of_ten_only_over_a_wide_range() -> None:
+def test_log_axis_labels_the_fewer_digits_the_further_it_goes() -> None:
     assert theme.log_axis([0.0, 1e-4, 1.0])["dtick"] == 1
-    assert theme.log_axis([0.2, 1.0])["dtick"] is None
+    assert theme.log_axis([0.06, 1.0])["dtick"] == "D2"
+    assert theme.log_axis([0.3, 1.0])["dtick"] is None
+    assert theme.log_axis([])["dtick"] is None

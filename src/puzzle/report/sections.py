@@ -112,7 +112,7 @@ def _prediction(data: ReportData) -> Section:
     if errors := evidence.errors(data.checks):
         mean, worst = 100 * sum(errors) / len(errors), 100 * max(errors)
         before = (
-            " Circles: parent, child and a blend of both, timed after each search, before anything was built; there "
+            " Circles: parent, child and a blend of both, timed after each search, before anything was built. There, "
             f"times were off by {mean:.1f} % on average and {worst:.1f} % at worst, and where that was more than noise "
             "the tables were fitted to them for the next search."
         )

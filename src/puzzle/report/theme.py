@@ -19,10 +19,10 @@ HEAT = [[0, "#eef5fc"], [0.25, "#c3dcf1"], [0.5, "#74add8"], [0.75, "#2a6fb0"], 
 
 
 def log_axis(values: Iterable[float]) -> dict[str, Any]:
-    """A logarithmic axis, labelled at powers of ten only where there are enough of them."""
-    positive = [value for value in values if value > 0]
-    wide = bool(positive) and max(positive) >= 100 * min(positive)
-    return {"type": "log", "tickformat": "~g", "dtick": 1 if wide else None}
+    """A logarithmic axis, labelled at powers of ten, at 2 and 5 times these, or wherever it suits: as far as it goes."""
+    positive = [value for value in values if value > 0] or [1.0]
+    span = max(positive) / min(positive)
+    return {"type": "log", "tickformat": "~g", "dtick": 1 if span >= 100 else "D2" if span >= 5 else None}
 
 
 def layer_axis(num_layers: int, room: float = 0.1) -> dict[str, Any]:
