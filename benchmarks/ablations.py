@@ -48,7 +48,7 @@ def main(parent: str, text: str, folder: str, *chosen: str) -> None:
             for speed in SPEEDS:
                 rows.append({"ablation": name, "speed": speed, **child(pipeline, costs, speed)})
                 print(json.dumps(rows[-1]), flush=True)
-        Path(folder, "ablations.json").write_text("\n".join(map(json.dumps, rows)))
+        Path(folder, "ablations.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def settings(parent: str, text: str, changes: dict[str, dict[str, Any]]) -> Recipe:

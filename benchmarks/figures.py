@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 HERE = Path(__file__).parent
 COLOURS = {"paper": "#868e9c", "closed form": "#2b7fd0", "elastic": "#e0761b"}
 SPEED_COLOURS = {"1.5x": "#7fb2e5", "2x": "#2b7fd0", "3x": "#08264f"}
+QUALITY_SPEEDS = ("1.3x", "2x", "3x")
 VARIANTS = (("attention", "kv3"), ("attention", "kv1"), ("ffn", "w256"), ("ffn", "w64"))
 
 
@@ -25,10 +26,11 @@ def main() -> None:
     plt.rcParams |= {"svg.hashsalt": "puzzle", "svg.fonttype": "none"}  # the same rows give the same file
     draw_library(rows("library"))
     draw_ablations(rows("ablations"))
+    draw_search_quality(rows("search_quality"))
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (HERE / "results" / f"{name}.json").read_text().splitlines()]
+    return [json.loads(line) for line in (HERE / "results" / f"{name}.jsonl").read_text().splitlines()]
 
 
 def save(name: str) -> None:
@@ -79,6 +81,30 @@ def draw_ablations(measured: Sequence[dict[str, Any]]) -> None:
     axes.grid(axis="y", linewidth=0.3)
     axes.legend(frameon=False, title="predicted speed")
     save("ablations")
+
+
+def draw_search_quality(measured: Sequence[dict[str, Any]]) -> None:
+    """The KL of every method's children, a panel for each speed: all seeds, before GKD (rings) and after it (dots)."""
+    names = list(dict.fromkeys(row["method"] for row in measured))
+    size = (10, 0.25 * len(names) + 0.9)
+    _, panels = plt.subplots(1, len(QUALITY_SPEEDS), figsize=size, sharey=True, layout="constrained")
+    for axes, speed in zip(panels, QUALITY_SPEEDS, strict=True):
+        for after, fill in ((False, "none"), (True, "full")):
+            own = [row for row in measured if row["speed"] == speed and bool(row["gkd"]) == after and "kl" in row]
+            places = [names.index(row["method"]) + (0.15 if after else -0.15) for row in own]
+            label = "after GKD" if after else "before GKD"
+            axes.plot(
+                [row["kl"] for row in own], places, "o", fillstyle=fill, markersize=4, color="#2b7fd0", label=label
+            )
+        axes.set(title=speed, xscale="log", xlabel="KL to the parent, nats a token", yticks=range(len(names)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y", linewidth=0.3)
+    panels[0].set_yticklabels(names)
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, loc="upper right")
+    save("search_quality")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main(parent: str, text: str, folder: str) -> None:
             chosen = recipe(parent, text, space=SPACE, library=library, score={"tokens": 8192, "race": None})
             with opened(Path(folder) / "run", chosen) as pipeline:
                 rows += [{"method": method, "steps": steps, **row} for row in measure(pipeline)]
-            Path(folder, "library.json").write_text("\n".join(map(json.dumps, rows)))
+            Path(folder, "library.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def measure(pipeline: Pipeline) -> Iterator[dict[str, object]]:

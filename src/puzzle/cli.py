@@ -329,8 +329,8 @@ def _add_search_arguments(command: argparse.ArgumentParser) -> None:
     instead.add_argument("--baseline", metavar="NAME", help="random, greedy, max-parameters, uniform, depth, ...")
     command.add_argument("--over", metavar="KEY", help="with --frontier: over which quantity; default: throughput")
     command.add_argument("--figure", type=Path, metavar="FILE", help="with --frontier: draw it on an HTML page")
-    command.add_argument("--differing", type=int, default=1, metavar="D", help="with --pool: in so many layers")
-    command.add_argument("--seed", type=int, default=0, help="with --baseline: of random and evolutionary")
+    command.add_argument("--differing", type=int, metavar="D", help="with --pool: in so many layers")
+    command.add_argument("--seed", type=_seed, default=0, help="with --baseline: of random and evolutionary")
     command.add_argument("--out", type=Path, metavar="FILE", help="write the solution, or all of them, as JSON")
     command.add_argument("--table", type=Path, metavar="FILE", help="write the tables as a table file")
 
@@ -338,6 +338,12 @@ def _add_search_arguments(command: argparse.ArgumentParser) -> None:
 def _points(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"found {text}; must be a whole number above 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text}; must be a whole number from 0")
     return int(text)
 
 

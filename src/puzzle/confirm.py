@@ -17,7 +17,7 @@ from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run, digest
-from puzzle.search import QUANTITIES, resolve_bounds, search
+from puzzle.search import QUANTITIES, quantity_of, resolve_bounds, search
 
 _SEARCHES = 4
 _ROUNDS = 5
@@ -76,7 +76,7 @@ def confirmed_search(
     for left in reversed(range(_SEARCHES)):
         checks = _checks(run, parent, tables, solution)
         missing, right = max(check.shortfall for check in checks), all(check.right for check in checks)
-        if missing == 0 and (met is None or solution.score < met.score):
+        if missing == 0 and (met is None or _better(solution, met, run.recipe.search.objective)):
             met = solution
         if left == 0 or (missing == 0 and (right or _as_asked(checks, margin))):
             break
@@ -97,6 +97,13 @@ def confirmed_search(
     if met is None:
         run.log_warning(f"the target is still missed by {missing:.1%} as measured; raise search.margin")
     return met or solution
+
+
+def _better(one: Solution, other: Solution, objective: str) -> bool:
+    if objective == "score":
+        return one.score < other.score
+    name = quantity_of(objective)
+    return QUANTITIES[name].best([one.predicted[name], other.predicted[name]]) != other.predicted[name]
 
 
 def _as_asked(checks: Sequence[_Check], margin: float) -> bool:

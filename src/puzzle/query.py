@@ -21,6 +21,7 @@ from puzzle.search import (
     frontier,
     parent_totals,
     pool,
+    quantity_of,
     read_table,
     solve,
     solve_baseline,
@@ -63,7 +64,8 @@ class Tables:
     def known_of(self, costs: CostTable) -> dict[str, str]:
         """The same in one of the scenarios."""
         totals = parent_totals(self.scores, costs)
-        return {quantity.setting: name for name, quantity in QUANTITIES.items() if totals.get(name)}
+        given = {name: quantity for name, quantity in QUANTITIES.items() if costs.unknown.isdisjoint(quantity.columns)}
+        return {quantity.setting: name for name, quantity in given.items() if totals[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +84,8 @@ class Question:
     """Where to write the frontier as a page."""
     pool: int | None = None
     """So many solutions, the best first,"""
-    differing: int = 1
-    """each with so many layers unlike those of any other."""
+    differing: int | None = None
+    """each with so many layers unlike those of any other; 1 if not given."""
     baseline: str | None = None
     """By this baseline in place of the program."""
     seed: int = 0
@@ -111,15 +113,16 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     target = _changed(tables.target, question.target, "--target")
     settings = _changed(tables.settings, question.search, "--search")
     _check_known(tables, target, settings)
-    for flag in ("over", "figure"):
-        if getattr(question, flag) is not None and question.frontier is None:
-            raise PuzzleError(f"--{flag}: it belongs to a frontier; give --frontier N too")
+    for flag, of in (("over", "frontier"), ("figure", "frontier"), ("differing", "pool")):
+        if getattr(question, flag) is not None and getattr(question, of) is None:
+            raise PuzzleError(f"--{flag}: it belongs to a {of}; give --{of} N too")
     if question.table is not None:
         yield from _write(question.table, to_table_file(tables.scores, tables.costs, settings.score, tables.further))
     if question.frontier is not None:
         yield from _answer_frontier(tables, target, settings, question, question.frontier)
     elif question.pool is not None:
-        count, differing, further = question.pool, question.differing, tables.further
+        count, further = question.pool, tables.further
+        differing = 1 if question.differing is None else question.differing
         solutions = pool(tables.scores, tables.costs, target, settings, count, differing, further=further)
         yield from _list(tables, solutions, _over(tables, None), question.out)
     elif question.table is None or question.target or question.baseline or question.out:
@@ -178,8 +181,14 @@ def _check_known(tables: Tables, target: TargetSettings, settings: SearchSetting
     for place, costs, setting in places:
         known = tables.known_of(costs)
         if setting != "score" and setting not in known:
-            others = ", ".join(known)
-            raise PuzzleError(f"{place}: all of the table's costs for {setting} are 0; it has others for {others}")
+            lacking = [name for name in QUANTITIES[quantity_of(setting)].columns if name in costs.unknown]
+            reason = (
+                f"no row has {' or '.join(lacking)}" if lacking else f"all of the table's costs for {setting} are 0"
+            )
+            raise PuzzleError(f"{place}: {reason}; the table has costs for {', '.join(known) or 'nothing'}")
+    rows = tables.scores.having(settings.score).rows
+    if settings.score != "kl" and not any(tables.scores.value(row.layer, row.block, settings.score) for row in rows):
+        raise PuzzleError(f"search.score: every {settings.score} in the table is 0; leave it at kl")
 
 
 def _over(tables: Tables, setting: str | None) -> str:

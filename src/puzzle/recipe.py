@@ -393,10 +393,13 @@ class Recipe(Section):
 
     @property
     def corrected(self) -> bool:
-        """Whether whole architectures are compared: for the lowest sum of scores, but not of a task of the user's own,
-        which is not run on them.
+        """Whether whole architectures are compared: for the lowest sum of scores within bounds on costs, but not of a
+        task of the user's own, which is not run on them.
         """
-        return self.correct.tokens > 0 and self.search.objective == "score" and self.search.score != "task"
+        targets = [self.target, *(scenario.target for scenario in self.scenarios)]
+        bounded = any(value is not None for target in targets for name, value in target if name != "score")
+        own_task = self.search.score == "task"
+        return self.correct.tokens > 0 and self.search.objective == "score" and bounded and not own_task
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":

@@ -15,6 +15,7 @@ import puzzle.correct.neighbours
 from puzzle.artefacts import CostTable, ScoreName, ScoreTable, Solution, WholeScore
 from puzzle.correct.neighbours import around, matter, with_blocks
 from puzzle.correct.steps import Steps
+from puzzle.errors import PuzzleError
 from puzzle.recipe import CorrectSettings, FurtherScenarioSettings, ScenarioSettings, SearchSettings, TargetSettings
 from puzzle.runs import Run
 from puzzle.search import excesses, pool, solve
@@ -259,3 +260,44 @@ def test_further_scenarios_bind_all_that_is_proposed(
     assert len(steps.judged) > 3
     for blocks in (judged.blocks for judged in steps.judged):
         assert not excesses(heavy.totals(blocks, 2), first.further[0].bounds)
+
+
+def test_a_bound_on_the_score_and_costs_bounded_elsewhere(
+    pico_run: Run, tmp_path: Path, toy_scores: ScoreTable, toy_costs: CostTable
+) -> None:
+    """Only the further scenario bounds costs, with the margin that the search kept there."""
+    other = FurtherScenarioSettings(scenario=ScenarioSettings(), target=TargetSettings.model_validate(TWICE))
+    target = TargetSettings.model_validate({"score": 100.0})
+    update = {"correct": CorrectSettings(pool=4), "target": target, "search": SEARCH, "scenarios": [other]}
+    recipe = pico_run.recipe.model_copy(update=update)
+    assert recipe.corrected
+    assert not recipe.model_copy(update={"scenarios": []}).corrected
+    first = solve(toy_scores, toy_costs, target, SEARCH, further=[(toy_costs, other.target)])
+    world: Any = World(toy_scores, nothing)
+    steps = Steps(Run(tmp_path, recipe), toy_scores, toy_costs, first, world, [toy_costs])
+    steps.take()
+    assert len(steps.judged) > 3
+    for solution in steps.ranked():
+        assert solution.asked.given() == {}
+        assert solution.further[0].asked == first.further[0].asked
+        assert solution.further[0].bounds == first.further[0].bounds
+        assert not excesses(toy_costs.totals(solution.blocks, 2), first.further[0].bounds)
+
+
+@pytest.mark.parametrize("lost", [lambda blocks: True, lambda blocks: blocks[1] == OWN])
+def test_where_nothing_is_finite_nothing_is_proposed(
+    taken: Callable[..., Steps], monkeypatch: pytest.MonkeyPatch, lost: Callable[[Blocks], bool]
+) -> None:
+    value = World.value
+    monkeypatch.setattr(World, "value", lambda self, blocks: float("inf") if lost(blocks) else value(self, blocks))
+    steps = taken(nothing, "3x", pool=3, depth=1, rounds=1, pairs=4)
+    assert [step.name for step in steps.steps] == ["pool", "depth", "rounds", "pairs"]
+    assert {judged.step for judged in steps.judged} <= {"search", "pool", "depth"}
+
+
+def test_where_time_is_over_what_is_known_stands(taken: Callable[..., Steps], monkeypatch: pytest.MonkeyPatch) -> None:
+    def over(*_: Any, **__: Any) -> list[Solution]:
+        raise PuzzleError("search.time_limit_s: over")
+
+    monkeypatch.setattr("puzzle.correct.steps.pool", over)
+    assert len(taken(nothing, pool=3, rounds=1, pairs=2).ranked()) == 1

@@ -261,3 +261,18 @@ def test_what_a_person_can_get_wrong() -> None:
         solve_baseline("greed", *tables, _bound(8), EXACT)
     with pytest.raises(PuzzleError, match="target: no cost is bounded"):
         solve_baseline("greedy", *tables, TargetSettings(), EXACT)
+
+
+def test_a_rule_may_name_a_block_that_the_baseline_cannot_take() -> None:
+    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)]
+    for layer in range(2):
+        rows += [cost_row(layer, "ffn", name, 1, params=size) for name, size in (("w8", 8), ("none", 0))]
+        rows += [cost_row(layer, "attention", f"kv{k}", 1, params=k) for k in (4, 2)]
+    blocks = ("kv4+w8", "kv2+w8", "kv4+none", "kv2+none")
+    tables = score_table([[(name, place / 8) for place, name in enumerate(blocks)]] * 2), cost_table(rows, (1,))
+    forbidding = EXACT.model_copy(update={"forbid": {"all": ["kv2"], "0": "*+none"}})
+    found = solve_baseline("noop-only", *tables, TargetSettings(parameters="70%"), forbidding)
+    assert found.blocks == ("kv4+w8", "kv4+none")
+    fixing = EXACT.model_copy(update={"fix": {"1": "kv2"}})
+    with pytest.raises(PuzzleError, match="baseline noop-only: it finds nothing"):
+        solve_baseline("noop-only", *tables, TargetSettings(parameters="70%"), fixing)

@@ -90,6 +90,16 @@ def test_the_line(trade: tuple[ScoreTable, CostTable], target: dict[str, str], l
     assert str(raised.value) == line
 
 
+def test_a_byte_out_of_reach_is_out_of_reach() -> None:
+    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
+    rows += [cost_row(0, "attention", f"kv{k}", 1, params=k * 10**9) for k in (4, 2)]
+    tables = score_table([[("kv4+w64", 0.0), ("kv2+w64", 0.5)]]), cost_table(rows, (1,))
+    with pytest.raises(
+        PuzzleError, match=r"^target.parameters: .* asked; reachable 4B \(parent\) to 2B .*nearest: 2B$"
+    ):
+        solve(*tables, TargetSettings(parameters="1999999999"), SETTINGS)
+
+
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.lists(st.sampled_from(BOUNDS), min_size=1, max_size=3, unique=True), st.data())
 def test_the_nearest_target_can_be_met(

@@ -75,3 +75,25 @@ def test_a_model_that_takes_no_time_is_noise() -> None:
 def test_other_bounds_out_of_reach_are_explained() -> None:
     with pytest.raises(PuzzleError, match=r"target.parameters: 100 asked; reachable 800 \(parent\) to 200"):
         frontier(*one_layer(), TargetSettings(parameters="100", throughput="2x"), SETTINGS)
+
+
+def test_a_quantity_that_can_be_nothing() -> None:
+    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
+    rows += [cost_row(0, "attention", f"kv{k}", 1, params=k) for k in (8, 4, 0)]
+    scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5), ("kv0+w64", 1.0)]])
+    points = frontier(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS, "params", 3)
+    assert [(point.blocks, point.bounds.params) for point in points] == [
+        (("kv8+w64",), 8),
+        (("kv4+w64",), 4),
+        (("kv0+w64",), 0),
+    ]
+
+
+def test_too_few_kinds_for_what_is_fixed() -> None:
+    scores, costs = one_layer()
+    scores = replace(scores, num_layers=2, rows=(*scores.rows, *(replace(row, layer=1) for row in scores.rows)))
+    costs = replace(costs, rows=(*costs.rows, *(replace(row, layer=1) for row in costs.rows if row.layer == 0)))
+    own, *_, last = (row.block for row in scores.layer(0))
+    settings = SETTINGS.model_copy(update={"kinds": 1, "fix": {"0": own, "1": last}})
+    with pytest.raises(PuzzleError, match=r"^search\.kinds: 1 are not enough for what search\.fix"):
+        frontier(scores, costs, TargetSettings(), settings)

@@ -1,6 +1,9 @@
 """Pools of solutions against enumeration."""
 
 import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -8,11 +11,12 @@ from hypothesis import strategies as st
 from tests.search.conftest import architectures, cost_row, cost_table, score_table, within
 from tests.search.test_solve import bounded, two_batches
 
-from puzzle.artefacts import Bounds, CostTable, ScoreTable
+from puzzle.artefacts import Bounds, CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import pool
 from puzzle.search.bounds import QUANTITIES
+from puzzle.search.exact import best_architecture
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
@@ -77,3 +81,13 @@ def test_a_dominated_block_and_another_batch_size() -> None:
 def test_differing_out_of_range_is_said() -> None:
     with pytest.raises(PuzzleError, match="pool: found differing 2; it must be from 1 to the 1 layers"):
         pool(*two_batches(), TargetSettings(parameters="70"), SETTINGS, 2, 2)
+
+
+def test_what_was_found_before_the_time_was_over_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hurried(*args: Any, others: Sequence[Any], **given: Any) -> Solution | None:
+        if others:
+            raise PuzzleError("search.time_limit_s: over")
+        return best_architecture(*args, others=others, **given)
+
+    monkeypatch.setattr(sys.modules["puzzle.search.solve"], "best_architecture", hurried)
+    assert len(pool(*two_batches(), TargetSettings(parameters="120"), SETTINGS, 2, 1)) == 1

@@ -87,3 +87,14 @@ def test_a_run_hands_on_its_further_scenarios(tmp_path: Path) -> None:
         vars(pipeline).update(scores=scores, costs=costs, further_costs=[_long_prompts()])  # as if they were measured
         ask(pipeline.tables, out=tmp_path / "found.json")
     assert Solution.from_json((tmp_path / "found.json").read_text()).blocks == ("kv4+w64",)
+
+
+def test_a_score_that_the_table_has_not_is_named(tables: Tables) -> None:
+    with pytest.raises(PuzzleError, match=r"^search.score: every cosine in the table is 0; leave it at kl"):
+        ask(tables, search=["score=cosine"])
+
+
+@pytest.mark.parametrize(("given", "of"), [("over", "frontier"), ("figure", "frontier"), ("differing", "pool")])
+def test_what_belongs_to_another_answer_is_named(tables: Tables, given: str, of: str) -> None:
+    with pytest.raises(PuzzleError, match=f"^--{given}: it belongs to a {of}; give --{of} N too"):
+        ask(tables, **{given: 1})

@@ -1,12 +1,16 @@
 """The solver against enumeration (law 8)."""
 
+import random
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.search.conftest import (
     BOUNDS,
+    FFN,
     architectures,
     cost_row,
     cost_table,
@@ -143,6 +147,84 @@ def test_bytes_beyond_the_solvers_precision_are_counted_exactly() -> None:
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.1), ("kv2+w64", 0.2), ("kv1+w64", 0.3)]])
     solution = solve(scores, cost_table(rows, (1,)), TargetSettings(parameters="100G"), SETTINGS)
     assert solution.blocks == ("kv2+w64",)
+
+
+@pytest.mark.parametrize("exact", [10**11, 10**12])
+def test_what_exact_integers_exclude_is_searched_again(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS, and at 1e12 the enumeration too, takes a sum that is one above the bound."""
+    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)]
+    for layer in range(2):
+        rows += [cost_row(layer, "ffn", "w64", 1)]
+        rows += [cost_row(layer, "attention", f"kv{k}", 1, params=k * exact // 2) for k in (2, 1)]
+    scores = score_table([[("kv2+w64", 0.0), ("kv1+w64", 0.1 + layer)] for layer in range(2)])
+    if exact < 10**12:
+        monkeypatch.setattr("puzzle.search.core._LABELS", (0, 0))
+    again = []
+    without = Program.without
+    monkeypatch.setattr(Program, "without", lambda *args: (again.append(args), without(*args))[1])
+    target = TargetSettings(parameters=str(3 * exact // 2 - 1))
+    assert solve(scores, cost_table(rows, (1,)), target, SETTINGS).blocks == ("kv1+w64", "kv1+w64")
+    assert again
+    with pytest.raises(PuzzleError, match=r"^target.parameters: \d+ ?\S* asked; reachable .*; nearest: "):
+        solve(scores, cost_table(rows, (1,)), TargetSettings(parameters=str(exact - 1)), SETTINGS)
+
+
+@pytest.mark.parametrize("never", [1e4, 1e8, 1e12, 1e15])
+@pytest.mark.parametrize("labels", [(1024, 8192), (0, 0)])
+def test_a_score_for_never_leaves_the_others_exact(
+    never: float, labels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puzzle.search.core._LABELS", labels)
+    rng, names = np.random.default_rng(7), [f"kv{k}" for k in range(6, -1, -1)]
+    rows, kl = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)], []
+    for layer in range(16):
+        rows += [cost_row(layer, "ffn", "w64", 1)]
+        params, times = (np.sort(rng.uniform(1, 9, 7))[::-1] for _ in range(2))
+        rows += [
+            cost_row(layer, "attention", name, 1, params=int(1e6 * some), decode=float(time))
+            for name, some, time in zip(names, params, times, strict=True)
+        ]
+        kl.append([0.0, *(1e-3 * np.sort(rng.exponential(size=5))).tolist()])
+    costs, target = cost_table(rows, (1,)), TargetSettings(parameters="60%", latency="0.7x")
+    alike = [list(zip((f"{name}+w64" for name in names), values, strict=False)) for values in kl]
+    forbidden = [[*layer, ("kv0+w64", never)] for layer in alike]
+    found = solve(score_table(forbidden), costs, target, SETTINGS)
+    assert found.score == pytest.approx(solve(score_table(alike), costs, target, SETTINGS).score, rel=1e-8)
+    assert found.proof is not None
+    assert found.proof.status == "optimal"
+
+
+@pytest.mark.parametrize("seed", [0, 6, 8])
+def test_where_many_tie_the_bound_may_be_a_rounding_above_the_best(seed: int) -> None:
+    """A layer's blocks score the same, so that the relaxation's bound is the optimum, added up in another order."""
+    rng = random.Random(seed)
+    rows, kl = [cost_row(-1, "fixed", "", 1)], []
+    for layer in range(rng.choice([14, 24])):
+        score = rng.choice([0.1, 0.2, 0.3, 0.7]) * rng.choice([1, 1 / 3, 1 / 7])
+        rows.append(cost_row(layer, "ffn", FFN, 1))
+        for block in range(6):
+            share = rng.randint(1, 100)
+            params, weight_bytes, prefill = 300, 400, 500.0
+            if block:
+                params, weight_bytes = 3 * share + rng.randint(0, 9), 3 * (100 - share) + rng.randint(0, 9)
+                prefill = float(rng.randint(1, 100))
+            row = cost_row(layer, "attention", f"kv{block}", 1, params=params, kv=1, prefill=prefill)
+            rows.append(replace(row, weight_bytes=weight_bytes))
+        values = [0.0, *[score] * 4, 1.5 * score]
+        kl.append([(f"kv{block}+{FFN}", value) for block, value in enumerate(values)])
+    shares = (("parameters", 0.45, 0.6), ("disk", 0.38, 0.5), ("latency", 0.1, 0.14))
+    target = TargetSettings.model_validate({name: f"{rng.uniform(low, high):.4f}x" for name, low, high in shares})
+    settings = SearchSettings(margin=0, forbid={"all": "kv0"}, gap=rng.choice([0, 1e-6]))
+    solution = solve(score_table(kl), cost_table(rows, (1,)), target, settings)
+    assert solution.score >= sum(layer[1][1] for layer in kl) - 1e-12
+    assert solution.proof is not None
+    assert solution.proof.status == "optimal"
+
+
+@pytest.mark.parametrize("target", [{"throughput": "1e18"}, {"latency": "1e-14ms"}, {"score": 1e-200}])
+def test_targets_beyond_all_measure_are_out_of_reach(target: dict[str, Any]) -> None:
+    with pytest.raises(PuzzleError, match=r"asked; reachable|each alone can be met"):
+        solve(*two_batches(), TargetSettings.model_validate({"parameters": "60", **target}), SETTINGS)
 
 
 def test_a_byte_is_not_lost_to_rounding() -> None:

@@ -11,6 +11,7 @@ from tests.search.conftest import everything, tables
 
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
+from puzzle.query import Question, Tables, answer
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import parent_totals, read_table, solve, to_table_file
 
@@ -125,6 +126,9 @@ def test_rows_may_lie_in_a_parquet_file(tmp_path: Path) -> None:
         (1, {"score": None}, "rows[1].score is missing, and kv2+w4096 has no costs here either"),
         (1, {"block": "kv8+w4096"}, "rows[1].score: found 0.011, an earlier row of kv8+w4096 has 0"),
         (0, {"block": "kv2+w4096"}, "rows[1].score: found 0.011, an earlier row of kv2+w4096 has 0"),
+        (1, {"score": 1e300}, "rows[1].score: found 1e+300; must be at most 1"),
+        (7, {"params": 10**400}, "rows[7].params: found 1000"),
+        (7, {"layer": 10**18}, "rows[7].layer: found 1000"),
         (1, {"score": float("nan")}, "rows[1].score: found nan; must be a finite number"),
         (4, {"block": "kv8+w1"}, "layer 1 has no score of the parent's block kv8+w4096"),
     ],
@@ -149,15 +153,57 @@ def test_a_wrong_row_is_named(tmp_path: Path, place: int, changed: dict[str, Any
             "fixed[1]: the costs at batch size 8 stand in fixed",
         ),
         ({"fixed": [{"batch_size": 2}]}, "fixed[0].batch_size: found 2"),
-        ({"scenario": {"generated_tokens": 1, "batch_sizes": [1]}}, "scenario.prompt_tokens is missing"),
+        ({"scenario": {"generated_tokens": 1, "batch_sizes": [1]}}, "table.json.scenario.prompt_tokens is missing"),
+        ({"rows": "no.parquet"}, "no.parquet does not exist"),
     ],
 )
 def test_a_wrong_head_is_named(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
-    with pytest.raises(PuzzleError, match=re.escape(expected)):
+    with pytest.raises(PuzzleError, match=re.escape(expected)) as caught:
         read(tmp_path, json.loads(EXAMPLES[0]) | changed)
+    assert "JSON" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "NaN", "\ufffe"])
+@pytest.mark.parametrize("without", [("kv_bytes_per_sequence",), ("decode_ms",), ("weight_bytes", "prefill_ms")])
+def test_what_follows_from_an_unknown_cost_cannot_be_bounded(tmp_path: Path, without: tuple[str, ...]) -> None:
+    table = json.loads(EXAMPLES[0])
+    for row in (*table["fixed"], *table["rows"]):
+        for column in without:
+            row.pop(column, None)
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    tables = Tables.read(tmp_path / "table.json")
+    follows = {
+        "kv_bytes_per_sequence": {"memory"},
+        "decode_ms": {"throughput", "latency", "time_per_output_token"},
+        "weight_bytes": {"memory", "disk"},
+        "prefill_ms": {"throughput", "latency", "time_to_first_token"},
+    }
+    everything = {
+        "throughput",
+        "latency",
+        "time_per_output_token",
+        "time_to_first_token",
+        "memory",
+        "parameters",
+        "disk",
+    }
+    assert set(tables.known) == everything - set().union(*(follows[column] for column in without))
+    with pytest.raises(PuzzleError, match=rf"no row has {without[0]}; the table has costs for "):
+        next(answer(tables, Question(target=[f"{min(follows[without[0]])}=2x"])))
+    assert not any(column in to_table_file(tables.scores, tables.costs) for column in without)
+
+
+def test_a_model_that_would_take_no_time(tmp_path: Path) -> None:
+    table = json.loads(EXAMPLES[1])
+    for row in table["rows"]:
+        row["prefill_ms"] = 4.0 if row["block"] == "full" else 0.0
+    with pytest.raises(
+        PuzzleError, match=r"the fastest blocks of all layers take 0 ms at batch size 1; give in `fixed`"
+    ):
+        read(tmp_path, table)
+    read(tmp_path, table | {"fixed": [{"prefill_ms": 1.0}]})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "NaN", "\ufffe", "[" * 100_000])
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(PuzzleError, match=r"table\.json"):

@@ -137,6 +137,8 @@ class CostTable:
     rows: tuple[CostRow, ...]
     environment: dict[str, str] = field(default_factory=dict)
     """Engine version, device name, threads: what a figure must be quoted with."""
+    unknown: frozenset[str] = frozenset()
+    """Columns that no row was given, as happens in tables of other libraries; they stand at 0."""
 
     @cached_property
     def _by_key(self) -> dict[tuple[int, str, str, int], CostRow]:

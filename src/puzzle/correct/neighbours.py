@@ -48,17 +48,23 @@ def _price(
     return math.sqrt(math.prod(ends)) if len(ends) == 2 else sum(ends)
 
 
-def around(centre: Blocks, scores: ScoreTable, some: Places, evaluate: Evaluate, score: ScoreName = "kl") -> ScoreTable:
+def around(
+    centre: Blocks, scores: ScoreTable, some: Places, evaluate: Evaluate, score: ScoreName = "kl"
+) -> ScoreTable | None:
     """The table with the scores that `some` blocks, and the parent's, have in `centre`, given as KL.
 
     Sums of these are exact for `centre` and its neighbours, up to one constant: of each layer the parent's own block
     is at 0, as in every table, and what is better in that place is below. Other blocks are there for constraints of
     the search: with their own score, and the most that another block of their layer is worse here than there.
+
+    None where `centre` with a block of the parent's is not finite, and so no other block is comparable.
     """
     places = [(row.layer, row.block) for row in scores.rows]
     own = {layer: scores.parent_row(layer).block for layer in range(scores.num_layers)}
     scored = [place for place in places if place in some or place[1] == own[place[0]]]
     values = dict(zip(scored, evaluate([with_blocks(centre, dict([place])) for place in scored]), strict=True))
+    if not all(math.isfinite(values[place]) for place in own.items()):
+        return None
     here = {place: value - values[place[0], own[place[0]]] for place, value in values.items() if math.isfinite(value)}
     there = {place: scores.value(*place, score) for place in places}
     worse = {layer: max(0.0, *(here[at] - there[at] for at in here if at[0] == layer)) for layer in own}

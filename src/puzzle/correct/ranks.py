@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Kendall's tau-b: 1 for the same order, -1 for the reverse, ties taken off; None where a list has no order."""
-    first, second = (np.sign(np.subtract.outer(values, values)) for values in (one, other))
+    ranks = _ranks(one), _ranks(other)  # a value may be infinite
+    first, second = (np.sign(np.subtract.outer(values, values)) for values in ranks)
     pairs = math.sqrt(float((first != 0).sum()) * float((second != 0).sum()))
     return float((first * second).sum()) / pairs if pairs else None
 

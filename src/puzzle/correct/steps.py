@@ -4,17 +4,20 @@ Each proposes architectures that the search finds in tables which know more than
 judged by their true score, and the best one judged so far is the incumbent.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 
-from puzzle.artefacts import CostTable, Judged, PairTerm, ScoreTable, Solution, Step
+from puzzle.artefacts import CostTable, Judged, PairTerm, ScoreTable, Serving, Solution, Step
 from puzzle.correct.neighbours import Places, around, matter, pair_term, with_blocks
 from puzzle.correct.whole import Blocks, TrueScore
+from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.runs import Run
-from puzzle.search import QUANTITIES, excesses, pool
+from puzzle.search import QUANTITIES, excesses, pool, with_asked
+from puzzle.units import Amount
 
 _PROPOSALS = 4
 """Of a re-scored search: its best few, since its sums are not exact either, and judging one is cheap."""
@@ -41,9 +44,16 @@ class Steps:
         self._run, self._scores, self._costs = run, scores, costs
         self._first, self._true = solution, true
         self._settings = run.recipe.correct
-        targets = [_of_costs(each.target) for each in run.recipe.scenarios]
-        self._target, self._further = _of_costs(run.recipe.target), [*zip(further, targets, strict=True)]
-        self._search = run.recipe.search.model_copy(update={"margin": _margin(solution, costs)})
+        self._tables = [costs, *further]
+        self._asked_for = [
+            _of_costs(each) for each in (run.recipe.target, *(its.target for its in run.recipe.scenarios))
+        ]
+        served: list[Solution | Serving] = [solution, *solution.further]
+        self._targets = [
+            _as_fast(target, its, solution.blocks, table)
+            for target, its, table in zip(self._asked_for, served, self._tables, strict=True)
+        ]
+        self._search = run.recipe.search.model_copy(update={"margin": 0.0})
         self._solutions: dict[Blocks, Solution] = {}
         self._asked: set[Blocks] = set()
         self.judged: list[Judged] = []
@@ -105,7 +115,7 @@ class Steps:
         table = self._around(centre)
         known: dict[tuple[tuple[int, str], ...], PairTerm] = {}
         while len(known) < count:
-            found = self._proposals(table, [*known.values()])
+            found = self._proposals(table, known.values())
             self._offer("pairs", found)
             swaps = [[at for at in enumerate(solution.blocks) if at[1] != centre[at[0]]] for solution in found]
             wanted = dict.fromkeys(pair for some in swaps for pair in combinations(some, 2) if pair not in known)
@@ -113,19 +123,28 @@ class Steps:
                 return
             some = [*wanted][: count - len(known)]
             known |= {pair: pair_term(centre, dict(pair), self._evaluate) for pair in some}
-        self._offer("pairs", self._proposals(table, [*known.values()]))
+        self._offer("pairs", self._proposals(table, known.values()))
 
-    def _around(self, centre: Blocks) -> ScoreTable:
+    def _around(self, centre: Blocks) -> ScoreTable | None:
         """The scores in `centre` of its own blocks and of those that matter."""
         return around(centre, self._scores, self._matter | set(enumerate(centre)), self._evaluate, self._true.score)
 
-    def _proposals(self, table: ScoreTable, pairs: Sequence[PairTerm] = ()) -> list[Solution]:
-        return self._found(table, self._search.model_copy(update={"score": "kl"}), _PROPOSALS, 1, pairs)
+    def _proposals(self, table: ScoreTable | None, pairs: Iterable[PairTerm] = ()) -> list[Solution]:
+        if table is None:
+            return []
+        finite = [pair for pair in pairs if math.isfinite(pair.score)]
+        return self._found(table, self._search.model_copy(update={"score": "kl"}), _PROPOSALS, 1, finite)
 
     def _found(
         self, table: ScoreTable, search: SearchSettings, count: int, differing: int, pairs: Sequence[PairTerm] = ()
     ) -> list[Solution]:
-        return pool(table, self._costs, self._target, search, count, differing, pairs=pairs, further=self._further)
+        further = [*zip(self._tables[1:], self._targets[1:], strict=True)]
+        try:
+            found = pool(table, self._costs, self._targets[0], search, count, differing, pairs=pairs, further=further)
+        except PuzzleError as error:  # what the search found stands, and time may be over
+            self._run.log(f"correct: nothing is proposed: {error}")
+            return []
+        return [with_asked(solution, self._asked_for) for solution in found]
 
     def _offer(self, step: str, solutions: Sequence[Solution]) -> None:
         """Judge what is new; the incumbent is the best of all."""
@@ -140,8 +159,10 @@ class Steps:
             self.judged.append(Judged(blocks=blocks, predicted=solution.score, whole=whole, step=step))
 
     def _check(self, solution: Solution) -> None:
-        broken = excesses(self._costs.totals(solution.blocks, solution.batch_size), solution.bounds)
-        assert not broken, f"a proposed solution breaks the bounds, by shares of {broken}"
+        served: list[Solution | Serving] = [solution, *solution.further]
+        for its, table in zip(served, self._tables, strict=True):
+            broken = excesses(table.totals(solution.blocks, its.batch_size), its.bounds)
+            assert not broken, f"a proposed solution breaks the bounds, by shares of {broken}"
 
     def _evaluate(self, architectures: Sequence[Blocks]) -> list[float]:
         self._asked.update(architectures)
@@ -169,18 +190,15 @@ def _of_costs(target: TargetSettings) -> TargetSettings:
     return target.model_copy(update={"score": None})
 
 
-def _margin(solution: Solution, costs: CostTable) -> float:
-    """By what share the search's bounds on speeds and times are tighter than what was asked.
+def _as_fast(target: TargetSettings, served: Solution | Serving, blocks: Blocks, costs: CostTable) -> TargetSettings:
+    """The target with the bounds on speeds and times that the search kept, margin included, in absolute numbers.
 
     A solution of a table that was fitted to measurements is as fast as asked whatever this table says: others are then
     to be as fast as it is here.
     """
-    predicted = costs.totals(solution.blocks, solution.batch_size).as_dict()
-    same_table = predicted["request_ms"] == solution.predicted["request_ms"]
-    reached = solution.bounds.given() if same_table else predicted
-    margins = [
-        (reached[name] / asked if QUANTITIES[name].at_least else asked / reached[name]) - 1
-        for name, asked in solution.asked.given().items()
-        if not QUANTITIES[name].whole
-    ]
-    return min(margins, default=0.0)
+    predicted = costs.totals(blocks, served.batch_size).as_dict()
+    same_table = predicted["request_ms"] == served.predicted["request_ms"]
+    kept = served.bounds.given() if same_table else predicted
+    timed = [quantity for name, quantity in QUANTITIES.items() if name in served.bounds.given() and not quantity.whole]
+    amounts = {each.setting: Amount(kept[each.name], False, f"{kept[each.name]:g}") for each in timed}
+    return target.model_copy(update=amounts)

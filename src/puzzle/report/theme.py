@@ -19,7 +19,9 @@ HEAT = [[0, "#eef5fc"], [0.25, "#c3dcf1"], [0.5, "#74add8"], [0.75, "#2a6fb0"], 
 
 
 def log_axis(values: Iterable[float]) -> dict[str, Any]:
-    """A logarithmic axis, labelled at powers of ten, at 2 and 5 times these, or wherever it suits: as far as it goes."""
+    """A logarithmic axis, labelled at powers of ten, also at 2 and 5 times these, or wherever it suits: as far as it
+    goes.
+    """
     positive = [value for value in values if value > 0] or [1.0]
     span = max(positive) / min(positive)
     return {"type": "log", "tickformat": "~g", "dtick": 1 if span >= 100 else "D2" if span >= 5 else None}

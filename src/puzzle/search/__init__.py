@@ -1,9 +1,9 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
 from puzzle.search.baselines import BASELINES, Evaluator, solve_baseline
-from puzzle.search.bounds import QUANTITIES, evaluate_blocks, excesses, margin_of, parent_totals, resolve_bounds
+from puzzle.search.bounds import QUANTITIES, evaluate_blocks, excesses, parent_totals, quantity_of, resolve_bounds
 from puzzle.search.frontier import frontier
-from puzzle.search.solve import Further, pool, solve
+from puzzle.search.solve import Further, pool, solve, with_asked
 from puzzle.search.stage import search
 from puzzle.search.table_file import read_table, to_table_file
 
@@ -15,13 +15,14 @@ __all__ = [
     "evaluate_blocks",
     "excesses",
     "frontier",
-    "margin_of",
     "parent_totals",
     "pool",
+    "quantity_of",
     "read_table",
     "resolve_bounds",
     "search",
     "solve",
     "solve_baseline",
     "to_table_file",
+    "with_asked",
 ]

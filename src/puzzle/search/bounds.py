@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Solution, Totals
+from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Totals
 from puzzle.errors import PuzzleError
 from puzzle.recipe import TargetSettings
 
@@ -28,6 +28,8 @@ class Quantity:
     """In the recipe's `target`."""
     additive: Callable[[Totals], float]
     """The sum over layers behind it."""
+    columns: tuple[str, ...]
+    """What of `Cost` it follows from."""
     at_least: bool = False
     """The throughput: its bound is a lower one, and its sum the request time."""
     whole: bool = False
@@ -38,9 +40,7 @@ class Quantity:
         if not self.at_least:
             return value
         if value <= 0:
-            raise PuzzleError(
-                f"cost: a model is predicted to take {value:g} ms, which is noise; raise cost.repeats and measure again"
-            )
+            raise no_time(value)
         return 1e3 * batch_size * generated_tokens / value
 
     def tightened(self, bound: float, margin: float) -> float:
@@ -60,8 +60,11 @@ class Quantity:
         return max(values, default=None) if self.at_least else min(values, default=None)
 
     def load(self, totals: Totals, bound: float) -> float:
-        """What share of its limit the sum takes."""
-        return self.additive(totals) / self.convert(bound, totals.batch_size, totals.generated_tokens)
+        """What share of its limit the sum takes; infinite of a limit of 0, if it is more."""
+        value, limit = self.additive(totals), self.convert(bound, totals.batch_size, totals.generated_tokens)
+        if limit == 0:
+            return math.inf if value > 0 else 1.0
+        return value / limit
 
     def excess(self, totals: Totals, bound: float) -> float:
         """By what share of its limit the sum is above it; 0 if `totals` meets `bound`."""
@@ -69,18 +72,61 @@ class Quantity:
         return share if self.whole or share > TIME_TOLERANCE else 0.0
 
 
+def no_time(predicted_ms: float) -> PuzzleError:
+    return PuzzleError(
+        f"cost: a model is predicted to take {predicted_ms:g} ms, which is noise; raise cost.repeats and measure again"
+    )
+
+
 QUANTITIES: dict[str, Quantity] = {
     quantity.name: quantity
     for quantity in (
         Quantity(
-            name="throughput_tok_s", setting="throughput", additive=lambda totals: totals.request_ms, at_least=True
+            name="throughput_tok_s",
+            setting="throughput",
+            additive=lambda totals: totals.request_ms,
+            columns=("prefill_ms", "decode_ms"),
+            at_least=True,
         ),
-        Quantity(name="request_ms", setting="latency", additive=lambda totals: totals.request_ms),
-        Quantity(name="decode_ms", setting="time_per_output_token", additive=lambda totals: totals.cost.decode_ms),
-        Quantity(name="prefill_ms", setting="time_to_first_token", additive=lambda totals: totals.cost.prefill_ms),
-        Quantity(name="memory_bytes", setting="memory", additive=lambda totals: totals.memory_bytes, whole=True),
-        Quantity(name="params", setting="parameters", additive=lambda totals: totals.cost.params, whole=True),
-        Quantity(name="weight_bytes", setting="disk", additive=lambda totals: totals.cost.weight_bytes, whole=True),
+        Quantity(
+            name="request_ms",
+            setting="latency",
+            additive=lambda totals: totals.request_ms,
+            columns=("prefill_ms", "decode_ms"),
+        ),
+        Quantity(
+            name="decode_ms",
+            setting="time_per_output_token",
+            additive=lambda totals: totals.cost.decode_ms,
+            columns=("decode_ms",),
+        ),
+        Quantity(
+            name="prefill_ms",
+            setting="time_to_first_token",
+            additive=lambda totals: totals.cost.prefill_ms,
+            columns=("prefill_ms",),
+        ),
+        Quantity(
+            name="memory_bytes",
+            setting="memory",
+            additive=lambda totals: totals.memory_bytes,
+            columns=("weight_bytes", "kv_bytes_per_sequence"),
+            whole=True,
+        ),
+        Quantity(
+            name="params",
+            setting="parameters",
+            additive=lambda totals: totals.cost.params,
+            columns=("params",),
+            whole=True,
+        ),
+        Quantity(
+            name="weight_bytes",
+            setting="disk",
+            additive=lambda totals: totals.cost.weight_bytes,
+            columns=("weight_bytes",),
+            whole=True,
+        ),
     )
 }
 """By name, in the order in which a target that cannot be met is loosened."""
@@ -120,13 +166,6 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: 
         if bounds[quantity.name] <= 0:
             raise PuzzleError(f"target.{quantity.setting}: {amount.text} is {value:g}; set more than that")
     return Bounds(**bounds, score=target.score)
-
-
-def margin_of(solution: Solution) -> float:
-    """The margin with which a solution was searched; 0 of one for sizes alone, which have none."""
-    asked, bounds = solution.asked.given(), solution.bounds.given()
-    ratios = [bounds[name] / asked[name] for name in asked if not QUANTITIES[name].whole]
-    return max((max(ratio, 1 / ratio) - 1 for ratio in ratios), default=0.0)
 
 
 def evaluate_blocks(

@@ -20,6 +20,16 @@ class Allowed:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def among(self, scores: ScoreTable) -> "Allowed":
+        """What of it has a score in a smaller table."""
+        known = {(row.layer, row.block) for row in scores.rows}
+        layers = [[layer for layer, own in enumerate(self.groups) if own == group] for group in range(len(self))]
+        blocks = (
+            tuple(name for name in names if all((layer, name) in known for layer in members))
+            for names, members in zip(self.blocks, layers, strict=True)
+        )
+        return Allowed(self.groups, tuple(blocks))
+
 
 def allowed(scores: ScoreTable, settings: SearchSettings) -> Allowed:
     """What the settings allow of the blocks that have scores.

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle.search.highs import Outcome, Relaxation, minimise
+from puzzle.search.highs import FAR, Outcome, Relaxation, minimise
 from puzzle.search.labels import Enumeration, enumerate_near
 from puzzle.search.problem import Program
 
@@ -18,7 +18,9 @@ _LABELS = (1024, 8192)
 HiGHS is faster (benchmarks/search.md).
 """
 _START = 1e-5
-"""Least first width of an enumeration, as a share of the bound or of the largest term, whichever is more."""
+"""Least first width of an enumeration, as a share of the bound or of the largest term near it, whichever is more."""
+_ROUNDING = 1e-12
+"""Least width at all, as such a share: a bound and a solution at it are two sums."""
 _WIDER = 1.4
 """By how much the next is wider while there is no solution: what is beyond the best one is for nothing."""
 _GROWTH = 4
@@ -29,8 +31,9 @@ def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_
     """As `minimise` answers for the whole program: by enumeration near the bound, or where that is much by HiGHS."""
     end = time.monotonic() + time_limit_s
     ranked = np.sort(relaxation.reduced)
-    least = _START * (max(abs(relaxation.bound), float(np.abs(program.objective).max())) or 1.0)
-    width = max(least, float(ranked[min(program.num_layers * 9 // 8, len(ranked) - 1)]))
+    width = float(ranked[min(program.num_layers * 9 // 8, len(ranked) - 1)])
+    common = max(abs(relaxation.bound), _largest(program, relaxation, width)) or 1.0
+    width = max(width, _START * common)
     best, labels = Enumeration(complete=False, positions=None, value=np.inf), iter(_LABELS)
     most = next(labels)
     # Of what is within the gap one solution is as good as another, so that nothing is to be enumerated.
@@ -44,7 +47,7 @@ def minimise_core(program: Program, relaxation: Relaxation, *, gap: float, time_
         if found.complete:
             width *= _WIDER
             continue
-        width = min(width, best.value - relaxation.bound)
+        width = min(width, max(best.value - relaxation.bound, _ROUNDING * common))
         if (more := next(labels, None)) is None:
             break
         most = more
@@ -65,6 +68,10 @@ def _by_highs(program: Program, relaxation: Relaxation, width: float, gap: float
         outside = relaxation.bound + ranked[len(kept)] if len(kept) < size else np.inf
         bound = max(relaxation.bound, min(outcome.bound, outside))
         if outcome.positions is not None:
+            better = outcome.value - relaxation.bound
+            if _largest(program, relaxation, width) > FAR * _largest(program, relaxation, better) > 0:
+                width = better  # the answer to far larger terms is too coarse for these
+                continue
             outcome = replace(outcome, positions=kept[outcome.positions], bound=min(bound, outcome.value))
             enough = outcome.value <= outside or outcome.value - bound <= gap * abs(outcome.value)
             if enough or outcome.status == "feasible":
@@ -74,3 +81,9 @@ def _by_highs(program: Program, relaxation: Relaxation, width: float, gap: float
             return replace(outcome, bound=bound)
         else:
             width = ranked[min(_GROWTH * len(kept), size) - 1]
+
+
+def _largest(program: Program, relaxation: Relaxation, width: float) -> float:
+    """The largest term of the objective of entries whose reduced costs are at most `width`."""
+    terms = program.objective[: len(relaxation.reduced)][relaxation.reduced <= width]
+    return float(np.abs(terms).max(initial=0.0))

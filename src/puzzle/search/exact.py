@@ -12,7 +12,7 @@ from puzzle.artefacts import Bounds, CostTable, PairTerm, Proof, ScoreName, Scor
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings
 from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE, excesses, parent_totals
-from puzzle.search.constraints import allowed
+from puzzle.search.constraints import Allowed, allowed
 from puzzle.search.core import minimise_core
 from puzzle.search.highs import Relaxation, relax, solver_name
 from puzzle.search.links import PairScores, pair_scores, paired, with_kinds, with_pairs
@@ -62,6 +62,7 @@ class Instance:
         score: ScoreName = "kl",
         *,
         constraints: SearchSettings | None = None,
+        rules: Allowed | None = None,
         pairs: Sequence[PairTerm] = (),
         further: Sequence[tuple[CostTable, Bounds]] = (),
     ) -> "Instance":
@@ -69,12 +70,13 @@ class Instance:
 
         Args:
             constraints: of which `fix`, `forbid`, `equal` and `kinds` are kept to.
+            rules: what these but for `kinds` leave, if that is known already.
             pairs: terms that are added to the sum of scores.
             further: cost tables of further scenarios, and the bounds there.
         """
         scores = scores.having(score)
         settings = constraints or SearchSettings()
-        rules = allowed(scores, settings)
+        rules = rules or allowed(scores, settings)
         return cls(
             scores=scores,
             score=score,
@@ -310,10 +312,10 @@ def _solve(
 ) -> tuple[Candidate | None, bool, float]:
     """The best candidate of one program, whether that is proven, and the bound on its objective."""
     end = time.monotonic() + settings.time_limit_s
-    program, choices = problem.program, problem.choices
+    program, relaxation, choices = problem.program, problem.relaxation, problem.choices
     while True:
         left_s = end - time.monotonic()
-        outcome = minimise_core(program, problem.relaxation, gap=settings.gap, time_limit_s=left_s)
+        outcome = minimise_core(program, relaxation, gap=settings.gap, time_limit_s=left_s)
         if outcome.positions is None:
             return None, outcome.status == "infeasible", problem.constant + outcome.bound
         blocks = choices[0].architecture(program.entries[outcome.positions])
@@ -326,6 +328,7 @@ def _solve(
         # The solver's floats cannot tell a byte in 100 GB; exact integers can, and exclude what is that close above.
         assert max(broken) <= TIME_TOLERANCE, f"the solver broke the bounds, by shares of {broken}"
         program = program.without(outcome.positions)
+        relaxation = relax(program)
 
 
 def _broken(found: Candidate, bounds: Bounds, further: Sequence[Bounds]) -> list[float]:

@@ -58,7 +58,8 @@ class Ask:
         bound = self.amount.resolve(self.parent)
         if self.at_least:
             return self.promised(value) * (1 + TIME_TOLERANCE) >= bound
-        return self.promised(value) <= bound * (1 + TIME_TOLERANCE)
+        exact = self.name in QUANTITIES and QUANTITIES[self.name].whole
+        return self.promised(value) <= bound * (1 if exact else 1 + TIME_TOLERANCE)
 
     def has_room(self, value: float, share: float) -> bool:
         """Whether a predicted value is better than the bound by more than a share of it."""
@@ -126,7 +127,7 @@ def explain(
     free = _without_bounds(instance)
     best = {ask: best_value(free, ask.name, Bounds(), settings, ask.place) for ask in asked}
     beyond = [ask for ask, value in best.items() if value is not None and not ask.meets(value)]
-    if None in best.values():
+    if not asked or None in best.values():
         return PuzzleError(
             f"search.kinds: {settings.kinds} are not enough for what search.fix, search.forbid and search.equal leave; "
             "raise it or loosen these"

@@ -6,7 +6,7 @@ import numpy as np
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.bounds import QUANTITIES, resolve_bounds
+from puzzle.search.bounds import QUANTITIES, no_time, resolve_bounds
 from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value, explain
 from puzzle.search.solve import Further, further_bounds
@@ -24,8 +24,9 @@ def frontier(
 ) -> list[Solution]:
     """Exact solutions at `points` bounds on `quantity`, from the parent's value to the best reachable by equal factors.
 
-    The target's other bounds are kept, and those of further scenarios. Where these already force a value no better than
-    the parent's, there is one point: the best reachable. Each solution's `bounds` say which bound it was found for.
+    Where that is 0, by equal steps. The target's other bounds are kept, and those of further scenarios. Where these
+    already force a value no better than the parent's, there is one point: the best reachable. Each solution's `bounds`
+    say which bound it was found for.
 
     Raises:
         PuzzleError: the other bounds cannot be met.
@@ -38,8 +39,11 @@ def frontier(
     if best is None:
         without = target.model_copy(update={QUANTITIES[quantity].setting: None})
         raise explain(instance, [without, *(its for _, its in further)], others, settings)
+    if best <= 0 and not QUANTITIES[quantity].whole:
+        raise no_time(best)
     better = QUANTITIES[quantity].best([best, parent]) != parent
-    values = np.geomspace(parent, best, points).tolist() if better else [best]
+    spaced = np.geomspace if best > 0 else np.linspace
+    values = spaced(parent, best, points).tolist() if better else [best]
     solutions: list[Solution] = []
     for value in values:
         bounds = replace(others, **{quantity: value})

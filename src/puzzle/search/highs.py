@@ -1,6 +1,6 @@
 """Programs given to HiGHS: silent, one thread, a fixed seed, so that the same program has the same answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import highspy
@@ -10,6 +10,10 @@ from puzzle.search.problem import Floats, Ints, Program
 
 _FEASIBILITY = 1e-9
 """By how much a row may be above its limit; rows are divided by their bounds, so below `TIME_TOLERANCE` / 2."""
+FAR = 1e4
+"""Times a common term of the objective that are far above it. Tolerances are shares of the largest term, so that one
+such as 1e9, for "never take this", would make all others equal.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,11 @@ def relax(program: Program) -> Relaxation:
     """The linear relaxation's bound and reduced costs.
 
     Both are computed anew from the multipliers of the rows, as a Lagrangian bound: valid whatever the multipliers, so
-    no tolerance of the solver is in them.
+    no tolerance of the solver is in them. Nor need the multipliers know how far the farthest terms are.
     """
     matrix = _Matrix.of(program)
-    solver, scale = _load(program, matrix, whole=False)
+    far = FAR * float(np.median(np.abs(program.objective[program.objective != 0]))) if program.objective.any() else 0.0
+    solver, scale = _load(replace(program, objective=program.objective.clip(-far, far)), matrix, whole=False)
     solver.run()
     size, rows = len(program.layers), slice(program.num_layers, program.num_layers + len(program.rows))
     if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:

@@ -16,7 +16,7 @@ from puzzle.search.problem import Floats, Ints, Program
 
 _DIGITS = 13
 """After the point, to which two sums of the same terms in two orders agree: of rows, which are divided by their bounds,
-and of the objective, divided by its largest term.
+and of the objective, divided by its largest term near the bound.
 """
 _TOO_MANY = 8
 """Times as many labels as are kept, among which dominance is not looked for: it would not leave few enough."""
@@ -43,10 +43,10 @@ def enumerate_near(program: Program, relaxation: Relaxation, width: float, most:
         most: labels kept at a time, those that promise most.
     """
     assert not program.links, "auxiliary columns cannot be enumerated"
-    scale = float(np.abs(program.objective).max()) or 1.0
+    near = np.flatnonzero(relaxation.reduced <= width)
+    scale = float(np.abs(program.objective[near]).max()) or 1.0
     sums = np.stack([program.objective / scale, *(row.terms for row in program.rows)], axis=1)
     limits = np.array([row.limit for row in program.rows]) + 10.0**-_DIGITS
-    near = np.flatnonzero(relaxation.reduced <= width)
     layers = np.split(near, np.searchsorted(program.layers[near], np.arange(1, program.num_layers)))
     settled = np.array([entries[0] for entries in layers if len(entries) == 1], dtype=np.int64)
     layers = [entries for entries in layers if len(entries) > 1]

@@ -18,6 +18,9 @@ from puzzle.search.constraints import Allowed
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+_LARGEST = 1e12
+"""Term of a row, as a share of its bound: more is refused by the solver, and no less out of reach."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
@@ -183,8 +186,8 @@ def bound_rows(choices: Choices, bounds: Bounds) -> list[Row]:
 def _row(choices: Choices, name: str, bound: float) -> Row:
     limit = _largest_sum(choices, name, bound)
     return Row(
-        terms=choices.terms(name) / limit,
-        limit=(limit - choices.constant(name)) / limit,
+        terms=(choices.terms(name) / limit).clip(-_LARGEST, _LARGEST),
+        limit=max((limit - choices.constant(name)) / limit, -_LARGEST),
         pairs=1 / limit if name == "score" else 0.0,
     )
 

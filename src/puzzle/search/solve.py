@@ -57,7 +57,7 @@ def pool(
     """The `count` best architectures, each of which differs from all others in at least `differing` layers.
 
     The best first; each is proven to be the best of those that differ enough from the ones found before it, for
-    `differing` above 1 to a relative gap of 1e-3. Fewer where there are no more.
+    `differing` above 1 to a relative gap of 1e-3. Fewer where there are no more, or none is found in time.
 
     Raises:
         PuzzleError: as `solve`, or `differing` is not from 1 to the number of layers.
@@ -70,7 +70,10 @@ def pool(
         settings = settings.model_copy(update={"gap": max(settings.gap, _DIVERSE_GAP)})
     while len(found) < count:
         others = [solution.blocks for solution in found]
-        solution = question.find(settings, others, differing)
+        try:
+            solution = question.find(settings, others, differing)
+        except PuzzleError:
+            break  # time was over
         if solution is None:
             break
         found.append(solution)
@@ -114,7 +117,7 @@ class _Question:
         pairs: Sequence[PairTerm],
         further: Further,
     ) -> "_Question":
-        _check_asked(target, settings)
+        _check_asked([target, *(its for _, its in further)], settings)
         others = further_bounds(scores, further, settings)
         instance = Instance.of(scores, costs, settings.score, constraints=settings, pairs=pairs, further=others)
         return cls(
@@ -139,11 +142,11 @@ class _Question:
         return None if solution is None else with_asked(solution, self.targets)
 
 
-def _check_asked(target: TargetSettings, settings: SearchSettings) -> None:
-    if all(value is None for _, value in target):
+def _check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> None:
+    if all(value is None for target in targets for _, value in target):
         settable = ", ".join([*(quantity.setting for quantity in QUANTITIES.values()), "score"])
         raise PuzzleError(f"target: nothing is set; set at least one of {settable}, for example `throughput: 2x`")
-    if settings.objective != "score" and target.score is None:
+    if settings.objective != "score" and targets[0].score is None:
         raise PuzzleError(
             f"search.objective: {settings.objective} alone would give up all quality; set target.score, the highest "
             "sum of scores that you accept"

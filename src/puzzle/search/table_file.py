@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreName, ScoreRow, ScoreTable
+from puzzle.artefacts import Cost, CostRow, CostTable, Scenario, ScoreName, ScoreRow, ScoreTable, Totals
 from puzzle.artefacts.costs import Part, dump_rows
 from puzzle.errors import PuzzleError
 from puzzle.recipe import PositiveInt, Section, TargetSettings, Text, validate
@@ -17,7 +17,10 @@ from puzzle.search.solve import Further
 FORMAT = "puzzle-table-1"
 _COSTS = ("params", "weight_bytes", "kv_bytes_per_sequence", "prefill_ms", "decode_ms")
 _PARTS: tuple[Literal["attention", "ffn", "block"], ...] = ("attention", "ffn", "block")
-_Natural = Annotated[int, Field(ge=0)]
+_Natural = Annotated[int, Field(ge=0, le=10**15)]  # beyond it sums are no longer exact in float64
+_Layer = Annotated[int, Field(ge=0, lt=10_000)]
+_Milliseconds = Annotated[float, Field(ge=-1e12, le=1e12)]  # noise may make a small time negative
+_Score = Annotated[float, Field(ge=-1e15, le=1e15)]
 
 
 class _Scenario(Section):
@@ -51,9 +54,9 @@ class _Costs(Section):
     weight_bytes: _Natural | None = None
     kv_bytes_per_sequence: _Natural | None = None
     """At prompt and generated tokens together."""
-    prefill_ms: float | None = None
+    prefill_ms: _Milliseconds | None = None
     """Of the whole batch."""
-    decode_ms: float | None = None
+    decode_ms: _Milliseconds | None = None
     """One step of the whole batch."""
 
     @property
@@ -62,12 +65,12 @@ class _Costs(Section):
 
 
 class _Row(_Costs):
-    layer: _Natural
+    layer: _Layer
     block: Text | None = None
     """A whole block; without costs of its own it is `ATTENTION+FFN` and costs what these cost."""
     attention: Text | None = None
     ffn: Text | None = None
-    score: float | None = None
+    score: _Score | None = None
     """Of a block: the lower the better, and only its difference to the parent's counts."""
 
     @property
@@ -104,9 +107,10 @@ def read_table(path: Path) -> tuple[ScoreTable, CostTable, Further]:
         PuzzleError: it does not hold; names the row, counted from 0, and the column.
     """
     try:
-        head = validate(_Head, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise PuzzleError(f"{path} is not JSON: {error}; docs/table-format.md describes the file") from None
+    head = validate(_Head, values, str(path))
     found = _read_parquet(path.parent / head.rows) if isinstance(head.rows, str) else head.rows
     rows = {f"{path}: rows[{place}]": values for place, values in enumerate(found)}
     return _Reader(str(path), head, {where: validate(_Row, values, where) for where, values in rows.items()}).tables()
@@ -119,28 +123,28 @@ def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl",
     main, *others = [asdict(table.scenario) | {"batch_sizes": list(table.batch_sizes)} for table in tables]
     targets = [{"target": target.model_dump(mode="json", exclude_none=True)} for _, target in further]
     # A file of one scenario need not say which.
-    named = [(row, {"scenario": place} if further else {}) for place, table in enumerate(tables) for row in table.rows]
+    named = [
+        (row, ({"scenario": place} if further else {}) | _costs_of(row, table))
+        for place, table in enumerate(tables)
+        for row in table.rows
+    ]
     head = {
         "format": FORMAT,
         "scenario": main,
         **({"scenarios": [other | target for other, target in zip(others, targets, strict=True)]} if further else {}),
         "parent": [scores.parent_row(layer).block for layer in range(scores.num_layers)],
-        "fixed": [where | _costs_of(row) for row, where in named if row.part == "fixed"],
+        "fixed": [costs for row, costs in named if row.part == "fixed"],
     }
     blocks = [
         {"layer": row.layer, "block": row.block, "score": scores.value(row.layer, row.block, score)}
         for row in scores.rows
     ]
-    parts = [
-        {"layer": row.layer, row.part: row.variant} | where | _costs_of(row)
-        for row, where in named
-        if row.part != "fixed"
-    ]
+    parts = [{"layer": row.layer, row.part: row.variant} | costs for row, costs in named if row.part != "fixed"]
     return dump_rows(head, [*blocks, *parts])
 
 
-def _costs_of(row: CostRow) -> dict[str, Any]:
-    return {"batch_size": row.batch_size} | {name: getattr(row, name) for name in _COSTS}
+def _costs_of(row: CostRow, table: CostTable) -> dict[str, Any]:
+    return {"batch_size": row.batch_size} | {name: getattr(row, name) for name in _COSTS if name not in table.unknown}
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -151,6 +155,8 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise PuzzleError(f"{path} needs pyarrow; `pip install 'puzzle-llm[data]'`") from None
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except FileNotFoundError:
+        raise PuzzleError(f"{path} does not exist; rows of the table file names it") from None
     except ArrowException as error:
         raise PuzzleError(f"{path} is not a parquet file: {error}") from None
     return rows
@@ -180,6 +186,7 @@ class _Reader:
         for place, table in enumerate((costs, *others)):
             for scored in scores.rows:
                 self._check_priced(place, table, scored.layer, scored.block)
+            self._check_timed(place, scores, table)
         return scores, costs, [(other, its.target) for other, its in zip(others, self.head.scenarios, strict=True)]
 
     def _costs(self, place: int) -> CostTable:
@@ -189,7 +196,14 @@ class _Reader:
             scenario=Scenario(**scenario.model_dump(exclude={"batch_sizes", "target"})),
             batch_sizes=tuple(dict.fromkeys(scenario.batch_sizes)),
             rows=(*self._fixed(place), *self._parts(place)),
+            unknown=frozenset(_COSTS) - self._given(place),
         )
+
+    def _given(self, place: int) -> set[str]:
+        """The columns that some row of a scenario has; of one token generated, decoding is known to take nothing."""
+        costs: list[_Costs] = [*self.head.fixed, *self.rows.values()]
+        given = set[str]().union(*(row.given for row in costs if row.scenario in (None, place)))
+        return given | {"decode_ms"} if self.scenarios[place].generated_tokens == 1 else given
 
     def _check(self, where: str, row: _Row) -> None:
         if len(row.parts) != 1:
@@ -242,6 +256,24 @@ class _Reader:
         for batch_size in dict.fromkeys(self.scenarios[place].batch_sizes):
             if row.scenario in (None, place) and row.batch_size in (None, batch_size):
                 yield CostRow(layer=layer, part=part, variant=name, batch_size=batch_size, **values)
+
+    def _check_timed(self, place: int, scores: ScoreTable, costs: CostTable) -> None:
+        """That every model takes some time, if any does."""
+        for batch_size in costs.batch_sizes:
+            layers = [
+                [self._request_ms(place, costs.block(layer, row.block, batch_size)) for row in scores.layer(layer)]
+                for layer in range(scores.num_layers)
+            ]
+            layers.append([self._request_ms(place, costs.fixed(batch_size))])
+            if (fastest := sum(map(min, layers))) <= 0 and any(map(any, layers)):
+                raise PuzzleError(
+                    f"{self.path}: the fastest blocks of all layers take {fastest:g} ms at batch size {batch_size}"
+                    f"{self._of(place)}; give in `fixed` what no model is without, such as the times of the head"
+                )
+
+    def _request_ms(self, place: int, cost: Cost) -> float:
+        generated_tokens = self.scenarios[place].generated_tokens
+        return Totals(batch_size=1, generated_tokens=generated_tokens, cost=cost).request_ms
 
     def _of(self, place: int) -> str:
         return f" of scenario {place}" if len(self.scenarios) > 1 else ""

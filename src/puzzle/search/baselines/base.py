@@ -95,9 +95,12 @@ class Problem:
         """The optimum of the program over other rows of KL, within the same bounds and rules."""
         parents_first = sorted(rows, key=lambda row: row.block != self.parent[row.layer])
         scores = replace(self.instance.scores, rows=tuple(parents_first))
+        rules = self._rules.among(scores)
+        if not all(rules.blocks):
+            return None
         settings = self.settings.model_copy(update={"score": "kl"})
         further = [(part.costs, replace(part.bounds, score=None)) for part in self.instance.further]
-        other = Instance.of(scores, self.instance.costs, constraints=settings, further=further)
+        other = Instance.of(scores, self.instance.costs, constraints=settings, rules=rules, further=further)
         found = best_architecture(other, replace(self.bounds, score=None), settings)
         return self.candidate(found.blocks, found.batch_size) if found else None
 
