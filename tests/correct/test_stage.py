@@ -100,13 +100,14 @@ def test_one_cut_off_anywhere_ends_the_same(corrected: Corrected, monkeypatch: p
 def test_finalists_are_halved_and_the_last_one_leads(
     corrected: Corrected, monkeypatch: pytest.MonkeyPatch, solution: Solution
 ) -> None:
-    """With a GKD that turns the order round, as it may."""
+    """With a GKD that turns the order round, as it may, and one that keeps it."""
+    sign = -1
     trained: list[tuple[tuple[str, ...], int]] = []
 
     def best(run: Run, parent: Parent, data: TokenData, library: Library, blocks: tuple[str, ...], tokens: int) -> Any:
         trained.append((blocks, tokens))
         order = [judged.blocks for judged in sorted(plain.judged, key=lambda judged: judged.whole.kl)]
-        return puzzle.correct.finalists.Finalist(blocks=blocks, tokens=tokens, validation_kl=-order.index(blocks))
+        return puzzle.correct.finalists.Finalist(blocks=blocks, tokens=tokens, validation_kl=sign * order.index(blocks))
 
     plain = corrected(pool=8)
     assert plain is not None
@@ -116,12 +117,15 @@ def test_finalists_are_halved_and_the_last_one_leads(
     found = corrected(pool=8, finalists=4, finalist_tokens=100)
     assert found is not None
     assert [tokens for _, tokens in trained][:count] == [100] * count
-    assert {blocks for blocks, _ in trained} == {each.blocks for each in plain.ranked[:count]}
-    assert found.finalists[-1].blocks == found.ranked[0].blocks == plain.ranked[count - 1].blocks
-    assert found.ranked[-1] == solution
-    everyone = corrected(pool=8, finalists=len(plain.ranked), finalist_tokens=100)
-    assert everyone is not None
-    assert everyone.ranked == (solution,), "nothing stands behind the search's own"
+    entrants = {each.blocks for each in (*plain.ranked[: count - 1], solution)}
+    assert {blocks for blocks, _ in trained} == entrants, "the search's own is one of them"
+    assert found.finalists[-1].blocks == found.ranked[0].blocks == solution.blocks
+    assert found.ranked == (solution,), "nothing stands behind the search's own"
+    sign = 1
+    kept = corrected(pool=8, finalists=4, finalist_tokens=101)
+    assert kept is not None
+    assert kept.finalists[-1].blocks == kept.ranked[0].blocks == plain.ranked[0].blocks
+    assert kept.ranked[-1] == solution
 
 
 def test_finalists_go_through_short_gkd(corrected: Corrected, tmp_path: Path) -> None:

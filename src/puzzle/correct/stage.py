@@ -43,14 +43,13 @@ def correct(
     }
     tables = [digest(table.to_json()) for table in (costs, *further)]
     inputs = (true.library.address, data.address, digest(scores.to_json()), *tables)
-    stage = run.stage("correct", version=1, settings=identity, inputs=inputs)
+    stage = run.stage("correct", version=2, settings=identity, inputs=inputs)
     file = stage.path / "correction.json"
     if not stage.done:
         steps = Steps(run, scores, costs, solution, true, further)
         steps.take()
         ranked = steps.ranked()
-        entrants = [each.blocks for each in ranked[: recipe.correct.finalists]]
-        finalists = halve(run, parent, data, true.library, entrants)
+        finalists = halve(run, parent, data, true.library, _entrants(ranked, recipe.correct.finalists))
         if finalists:
             ranked = _led_by(finalists[-1].blocks, ranked)
         pool = steps.pool()
@@ -67,6 +66,12 @@ def correct(
         write_text(file, correction.to_json())
         stage.commit(judged=len(correction.judged))
     return Correction.from_json(file.read_text(encoding="utf-8"))
+
+
+def _entrants(ranked: Sequence[Solution], count: int) -> list[Blocks]:
+    """The best, and always the search's own, the last: what made others better before GKD may not last."""
+    blocks = [solution.blocks for solution in ranked]
+    return [*blocks[: max(0, min(count, len(blocks)) - 1)], blocks[-1]]
 
 
 def _led_by(winner: Blocks, ranked: list[Solution]) -> list[Solution]:
