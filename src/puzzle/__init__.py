@@ -6,8 +6,17 @@ Importing it also registers the child's model class with transformers.
 import sys
 from pathlib import Path
 
-# The command line (`puzzle`, `python -m puzzle`) starts in a fraction of a second and imports what each command needs.
-if Path(sys.argv[0]).name not in ("puzzle", "-m"):
+
+def _is_command_line() -> bool:
+    """Whether this is `puzzle` or `python -m puzzle`, and not a program of a user's own."""
+    program, given = Path(sys.argv[0]), sys.orig_argv
+    if program.name == "-m":
+        return "-m" in given and given[given.index("-m") + 1] == "puzzle"
+    return program.name == "puzzle" and program.parent == Path(sys.executable).parent
+
+
+# The command line starts in a fraction of a second and imports what each command needs.
+if not _is_command_line():
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
     from puzzle.child import Child, realise, refine

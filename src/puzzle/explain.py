@@ -19,7 +19,7 @@ _REASONS = {
     "too_short": "needs at least {min_length} entry",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
-    "list_type": "must be a list, such as [1, 2]",
+    "list_type": "must be a list, in square brackets",
     "model_type": "must be a section with settings under it",
     "finite_number": "must be a finite number",
 }

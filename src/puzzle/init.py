@@ -24,10 +24,12 @@ def init_recipe(model: str) -> str:
     space = derive_space(config)
     num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    sizes = "each of its own sizes"
+    if len(set(space.layers)) == 1:
+        heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
+        sizes = f"hidden {config.hidden_size}, FFN {config.intermediate_size}, {heads}"
     title = [
-        f"# {model}: {len(space.layers)} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
-        f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads, "
-        f"{num_params / 1e6:,.0f}M parameters, {dtype}.",
+        f"# {model}: {len(space.layers)} layers, {sizes}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
         f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
         "# Before `puzzle run` with this file: set data.source, scenario and target.",
         "# Every other setting and its default: `puzzle help recipe`.",

@@ -29,7 +29,7 @@ from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
-from puzzle.plan import estimate, plan_devices
+from puzzle.plan import check_recipe, estimate, plan_devices
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
@@ -229,10 +229,10 @@ class Pipeline:
         """The page that shows it all, with `summary.json` and `architecture.json` beside it."""
         write_text(self.run.path / "architecture.json", self.child.architecture.to_json())
         write_json(self.run.path / "summary.json", summary(self._target, self.rows))
-        path = self.run.path / "report.html"
+        child, path = self.exported, self.run.path / "report.html"
         write_report(path, self._report_data())
         Console().print(final_table(self.rows))
-        self.run.log(f"child: {self.exported}\nreport: {path}")
+        self.run.log(f"child: {child}\nreport: {path}")
         return path
 
     @property
@@ -307,6 +307,7 @@ def plan(run: Run) -> list[str]:
 def plan_recipe(recipe: Recipe, devices: str | None) -> list[str]:
     """The same from the parent's config.json alone, or with `devices`, such as `8xh100-sxm`, what it takes on those."""
     config = read_config(recipe.parent)
+    check_recipe(recipe, config)
     space = _full_space(recipe, config)
     if devices is None:
         return estimate(recipe, config, space, choose_device(recipe.execution.device))
@@ -326,7 +327,12 @@ def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
 
 
 def run_stage(run: Run, name: str) -> Pipeline:
-    """Do stage `name`, and what is missing before it; `report` is the whole method."""
+    """Do stage `name`, and what is missing before it; `report` is the whole method.
+
+    Raises:
+        PuzzleError: before anything is done, if it is known already that a stage will refuse its settings.
+    """
     pipeline = Pipeline(run)
+    check_recipe(run.recipe, pipeline.parent.config, searched=STAGES.index(name) >= STAGES.index("search"))
     getattr(pipeline, _STAGES[name])
     return pipeline

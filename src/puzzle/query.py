@@ -1,6 +1,7 @@
 """`puzzle search`: questions to the tables of a run, or of any other library in a table file."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,6 +117,8 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     for flag, of in (("over", "frontier"), ("figure", "frontier"), ("differing", "pool")):
         if getattr(question, flag) is not None and getattr(question, of) is None:
             raise PuzzleError(f"--{flag}: it belongs to a {of}; give --{of} N too")
+    for flag in ("out", "figure", "table"):
+        _check_writable(getattr(question, flag), flag)
     if question.table is not None:
         yield from _write(question.table, to_table_file(tables.scores, tables.costs, settings.score, tables.further))
     if question.frontier is not None:
@@ -164,8 +167,9 @@ def _solve(tables: Tables, target: TargetSettings, settings: SearchSettings, que
 
 def _changed(section: SectionT, assignments: Sequence[str], flag: str) -> SectionT:
     """The section with other values, which go over those it has as `puzzle run --set` goes over a recipe."""
-    given = section.model_dump(mode="json", exclude_none=True)
-    return validate(type(section), given | parse_overrides(list(assignments), flag), flag.strip("-"))
+    given, name = section.model_dump(mode="json", exclude_none=True), flag.strip("-")
+    changed = parse_overrides(list(assignments), flag, "throughput=2x" if name == "target" else "gap=0")
+    return validate(type(section), given | {key.removeprefix(f"{name}."): changed[key] for key in changed}, name)
 
 
 def _check_known(tables: Tables, target: TargetSettings, settings: SearchSettings) -> None:
@@ -189,6 +193,17 @@ def _check_known(tables: Tables, target: TargetSettings, settings: SearchSetting
     rows = tables.scores.having(settings.score).rows
     if settings.score != "kl" and not any(tables.scores.value(row.layer, row.block, settings.score) for row in rows):
         raise PuzzleError(f"search.score: every {settings.score} in the table is 0; leave it at kl")
+
+
+def _check_writable(path: Path | None, flag: str) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise PuzzleError(f"--{flag}: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise PuzzleError(f"--{flag}: the folder {path.parent} does not exist; make it, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise PuzzleError(f"--{flag}: nothing can be written to {path.parent}; name another file")
 
 
 def _over(tables: Tables, setting: str | None) -> str:

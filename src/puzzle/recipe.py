@@ -429,13 +429,15 @@ def validate(section: type[SectionT], values: dict[str, Any], name: str) -> Sect
         raise PuzzleError(f"{name}.{explain(error, section)}") from None
 
 
-def parse_overrides(assignments: list[str], flag: str = "--set") -> dict[str, Any]:
+def parse_overrides(
+    assignments: list[str], flag: str = "--set", example: str = "target.throughput=2x"
+) -> dict[str, Any]:
     """`["target.throughput=2x"]` to `{"target.throughput": "2x"}`; values are YAML."""
     overrides: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key:
-            raise PuzzleError(f"{flag} {assignment}: expected key=value, such as target.throughput=2x")
+            raise PuzzleError(f"{flag} {assignment}: expected key=value, such as {example}")
         try:
             overrides[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tests.search.test_solve import two_batches
 
+from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
 from puzzle.search import search
@@ -27,6 +28,10 @@ def test_a_search_is_written_once_and_read_back(
             assert search(run, scores, costs, ["a", "b"]) == first
         search(run, scores, costs, ["a", "c"])
         assert "search: summed KL" in capsys.readouterr().out
+        for kept in run.path.glob("stages/search-*/solution.json"):
+            kept.write_text("{")
+        with pytest.raises(PuzzleError, match=r"solution\.json is damaged; delete .*/stages/search-\w+, and only that"):
+            search(run, scores, costs, ["a", "b"])
     create_folder(tmp_path / "run", recipe(parameters="80%"))
     with open_run(tmp_path / "run") as run:
         assert search(run, scores, costs, ["a", "b"]).bounds.params == 88

@@ -9,7 +9,7 @@ from puzzle.correct.steps import Steps
 from puzzle.correct.whole import Blocks, TrueScore
 from puzzle.data import TokenData
 from puzzle.parents import Parent
-from puzzle.runs import Run, digest, write_text
+from puzzle.runs import Run, digest, read_parsed, write_text
 
 
 def correct(
@@ -65,7 +65,7 @@ def correct(
         )
         write_text(file, correction.to_json())
         stage.commit(judged=len(correction.judged))
-    return Correction.from_json(file.read_text(encoding="utf-8"))
+    return read_parsed(file, Correction.from_json)
 
 
 def _entrants(ranked: Sequence[Solution], count: int) -> list[Blocks]:

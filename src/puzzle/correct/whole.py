@@ -19,6 +19,7 @@ from torch import Tensor
 from puzzle.artefacts import WholeScore
 from puzzle.blocks import BlockVariant
 from puzzle.data import TokenData
+from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
@@ -62,6 +63,8 @@ class TrueScore:
     @torch.no_grad()
     def scores(self, architectures: Sequence[Blocks]) -> list[WholeScore]:
         """In their order; those not known yet are computed. One that is not finite has infinite divergence."""
+        if self.tokens == 0:
+            raise PuzzleError("correct.tokens: found 0; whole architectures are compared on some text")
         missing = sorted({blocks for blocks in architectures if blocks not in self._known})
         with progress("whole architectures", len(missing)) as bar:
             for start in range(0, len(missing), self._at_once):

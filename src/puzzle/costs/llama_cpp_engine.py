@@ -17,12 +17,11 @@ from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.engine import Sample, processor_name
 from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS
 from puzzle.costs.worker import Worker
-from puzzle.engines import python_of, version_of
+from puzzle.engines import ENVIRONMENTS, python_of, version_of
 from puzzle.export import GGUFType, write_random
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
 
-_ENVIRONMENT = "llama-cpp"
 _TYPES: Mapping[str, tuple[GGUFType, int]] = {"float32": ("f32", 0), "float16": ("f16", 1), "bfloat16": ("bf16", 30)}
 """By the scenario's dtype: the type of the file's matrices, and the same as ggml numbers it, for the cache."""
 _WORKER = Path(__file__).with_name("llama_cpp_worker.py")
@@ -39,7 +38,7 @@ class LlamaCppEngine:
     @cached_property
     def environment(self) -> Mapping[str, str]:
         return {
-            "engine": f"llama.cpp (llama-cpp-python {version_of(python_of(_ENVIRONMENT), 'llama_cpp')})",
+            "engine": f"llama.cpp (llama-cpp-python {version_of(python_of(*ENVIRONMENTS['llama.cpp']), 'llama_cpp')})",
             "device": processor_name(),
             "threads": str(torch.get_num_threads()),
         }
@@ -49,7 +48,7 @@ class LlamaCppEngine:
         """One worker process, and a folder for its files, for all measurements inside."""
         with tempfile.TemporaryDirectory(prefix="puzzle-llama-cpp-") as folder:
             self._folder = Path(folder)
-            self._worker = Worker("llama.cpp", python_of(_ENVIRONMENT), _WORKER, torch.get_num_threads())
+            self._worker = Worker("llama.cpp", python_of(*ENVIRONMENTS["llama.cpp"]), _WORKER, torch.get_num_threads())
             try:
                 yield
             finally:

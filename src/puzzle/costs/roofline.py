@@ -17,12 +17,13 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle.artefacts import Scenario
 from puzzle.blocks import BlockVariant, GroupedQuery, Variant, num_params
 from puzzle.costs.engine import Sample
 from puzzle.errors import PuzzleError, one_line
+from puzzle.explain import explain
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
 
@@ -156,6 +157,10 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
         ((_, sheet),) = yaml.safe_load(Path(machine).read_text(encoding="utf-8")).items()
         return Machine.model_validate(sheet), count
     except OSError:
-        raise PuzzleError(f"{setting}: {name!r} is neither one of {', '.join(known)} nor a file") from None
+        raise PuzzleError(
+            f"{setting}: {name!r} is neither one of {', '.join(known)} nor a file; so many of one are 8xh100-sxm"
+        ) from None
+    except ValidationError as error:
+        raise PuzzleError(f"{setting}: {machine}: {explain(error, Machine)}") from None
     except (yaml.YAMLError, AttributeError, ValueError) as error:
         raise PuzzleError(f"{setting}: {machine} is no data sheet ({one_line(error)})") from None

@@ -20,7 +20,7 @@ from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
-from puzzle.runs import Run, digest, progress, write_text
+from puzzle.runs import Run, digest, progress, read_parsed, write_text
 
 ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {
     "torch": TorchEngine,
@@ -60,7 +60,7 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     )
     file = stage.path / "costs.json"
     if stage.done:
-        return CostTable.from_json(file.read_text(encoding="utf-8"))
+        return read_parsed(file, CostTable.from_json)
     plan, batch_sizes = Plan.of(space, parent.config), tuple(dict.fromkeys(settings.batch_sizes))
     journal = Journal(stage.path / "measurements.jsonl")
     kept = KeptMeasurements(parent.config, scenario, environment)

@@ -20,13 +20,12 @@ from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.allocator import KEPT, KEPT_FROM_START, keeps_memory
 from puzzle.costs.engine import Sample
 from puzzle.costs.worker import Worker
-from puzzle.engines import python_of, version_of
+from puzzle.engines import ENVIRONMENTS, python_of, version_of
 from puzzle.modeling import PuzzleConfig, save_configuration
 
 _ROUNDS = 5
 _CACHE_GIB = 1
 """Beside what a full batch takes: vLLM allots its cache in blocks of equal size over layers that differ."""
-_ENVIRONMENTS = ("vllm-cpu", "vllm")
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -39,7 +38,7 @@ class VLLMEngine:
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
-        version = version_of(python_of(*_ENVIRONMENTS), "vllm")
+        version = version_of(python_of(*ENVIRONMENTS["vllm"]), "vllm")
         return {
             "engine": f"vllm {version}, Transformers backend",
             "device": self._scenario.device,
@@ -51,7 +50,7 @@ class VLLMEngine:
     def conditions(self) -> Iterator[None]:
         """One worker process for all measurements inside."""
         variables = KEPT_FROM_START if self._keeps_memory else {}
-        self._worker = Worker("vllm", python_of(*_ENVIRONMENTS), _WORKER, torch.get_num_threads(), variables)
+        self._worker = Worker("vllm", python_of(*ENVIRONMENTS["vllm"]), _WORKER, torch.get_num_threads(), variables)
         try:
             yield
         finally:

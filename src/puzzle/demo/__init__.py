@@ -5,7 +5,7 @@ from pathlib import Path
 from puzzle.demo.pretrain import demo_data, demo_parent
 from puzzle.pipeline import plan, run_stage
 from puzzle.recipe import Recipe
-from puzzle.runs import create_folder, is_run_folder, open_run
+from puzzle.runs import check_new, create_folder, is_run_folder, open_run
 
 # How the time is divided. What is left goes to start-up, measuring and the report.
 _PARENT_SHARE, _LIBRARY_SHARE, _SCORE_SHARE, _DISTIL_SHARE = 0.38, 0.09, 0.09, 0.13
@@ -17,6 +17,7 @@ _LIBRARY_SPEED, _SCORE_SPEED, _DISTIL_SPEED = 0.25, 0.025, 0.43
 def demo(out: Path | None, minutes: float) -> None:
     """Train a small parent if there is none yet, then make a child of twice its generation throughput."""
     folder = out or Path("runs") / "demo"
+    check_new(folder)
     seconds = 60 * minutes
     print("parent: a Llama of 2M parameters, trained on the source of this Python's standard library", flush=True)
     parent, corpus, speed = demo_parent(_PARENT_SHARE * seconds)
@@ -50,5 +51,6 @@ def demo_recipe(parent: Path, corpus: Path, seconds: float, speed: float) -> Rec
             "correct": {"tokens": 4096},
             "distil": {"tokens": tokens(_DISTIL_SHARE, _DISTIL_SPEED), "learning_rate": 1e-3},
             "evaluate": {"tokens": 65_536},
+            "execution": {"device": "cpu"},
         }
     )

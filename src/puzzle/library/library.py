@@ -19,7 +19,7 @@ from puzzle.library.groups import block_groups, subblock_groups
 from puzzle.library.statistics import Statistics
 from puzzle.library.store import Trained, VariantStore
 from puzzle.parents import Parent
-from puzzle.runs import Run, read_tensors, write_text
+from puzzle.runs import Run, read_parsed, read_tensors, write_text
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def build_library(
         index = LibraryIndex(rows=(*(() if halves is None else halves.index.rows), *rows))
         write_text(index_file, index.to_json())
         stage.commit(variants=len(index.rows))
-    return Library(run.path, stage.address, parent, LibraryIndex.from_json(index_file.read_text(encoding="utf-8")))
+    return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle.errors import PuzzleError, one_line
-from puzzle.runs import digest, write_json
+from puzzle.runs import digest, read_json, write_json
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
@@ -63,7 +63,7 @@ class Checkpoint:
         Args:
             digests: file in which the weights' hashes are remembered by size and time of change.
         """
-        known: dict[str, str] = json.loads(digests.read_text()) if digests is not None and digests.exists() else {}
+        known: dict[str, str] = read_json(digests) if digests is not None and digests.exists() else {}
         hashes = [hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()]
         for file in sorted({entry.file for entry in self.entries.values()}):
             stat = file.stat()

@@ -76,7 +76,7 @@ def _verdict(solution: Solution) -> str:
     score = f"{numbers.plain(solution.score)} at batch size {solution.batch_size}"
     lines = [f"summed score: {score}", f"proof: {proven}", f"asked: {_asked(solution.asked)}"]
     for serving in solution.further:
-        reached = [f"{_setting(name)} {_written(name, serving.predicted[name])}" for name in serving.asked.given()]
+        reached = [f"{_setting(name)} {_stated(name, serving.predicted[name])}" for name in serving.asked.given()]
         where = f"in {serving.scenario}, at batch size {serving.batch_size}"
         lines.append(f"asked {where}: {_asked(serving.asked)}; predicted: {', '.join(reached)}")
     return "\n".join([*lines, *(f"note: {note}" for note in solution.notes)])
@@ -84,7 +84,7 @@ def _verdict(solution: Solution) -> str:
 
 def _asked(bounds: Bounds) -> str:
     asked = [
-        f"{_setting(name)} {'at least' if QUANTITIES[name].at_least else 'at most'} {_written(name, bound)}"
+        f"{_setting(name)} {'at least' if QUANTITIES[name].at_least else 'at most'} {_stated(name, bound)}"
         for name, bound in bounds.given().items()
     ]
     return ", ".join([*asked, *([] if bounds.score is None else [f"score at most {numbers.plain(bounds.score)}"])])
@@ -98,3 +98,8 @@ def _written(name: str, value: float) -> str:
     """A value of `Totals` as the result table writes it."""
     formats = {metric.key: metric.format for metric in METRICS}
     return formats.get(_PREDICTED.get(name, name), numbers.plain)(value)
+
+
+def _stated(name: str, value: float) -> str:
+    """The same with its unit, where the table has that in its head."""
+    return _written(name, value) + {"throughput_tok_s": " tok/s", "request_ms": " ms"}.get(name, "")

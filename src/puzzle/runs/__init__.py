@@ -1,8 +1,16 @@
 """Run folders: stages addressed by what they depend on, atomic files, one process at a time, progress."""
 
-from puzzle.runs.files import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
+from puzzle.runs.files import (
+    read_json,
+    read_parsed,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, check_folder, choose_device, create_folder, is_run_folder, open_run
+from puzzle.runs.run import Run, check_folder, check_new, choose_device, create_folder, is_run_folder, open_run
 from puzzle.runs.stage import Stage, digest
 from puzzle.runs.status import status
 
@@ -11,6 +19,7 @@ __all__ = [
     "Run",
     "Stage",
     "check_folder",
+    "check_new",
     "choose_device",
     "create_folder",
     "digest",
@@ -18,6 +27,7 @@ __all__ = [
     "open_run",
     "progress",
     "read_json",
+    "read_parsed",
     "read_tensors",
     "status",
     "write_atomically",

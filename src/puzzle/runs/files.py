@@ -4,12 +4,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from puzzle.errors import PuzzleError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -49,6 +51,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
+        raise _lost(path, error) from None
+
+
+def read_parsed(path: Path, parse: Callable[[str], _T]) -> _T:
+    """What `parse` makes of a file of a run folder; a PuzzleError if it is missing or damaged."""
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise _lost(path, error) from None
 
 

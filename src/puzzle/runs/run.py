@@ -151,14 +151,19 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
     Args:
         text: the recipe as the person wrote it, comments and all; without it only the settings are kept.
     """
-    if is_run_folder(path):
-        check_folder(path)
-    elif path.exists() and (not path.is_dir() or not _is_blank(path)):
-        raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
+    check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         write_json(path / _MARK, {"format": _FORMAT})
         write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
+
+
+def check_new(path: Path) -> None:
+    """Refuse what cannot become a run folder and is none of a format that this version reads."""
+    if is_run_folder(path):
+        check_folder(path)
+    elif path.exists() and (not path.is_dir() or not _is_blank(path)):
+        raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Replace-1-block scores: the parent with one block replaced, as a model, on held-out text (paper section 2.3)."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,17 @@ from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.parents import Parent, ParentPasses
-from puzzle.runs import Run, Stage, progress, read_json, read_tensors, write_json, write_tensors, write_text
+from puzzle.runs import (
+    Run,
+    Stage,
+    progress,
+    read_json,
+    read_parsed,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from puzzle.scores.race import rounds, survivors
 from puzzle.scores.suffix import METRICS, LayerBlocks, ScoringText, SuffixScorer
 from puzzle.scores.task import Task, load_task, run_task, task_name, with_block
@@ -56,7 +65,7 @@ def score(
         table = _read_table(run, stage, data, len(layers))
         write_text(table_file, table.to_json())
         stage.commit(blocks=len(table.rows))
-    return ScoreTable.from_json(table_file.read_text())
+    return read_parsed(table_file, ScoreTable.from_json)
 
 
 def _score_layers(
@@ -78,7 +87,7 @@ def _score_layers(
 
 def _read_table(run: Run, stage: Stage, data: TokenData, num_layers: int) -> ScoreTable:
     sequences = _num_sequences(run, data)
-    rows = [ScoreRow(**row) for layer in range(num_layers) for row in json.loads(_rows_file(stage, layer).read_text())]
+    rows = [ScoreRow(**row) for layer in range(num_layers) for row in read_json(_rows_file(stage, layer))]
     if len(rounds(run.recipe.score.race, sequences)) > 1:
         run.log(f"score: {_race_outcome(rows, sequences)}")
     return ScoreTable(

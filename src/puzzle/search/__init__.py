@@ -2,8 +2,9 @@
 
 from puzzle.search.baselines import BASELINES, Evaluator, solve_baseline
 from puzzle.search.bounds import QUANTITIES, evaluate_blocks, excesses, parent_totals, quantity_of, resolve_bounds
+from puzzle.search.constraints import check_spans
 from puzzle.search.frontier import frontier
-from puzzle.search.solve import Further, pool, solve, with_asked
+from puzzle.search.solve import Further, check_asked, pool, solve, with_asked
 from puzzle.search.stage import search
 from puzzle.search.table_file import read_table, to_table_file
 
@@ -12,6 +13,8 @@ __all__ = [
     "QUANTITIES",
     "Evaluator",
     "Further",
+    "check_asked",
+    "check_spans",
     "evaluate_blocks",
     "excesses",
     "frontier",

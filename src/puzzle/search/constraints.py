@@ -61,6 +61,14 @@ def allowed(scores: ScoreTable, settings: SearchSettings) -> Allowed:
     return Allowed(groups, tuple(common))
 
 
+def check_spans(settings: SearchSettings, num_layers: int) -> None:
+    """That `fix`, `forbid` and `equal` name layers of the model; a PuzzleError if not."""
+    for setting in ("fix", "forbid"):
+        for span in getattr(settings, setting):
+            _layers(span, num_layers, f"search.{setting}")
+    _groups(settings.equal, num_layers)
+
+
 def _matching(
     blocks: Sequence[Sequence[str]],
     scores: ScoreTable,

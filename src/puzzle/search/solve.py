@@ -117,7 +117,7 @@ class _Question:
         pairs: Sequence[PairTerm],
         further: Further,
     ) -> "_Question":
-        _check_asked([target, *(its for _, its in further)], settings)
+        check_asked([target, *(its for _, its in further)], settings)
         others = further_bounds(scores, further, settings)
         instance = Instance.of(scores, costs, settings.score, constraints=settings, pairs=pairs, further=others)
         return cls(
@@ -142,10 +142,21 @@ class _Question:
         return None if solution is None else with_asked(solution, self.targets)
 
 
-def _check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> None:
+def check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> None:
+    """That the main target or a further one bounds something, and the main one the score where the objective is not it.
+
+    Raises:
+        PuzzleError: not so.
+    """
     if all(value is None for target in targets for _, value in target):
         settable = ", ".join([*(quantity.setting for quantity in QUANTITIES.values()), "score"])
         raise PuzzleError(f"target: nothing is set; set at least one of {settable}, for example `throughput: 2x`")
+    if settings.objective == "score" and all(
+        value is None for target in targets for name, value in target if name != "score"
+    ):
+        raise PuzzleError(
+            "target.score: alone it is met best by the parent itself; bound a cost too, or set search.objective"
+        )
     if settings.objective != "score" and targets[0].score is None:
         raise PuzzleError(
             f"search.objective: {settings.objective} alone would give up all quality; set target.score, the highest "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from puzzle.artefacts import CostTable, ScoreTable, Serving, Solution
-from puzzle.runs import Run, write_text
+from puzzle.runs import Run, read_parsed, write_text
 from puzzle.search.solve import solve
 
 _VERSION = 2
@@ -36,7 +36,7 @@ def search(
     stage = run.stage("search", version=_VERSION, settings=identity, inputs=inputs)
     path = stage.path / "solution.json"
     if stage.done:
-        return Solution.from_json(path.read_text())
+        return read_parsed(path, Solution.from_json)
     targets = [each.target for each in recipe.scenarios]
     served = list(zip(further, targets, strict=True))
     solution = solve(scores, costs, recipe.target, settings, further=served)

@@ -1,0 +1,58 @@
+"""What a late stage would refuse, refused before the first one begins."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from puzzle.engines import ENVIRONMENTS, python_of
+from puzzle.errors import PuzzleError
+from puzzle.export import TARGETS
+from puzzle.modeling import PuzzleConfig
+from puzzle.recipe import Recipe, ScenarioSettings
+from puzzle.search import check_asked, check_spans
+
+
+def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True) -> None:
+    """That nothing in the recipe contradicts the parent, or asks for what is not installed.
+
+    Args:
+        searched: whether the search is to be reached, and what comes after it.
+
+    Raises:
+        PuzzleError: something does; names the setting.
+    """
+    for name in recipe.deploy:
+        if name not in TARGETS:
+            raise PuzzleError(f"deploy: found {name!r}; use of {', '.join(TARGETS)}")
+    longest = config.max_position_embeddings
+    if recipe.data.sequence_length > longest:
+        raise PuzzleError(
+            f"data.sequence_length: found {recipe.data.sequence_length}; the parent reads at most {longest} tokens"
+        )
+    for name, scenario in _scenarios(recipe):
+        if (tokens := scenario.prompt_tokens + scenario.generated_tokens) > longest:
+            raise PuzzleError(
+                f"{name}.prompt_tokens, {name}.generated_tokens: found {tokens} together; the parent reads at most "
+                f"{longest} tokens"
+            )
+        if scenario.engine in ENVIRONMENTS:
+            python_of(*ENVIRONMENTS[scenario.engine])
+    if recipe.search.score == "task" and recipe.score.task is None:
+        raise PuzzleError("search.score: found task, and score.task is not set; give its function as `module:function`")
+    check_spans(recipe.search, config.num_hidden_layers)
+    if searched:
+        check_asked([recipe.target, *(each.target for each in recipe.scenarios)], recipe.search)
+        _check_packages(recipe)
+
+
+def _scenarios(recipe: Recipe) -> Sequence[tuple[str, ScenarioSettings]]:
+    further = ((f"scenarios[{place}].scenario", each.scenario) for place, each in enumerate(recipe.scenarios))
+    return [("scenario", recipe.scenario), *further]
+
+
+def _check_packages(recipe: Recipe) -> None:
+    wanted: list[tuple[str, str]] = [("distil.log", kind) for kind in recipe.distil.log or []]
+    if recipe.distil.optimizer == "adamw8bit":
+        wanted.append(("distil.optimizer", "torchao"))
+    for setting, package in wanted:
+        if find_spec(package) is None:
+            raise PuzzleError(f"{setting}: it needs {package}, which is not installed: pip install {package}")
