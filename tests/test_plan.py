@@ -59,6 +59,7 @@ def planner(space: Space, count: int, **sections: Any) -> _Planner:
         "precision": "bfloat16",
         "library": {"tokens": 1000},
         "score": {"tokens": 640, "race": 0.1},
+        "target": {"throughput": "2x"},
         "distil": {"tokens": 64_000, "batch_size": 8},
         "evaluate": {"uniform_baseline": False},
     }

@@ -87,7 +87,11 @@ def test_known_machines_are_read() -> None:
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("h1000", "'h1000' is neither one of h100-sxm, "), ("text.yaml", "text.yaml is no data sheet")],
+    [
+        ("h1000", "'h1000' is neither one of h100-sxm, "),
+        ("text.yaml", "text.yaml: peak_tflops: found 3; "),
+        ("0xh200", "nor a file; so many of one are 8xh100-sxm"),
+    ],
 )
 def test_an_unknown_machine_is_one_line(name: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

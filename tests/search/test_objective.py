@@ -68,9 +68,14 @@ def test_the_fastest_child_that_is_good_enough() -> None:
             "other bounds kept: target.parameters: 110",
         ),
         (
-            {"score": 0.25},
+            {"score": 0.25, "parameters": "1k"},
             {"fix": {"0": "kv4"}},
-            "target.score: 0.25 asked; reachable 0 (parent) to 0.5; nearest: 0.5",
+            "target.score: 0.25 asked; reachable 0 (parent) to 0.5; nearest with the other bounds kept: 0.5",
+        ),
+        (
+            {"score": 0.25},
+            {},
+            "target.score: alone it is met best by the parent itself; bound a cost too, or set search.objective",
         ),
     ],
 )
