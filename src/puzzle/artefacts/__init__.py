@@ -1,6 +1,6 @@
 """The typed artefacts in which the stages meet. Plain data: no torch, blocks by name."""
 
-from puzzle.artefacts.correction import Correction, Finalist, Judged, Step, WholeScore
+from puzzle.artefacts.correction import WORTH, Correction, Finalist, Judged, Step, WholeScore
 from puzzle.artefacts.costs import Cost, CostRow, CostTable, Scenario, Totals
 from puzzle.artefacts.library import LibraryIndex, LibraryRow
 from puzzle.artefacts.pairs import PairTerm
@@ -8,6 +8,7 @@ from puzzle.artefacts.scores import ScoreName, ScoreRow, ScoreTable
 from puzzle.artefacts.solution import Bounds, Proof, Serving, Solution
 
 __all__ = [
+    "WORTH",
     "Bounds",
     "Correction",
     "Cost",

@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass
 from puzzle.artefacts.scores import ScoreName
 from puzzle.artefacts.solution import Solution
 
+WORTH = 0.03
+"""By what share another architecture must be better than the search's own to take its place: documents differ by more
+than what is less, so that it is gone on other text (benchmarks/search_quality.md).
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WholeScore:
@@ -76,7 +81,7 @@ class Correction:
     finalists: tuple[Finalist, ...]
     """In the order in which they were trained; none without short GKD."""
     ranked: tuple[Solution, ...]
-    """The best first; the last is the search's own."""
+    """The best first, as far as it is better by `WORTH`; the last is the search's own."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

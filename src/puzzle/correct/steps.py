@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 
-from puzzle.artefacts import CostTable, Judged, PairTerm, ScoreTable, Serving, Solution, Step
+from puzzle.artefacts import WORTH, CostTable, Judged, PairTerm, ScoreTable, Serving, Solution, Step
 from puzzle.correct.neighbours import Places, around, matter, pair_term, with_blocks
 from puzzle.correct.whole import Blocks, TrueScore
 from puzzle.errors import PuzzleError
@@ -76,10 +76,12 @@ class Steps:
                 self._run.log(f"correct: {name} {before:.4g} -> {self._value:.4g}")
 
     def ranked(self) -> list[Solution]:
-        """All that are no worse than the search's own, the best first, that one last."""
-        order = sorted(self.judged, key=lambda judged: judged.whole.value(self._true.score))
-        blocks = [judged.blocks for judged in order]
-        return [self._solutions[each] for each in [*blocks[: blocks.index(self._first.blocks)], self._first.blocks]]
+        """All that are better than the search's own by enough to take its place, the best first, and that one last."""
+        value = {judged.blocks: judged.whole.value(self._true.score) for judged in self.judged}
+        own = value[self._first.blocks]
+        enough = own - WORTH * abs(own) if math.isfinite(own) else own
+        better = sorted((blocks for blocks in value if value[blocks] < enough), key=lambda blocks: value[blocks])
+        return [self._solutions[each] for each in (*better, self._first.blocks)]
 
     def pool(self) -> tuple[list[float], list[float]]:
         """Predicted and true values of the search's best solutions."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from puzzle.artefacts import WORTH
 from puzzle.report import choice, correction, evidence
 from puzzle.report.data import ReportData
 
@@ -98,8 +99,9 @@ def _correction(data: ReportData) -> Section:
         anchor="correction",
         heading="Whole architectures",
         caption="Blocks interact, so sums of their scores are not what a whole architecture is worth. Every point is "
-        "an architecture within the target, before GKD, on scoring text; the outlined one is the best. In brackets: "
-        f"architectures that a step had to evaluate. {agreement}",
+        "an architecture within the target, before GKD, on scoring text; the outlined one is the best. It takes "
+        f"the place of the search's own if it is better by {100 * WORTH:.0f} %: less may be gone on other text. "
+        f"In brackets: architectures that a step had to evaluate. {agreement}",
         plots=plots,
     )
 
