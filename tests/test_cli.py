@@ -463,5 +463,5 @@ def test_demo_trains_no_parent_for_a_folder_that_it_cannot_use(
 
 def test_the_recipe_is_checked_before_a_folder_is_made(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump({"parent": "m"}))
-    assert "data is missing" in complaint(capsys, "run", "recipe.yaml")
+    assert "data is missing; give a section with source" in complaint(capsys, "run", "recipe.yaml")
     assert not Path("runs").exists()

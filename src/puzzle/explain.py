@@ -102,7 +102,10 @@ def _describe(detail: Any, path: str, section: Schema, schema: Schema) -> str:
         return f"{path} is not a setting; {_suggest(path, section, schema)}"
     if kind == "missing":
         field = dict(settings(schema)).get(path)
-        description = field.description if field is not None else None
+        if field is None or _section(field) is not None:
+            wanted = [name for name, each in section.model_fields.items() if each.is_required()]
+            return f"{path} is missing; give a section with {', '.join(wanted)}"
+        description = field.description
         return f"{path} is missing" + (f"; give: {_one_line(description)}" if description else "")
     if kind == "value_error":
         return ": ".join(filter(None, (path, str(context["error"]))))

@@ -9,6 +9,7 @@ from puzzle.blocks import GatedFFN, GroupedQuery, Space, derive_space
 from puzzle.errors import PuzzleError
 from puzzle.explain import describe
 from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.parents import locate
 from puzzle.recipe import Recipe
 
 _LARGE_PARAMS = 500_000_000
@@ -18,7 +19,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def init_recipe(model: str) -> str:
     """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read."""
-    folder = _folder(model)
+    folder = locate(model, ["config.json"])
     raw = _read_config(folder)
     config = _configure(folder, raw)
     space = derive_space(config)
@@ -71,22 +72,6 @@ def _sizes(space: Space) -> dict[str, list[int]]:
         "space.kv_heads": [item.num_kv_heads for item in layer.attention[1:] if isinstance(item, GroupedQuery)],
         "space.ffn_widths": [item.intermediate_size for item in layer.ffn[1:] if isinstance(item, GatedFFN)],
     }
-
-
-def _folder(model: str) -> Path:
-    """Where the model's config.json is."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise PuzzleError(f"{model} is not a folder; give one with config.json, or a hub name such as org/model")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, "config.json")).parent
-    except Exception as error:  # whatever the hub client raises, the reader needs one line
-        reason = str(error).strip().partition("\n")[0]
-        raise PuzzleError(f"{model} is neither a folder nor a model that the hub gives ({reason})") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_a_missing_folder(source: str) -> None:
 
 
 def test_a_file_in_place_of_a_folder(folder: Path) -> None:
-    assert "is not a folder; give one with" in refusal(folder / "model.safetensors")
+    assert "is not a folder; give one of" in refusal(folder / "model.safetensors")
 
 
 def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

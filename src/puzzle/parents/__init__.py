@@ -3,7 +3,7 @@
 from puzzle.modeling import finish
 from puzzle.parents.base import FamilyAdapter
 from puzzle.parents.checkpoint import open_checkpoint
-from puzzle.parents.parent import ADAPTERS, Parent, open_parent, read_config
+from puzzle.parents.parent import ADAPTERS, Parent, locate, open_parent, read_config
 from puzzle.parents.passes import LayerPass, ParentPasses, Texts
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ParentPasses",
     "Texts",
     "finish",
+    "locate",
     "open_checkpoint",
     "open_parent",
     "read_config",

@@ -128,7 +128,7 @@ def open_parent(source: str, digests: Path | None = None) -> Parent:
         source: a local folder, or a hub name.
         digests: file in which the weights' hashes are remembered by size and time of change.
     """
-    path = _locate(source, _HUB_FILES)
+    path = locate(source, _HUB_FILES)
     adapter = ADAPTERS[_model_type(path)]
     checkpoint = open_checkpoint(path)
     config = _configure(path, adapter, checkpoint)
@@ -137,7 +137,7 @@ def open_parent(source: str, digests: Path | None = None) -> Parent:
 
 def read_config(source: str) -> PuzzleConfig:
     """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
-    path = _locate(source, ["config.json"])
+    path = locate(source, ["config.json"])
     adapter = ADAPTERS[_model_type(path)]
     try:
         return adapter.configure(AutoConfig.from_pretrained(path, trust_remote_code=False))
@@ -179,13 +179,19 @@ def _stores_another_head(adapter: FamilyAdapter, checkpoint: Checkpoint) -> bool
     return not torch.equal(tensors[names[0]], tensors[names[1]])
 
 
-def _locate(source: str, wanted: list[str]) -> Path:
-    """A folder, or that of a hub's snapshot with the wanted files."""
+def locate(source: str, wanted: list[str]) -> Path:
+    """A folder, or that of a hub's snapshot with the wanted files.
+
+    Raises:
+        PuzzleError: `source` is neither.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise PuzzleError(f"parent: {source} is not a folder; give one with config.json and *.safetensors")
+        raise PuzzleError(
+            f"parent: {source} is not a folder; give one of a Hugging Face checkpoint, or a hub name such as org/model"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -76,7 +76,7 @@ class Instance:
         """
         scores = scores.having(score)
         settings = constraints or SearchSettings()
-        rules = rules or allowed(scores, settings)
+        rules = allowed(scores, settings) if rules is None else rules
         return cls(
             scores=scores,
             score=score,
