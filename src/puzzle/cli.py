@@ -274,7 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     added["demo"].add_argument("--out", type=Path, help="the run folder")
     added["demo"].add_argument(
-        "--minutes", type=_positive, default=7.0, help="of training, default: 7; measuring takes about as long again"
+        "--minutes",
+        type=_positive,
+        default=7.0,
+        help="of training, default: 7; measuring takes half as long again, or more",
     )
     added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
     added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")

@@ -29,7 +29,7 @@ from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
-from puzzle.plan import check_recipe, estimate, plan_devices
+from puzzle.plan import check_installed, check_recipe, estimate, plan_devices
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
@@ -333,6 +333,8 @@ def run_stage(run: Run, name: str) -> Pipeline:
         PuzzleError: before anything is done, if it is known already that a stage will refuse its settings.
     """
     pipeline = Pipeline(run)
-    check_recipe(run.recipe, pipeline.parent.config, searched=STAGES.index(name) >= STAGES.index("search"))
+    reached = STAGES[: STAGES.index(name) + 1]
+    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached)
+    check_installed(run.recipe, timed="costs" in reached, distilled="distil" in reached)
     getattr(pipeline, _STAGES[name])
     return pipeline

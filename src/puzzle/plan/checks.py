@@ -12,7 +12,7 @@ from puzzle.search import check_asked, check_spans
 
 
 def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True) -> None:
-    """That nothing in the recipe contradicts the parent, or asks for what is not installed.
+    """That nothing in the recipe contradicts the parent, or itself.
 
     Args:
         searched: whether the search is to be reached, and what comes after it.
@@ -34,25 +34,34 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
                 f"{name}.prompt_tokens, {name}.generated_tokens: found {tokens} together; the parent reads at most "
                 f"{longest} tokens"
             )
-        if scenario.engine in ENVIRONMENTS:
-            python_of(*ENVIRONMENTS[scenario.engine])
     if recipe.search.score == "task" and recipe.score.task is None:
         raise PuzzleError("search.score: found task, and score.task is not set; give its function as `module:function`")
     check_spans(recipe.search, config.num_hidden_layers)
     if searched:
         check_asked([recipe.target, *(each.target for each in recipe.scenarios)], recipe.search)
-        _check_packages(recipe)
+
+
+def check_installed(recipe: Recipe, *, timed: bool = True, distilled: bool = True) -> None:
+    """That this machine has what the recipe asks for.
+
+    Args:
+        timed: whether anything is measured, for which the engines are needed.
+        distilled: whether GKD is to be reached.
+
+    Raises:
+        PuzzleError: it has not; names the setting, or says how to install the engine.
+    """
+    for _, scenario in _scenarios(recipe):
+        if timed and scenario.engine in ENVIRONMENTS:
+            python_of(*ENVIRONMENTS[scenario.engine])
+    wanted: list[tuple[str, str]] = [("distil.log", kind) for kind in recipe.distil.log or []]
+    if recipe.distil.optimizer == "adamw8bit":
+        wanted.append(("distil.optimizer", "torchao"))
+    for setting, package in wanted:
+        if distilled and find_spec(package) is None:
+            raise PuzzleError(f"{setting}: it needs {package}, which is not installed: pip install {package}")
 
 
 def _scenarios(recipe: Recipe) -> Sequence[tuple[str, ScenarioSettings]]:
     further = ((f"scenarios[{place}].scenario", each.scenario) for place, each in enumerate(recipe.scenarios))
     return [("scenario", recipe.scenario), *further]
-
-
-def _check_packages(recipe: Recipe) -> None:
-    wanted: list[tuple[str, str]] = [("distil.log", kind) for kind in recipe.distil.log or []]
-    if recipe.distil.optimizer == "adamw8bit":
-        wanted.append(("distil.optimizer", "torchao"))
-    for setting, package in wanted:
-        if find_spec(package) is None:
-            raise PuzzleError(f"{setting}: it needs {package}, which is not installed: pip install {package}")
