@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import CostTable
-from puzzle.blocks import BlockVariant, Space, derive_space
 from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of
 from puzzle.costs.engine import Engine, Times, summarise
 from puzzle.costs.slopes import Plan, Stack
 from puzzle.costs.table import cost_rows, part_times
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings
+from puzzle.variants import BlockVariant, Space, derive_space
 
 ARCHITECTURES, FITTED = 10, 3
 QUANTITIES = ("prefill_ms", "decode_ms")

@@ -41,14 +41,14 @@ def save(name: str) -> None:
 def draw_library(measured: Sequence[dict[str, Any]]) -> None:
     """Held-out loss against BLD steps, a panel for each of a few variants, a line for each way to start."""
     _, panels = plt.subplots(1, len(VARIANTS), figsize=(10, 2.6), sharex=True, layout="constrained")
-    for axes, (half, variant) in zip(panels, VARIANTS, strict=True):
-        own = [row for row in measured if (row["half"], row["variant"]) == (half, variant)]
+    for axes, (subblock, variant) in zip(panels, VARIANTS, strict=True):
+        own = [row for row in measured if (row["subblock"], row["variant"]) == (subblock, variant)]
         for method, colour in COLOURS.items():
             # An elastic library differs in its FFNs alone.
-            if half == "attention" and method == "elastic":
+            if subblock == "attention" and method == "elastic":
                 continue
             draw_method(axes, [row for row in own if row["method"] == method], method, colour)
-        axes.set(title=f"{half} {variant}", xlabel="steps of 512 tokens", yscale="log")
+        axes.set(title=f"{subblock} {variant}", xlabel="steps of 512 tokens", yscale="log")
         axes.set_xscale("symlog", linthresh=10)
         axes.set_xlim(left=-1)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -54,11 +54,11 @@ def measure(way: str, folder: str, text: str, memory: str) -> None:
     torch.set_num_threads(1)
     parent = Path(folder, "parent")
     config = LlamaConfig.from_pretrained(parent)
-    halves = {"kv_heads": [config.num_key_value_heads // 2], "ffn_widths": [config.intermediate_size // 2]}
+    subblocks = {"kv_heads": [config.num_key_value_heads // 2], "ffn_widths": [config.intermediate_size // 2]}
     chosen = recipe(
         str(parent),
         text,
-        space={**halves, "attention": [], "ffn": [], "prune": None},
+        space={**subblocks, "attention": [], "ffn": [], "prune": None},
         calibration={"tokens": 16_384},
         library={"tokens": 4096, "batch_size": 4, "validation_tokens": 2048},
         score={"tokens": 2048},

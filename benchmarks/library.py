@@ -13,7 +13,7 @@ from pathlib import Path
 from setting import opened, recipe
 
 from puzzle import Pipeline, Space, build_library, score
-from puzzle.blocks import HALVES, Half, LayerSpace
+from puzzle.variants import SUBBLOCKS, LayerSpace, Subblock
 
 STEPS = (0, 10, 100, 1000)
 BATCH, LENGTH = 2, 256
@@ -38,25 +38,25 @@ def main(parent: str, text: str, folder: str) -> None:
 
 
 def measure(pipeline: Pipeline) -> Iterator[dict[str, object]]:
-    """Held-out loss and replace-1 KL of every variant beside the parent's other half."""
+    """Held-out loss and replace-1 KL of every variant beside the parent's other subblock."""
     run, parent, data = pipeline.run, pipeline.parent, pipeline.data
     space = thinned(pipeline.full_space)
     library = build_library(run, parent, data, pipeline.statistics, space)
-    for half in HALVES:
-        beside = Space(tuple(_alone(layer, half) for layer in space.layers))
+    for subblock in SUBBLOCKS:
+        beside = Space(tuple(_alone(layer, subblock) for layer in space.layers))
         scores = score(run, parent, data, library, beside)
         for row in library.index.rows:
-            if row.half == half:
+            if row.subblock == subblock:
                 own = space.layers[row.layer].parent
-                block = f"{row.variant}+{own.ffn}" if half == "attention" else f"{own.attention}+{row.variant}"
+                block = f"{row.variant}+{own.ffn}" if subblock == "attention" else f"{own.attention}+{row.variant}"
                 kl = scores.row(row.layer, block).kl
-                yield {"layer": row.layer, "half": half, "variant": row.variant, "loss": row.loss, "kl": kl}
+                yield {"layer": row.layer, "subblock": subblock, "variant": row.variant, "loss": row.loss, "kl": kl}
 
 
-def _alone(layer: LayerSpace, half: Half) -> LayerSpace:
+def _alone(layer: LayerSpace, subblock: Subblock) -> LayerSpace:
     return (
         LayerSpace(layer.attention, layer.ffn[:1])
-        if half == "attention"
+        if subblock == "attention"
         else LayerSpace(layer.attention[:1], layer.ffn)
     )
 

@@ -18,13 +18,13 @@ from setting import opened, recipe
 from torch import Tensor
 
 from puzzle import Library, Pipeline, ScoreTable, build_library, score
-from puzzle.blocks import Architecture, BlockVariant, LayerSpace, Space, Variant
 from puzzle.child import assemble
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.runs import read_tensors
 from puzzle.scores.race import Sizes, _sizes, _smaller, _sum, rounds
 from puzzle.scores.suffix import LayerBlocks, SuffixScorer
+from puzzle.variants import Architecture, BlockVariant, LayerSpace, Space, Variant
 
 LAYERS = (0, 2, 5, 7, 9)
 TOKENS, RACE, BATCH_SIZE = 16_384, 0.0625, 4
@@ -140,13 +140,15 @@ def report_proxies(
     """A line for each cheaper score: its cost, and Spearman against the KL over all blocks and within layers."""
     blocks = {(layer, block.name): block for layer in layers for block in space.layers[layer].blocks()[1:]}
     kl = {key: table.row(*key).kl for key in blocks}
-    halves = sum(len(half) - 1 for layer in layers for half in (space.layers[layer].attention, space.layers[layer].ffn))
+    subblocks = sum(
+        len(subblock) - 1 for layer in layers for subblock in (space.layers[layer].attention, space.layers[layer].ffn)
+    )
     began = time.process_time()
     fisher = fisher_scores(method, library, space, layers)
     fisher_s = time.process_time() - began
     proxies: dict[str, tuple[float, Scores]] = {
         # One number of candidates' share of the whole: each costs the same.
-        "halves added": (kl_s * halves / len(blocks), {key: halves_added(space, table, *key) for key in blocks}),
+        "subblocks added": (kl_s * subblocks / len(blocks), {key: halves_added(space, table, *key) for key in blocks}),
         "block error": (0.0, {key: block_error(method, library, key[0], block) for key, block in blocks.items()}),
         "Fisher sketch": (fisher_s, fisher),
     }
@@ -165,14 +167,14 @@ def halves_added(space: Space, table: ScoreTable, layer: int, block: str) -> flo
 
 
 def block_error(method: Pipeline, library: Library, layer: int, block: BlockVariant) -> float:
-    """The halves' held-out errors, as shares of the power of the block's output."""
+    """The subblocks' held-out errors, as shares of the power of the block's output."""
     own = method.parent.architecture.blocks[layer]
 
     def error(variant: Variant) -> float:
-        if variant == own.half(variant.half):
+        if variant == own.subblock(variant.subblock):
             return 0.0
-        power = float(method.statistics.half(layer, variant.half)["output_power"])
-        return library.index.row(layer, variant.half, variant.name).loss * power
+        power = float(method.statistics.subblock(layer, variant.subblock)["output_power"])
+        return library.index.row(layer, variant.subblock, variant.name).loss * power
 
     return (error(block.attention) + error(block.ffn)) / float(method.statistics.layer(layer)["block_power"])
 

@@ -76,7 +76,7 @@ class Answer(NamedTuple):
 
 
 def half_costs(model: str) -> dict[tuple[str, str], tuple[int, int, float, float]]:
-    """Parameters, KV bytes per sequence, prefill ms and decode ms of each variant of each half."""
+    """Parameters, KV bytes per sequence, prefill ms and decode ms of each variant of each subblock."""
     _, hidden, width, heads = MODELS[model]
     found = {}
     for part, variants in (("attention", ATTENTION), ("ffn", FFN)):
@@ -98,7 +98,7 @@ def half_costs(model: str) -> dict[tuple[str, str], tuple[int, int, float, float
 
 def tables(model: str, rng: np.random.Generator, degenerate: bool) -> tuple[ScoreTable, CostTable]:
     """54 blocks a layer. Degenerate: scores of few values, and layers alike in groups of eight."""
-    layers, halves, quality = MODELS[model][0], half_costs(model), {}
+    layers, subblocks, quality = MODELS[model][0], half_costs(model), {}
     losses = {"attention": [0, 0.02, 0.06, 0.12, 0.3, 0.4], "ffn": [0, 0.01, 0.03, 0.1, 0.3, 0.35, 0.5, 0.7, 0.8]}
     score_rows, cost_rows = [], [_cost(-1, "fixed", "", (2 * 128256 * MODELS[model][1], 0, 2.0, 0.1))]
     for layer in range(layers):
@@ -109,13 +109,15 @@ def tables(model: str, rng: np.random.Generator, degenerate: bool) -> tuple[Scor
                 for part, variants in (("attention", ATTENTION), ("ffn", FFN))
                 for name, loss in zip(variants, losses[part], strict=True)
             }
-            noise = {key: 1 + 0.02 * rng.standard_normal(2) for key in halves} if not degenerate else {}
-        for (one, a), (other, f) in ((x, y) for x in halves if x[0] == "attention" for y in halves if y[0] == "ffn"):
+            noise = {key: 1 + 0.02 * rng.standard_normal(2) for key in subblocks} if not degenerate else {}
+        for (one, a), (other, f) in (
+            (x, y) for x in subblocks if x[0] == "attention" for y in subblocks if y[0] == "ffn"
+        ):
             left, right = quality[one, a], quality[other, f]
             score = 0.01 * (left + right - 0.3 * min(left, right)) * (1 if degenerate else rng.lognormal(0, 0.05))
             score = round(score, 3) if degenerate else score
             score_rows.append(_score(layer, f"{a}+{f}", 0.0 if (a, f) == ("kv8", "w100") else max(score, 1e-9)))
-        for (part, name), cost in halves.items():
+        for (part, name), cost in subblocks.items():
             factors = noise.get((part, name), np.ones(2))
             cost_rows.append(_cost(layer, part, name, (*cost[:2], cost[2] * factors[0], cost[3] * factors[1])))
     scenario = Scenario(

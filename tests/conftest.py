@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreRow, ScoreTable
-from puzzle.blocks import Architecture, BlockVariant, GatedFFN, Space, num_params
 from puzzle.cache import cache_folder
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics
@@ -24,6 +23,7 @@ from puzzle.parents import Parent
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
+from puzzle.variants import Architecture, BlockVariant, GatedFFN, Space, num_params
 
 torch.set_num_threads(1)
 
@@ -213,7 +213,7 @@ def toy_costs(pico_pipeline: Pipeline) -> CostTable:
             sizes = {"params": params, "weight_bytes": 4 * params, "kv_bytes_per_sequence": 0}
             row = CostRow(
                 layer=layer,
-                part=variant.half,
+                part=variant.subblock,
                 variant=variant.name,
                 batch_size=2,
                 prefill_ms=0.0,

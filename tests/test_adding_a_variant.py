@@ -10,7 +10,12 @@ import pytest
 import torch
 from tests.conftest import random_tokens
 
-from puzzle.blocks import (
+from puzzle.child import realise
+from puzzle.modeling import FFN_MODULES
+from puzzle.pipeline import Pipeline
+from puzzle.recipe import Recipe
+from puzzle.runs import create_folder, open_run
+from puzzle.variants import (
     REGISTRY,
     Architecture,
     GatedFFN,
@@ -20,11 +25,6 @@ from puzzle.blocks import (
     parse_variant,
     split_state,
 )
-from puzzle.child import realise
-from puzzle.modeling import FFN_MODULES
-from puzzle.pipeline import Pipeline
-from puzzle.recipe import Recipe
-from puzzle.runs import create_folder, open_run
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-variant.md"
 
@@ -59,7 +59,7 @@ def test_it_is_in_the_space_by_its_name(pipeline: Pipeline) -> None:
 
 def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) -> None:
     """What its expected loss says of the calibration text is what a forward pass finds there, to float32."""
-    mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.half(1, "ffn")
+    mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.subblock(1, "ffn")
     layer_state = pipeline.parent.layer_state(1)
     parent = ParentSubblock(
         config=pipeline.parent.config,
@@ -82,7 +82,7 @@ def test_it_is_built_scored_and_weighed_like_any_other(pipeline: Pipeline) -> No
     assert row.loss == row.initial_loss < 1.1
     assert torch.equal(
         pipeline.library.state(1, parse_variant("ffn", "mean"))["mlp.mean"],
-        pipeline.statistics.half(1, "ffn")["output_mean"],
+        pipeline.statistics.subblock(1, "ffn")["output_mean"],
     )
     kls = {row.block: row.kl for row in pipeline.scores.rows if row.layer == 1}
     assert kls.keys() == {"kv4+w64", "kv4+w16", "kv4+mean", "kv4+none"}
@@ -96,7 +96,7 @@ def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: 
     child = realise(pipeline.run, pipeline.parent, pipeline.library, blocks)
     model = child.load()
     assert [block.name for block in Architecture.of(model.config).blocks] == list(blocks)
-    assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.half(2, "ffn")["output_mean"])
+    assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.subblock(2, "ffn")["output_mean"])
     assert model(random_tokens(1, 5)).logits.isfinite().all()
     monkeypatch.delitem(FFN_MODULES, "mean")
     with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; .*import the module that registers it first"):

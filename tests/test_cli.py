@@ -385,8 +385,8 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_init_writes_a_recipe_that_holds_for_the_model(
     pico_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from puzzle.blocks import derive_space
     from puzzle.parents import open_parent
+    from puzzle.variants import derive_space
 
     file = tmp_path / "new" / "recipe.yaml"
     assert main(["init", str(pico_checkpoint), "--out", str(file)]) == 0

@@ -7,13 +7,13 @@ import pytest
 
 import puzzle.confirm
 from puzzle.artefacts import CostTable, ScoreTable
-from puzzle.blocks import Architecture
 from puzzle.confirm import checked, confirmed_search, first_confirmed
 from puzzle.costs import Sample
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import FurtherScenarioSettings, ScenarioSettings, TargetSettings
 from puzzle.runs import Run
 from puzzle.search import solve
+from puzzle.variants import Architecture
 
 
 @pytest.fixture

@@ -88,11 +88,11 @@ def test_a_candidate_with_a_head_and_a_norm_of_its_own(model: PuzzleForCausalLM)
 
 
 def test_bfloat16_logits_give_the_divergence_of_their_own_distributions(model: PuzzleForCausalLM) -> None:
-    half = pico_puzzle("kv4+w48").requires_grad_(False).bfloat16()
+    subblock = pico_puzzle("kv4+w48").requires_grad_(False).bfloat16()
     parent_ND = _hidden(0).bfloat16()
     hidden_ND = (parent_ND.float() + 0.02 * _hidden(1)).bfloat16()
-    (found,) = compare(half, half, parent_ND, [hidden_ND], _targets())
-    logits = [half.lm_head(half.model.norm(each)).double() for each in (parent_ND, hidden_ND)]
+    (found,) = compare(subblock, subblock, parent_ND, [hidden_ND], _targets())
+    logits = [subblock.lm_head(subblock.model.norm(each)).double() for each in (parent_ND, hidden_ND)]
     logp_NV, logq_NV = (log_softmax(each, -1) for each in logits)
     torch.testing.assert_close(found.kl.double(), (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1), rtol=1e-3, atol=1e-5)
     assert found.kl.min() > -1e-5

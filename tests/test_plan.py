@@ -11,7 +11,6 @@ import torch
 from tests.test_recipes import PARENTS
 
 import puzzle.pipeline
-from puzzle.blocks import Space, derive_space
 from puzzle.cli import main
 from puzzle.costs import Machine
 from puzzle.errors import PuzzleError
@@ -22,6 +21,7 @@ from puzzle.plan.devices import StagePlan, _Planner
 from puzzle.plan.work import Work
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
+from puzzle.variants import Space, derive_space
 
 ROOT = Path(__file__).parent.parent
 SHEET = {
@@ -120,7 +120,7 @@ def test_the_library_is_shared_by_layers(space: Space) -> None:
 
 def test_scores_take_the_layers_after_and_a_share_of_composed_blocks(space: Space) -> None:
     work = planner(space, 1).work
-    # Of 3 x 3 blocks four have one half replaced, one is the parent's, four are estimated from a tenth.
+    # Of 3 x 3 blocks four have one subblock replaced, one is the parent's, four are estimated from a tenth.
     tokens = 640 * 5 + 64 * 4
     per_layer = 2 * LAYER + 4 * 256 * 64 / 2
     assert work.scoring(1) == pytest.approx(tokens * (2 * per_layer + 2 * 1000 * 256))

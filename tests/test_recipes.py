@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.blocks import derive_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.recipe import Recipe
+from puzzle.variants import derive_space
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 

@@ -18,7 +18,6 @@ def _is_command_line() -> bool:
 # The command line starts in a fraction of a second and imports what each command needs.
 if not _is_command_line():
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
-    from puzzle.blocks import Architecture, BlockVariant, Space, derive_space
     from puzzle.child import Child, realise, refine
     from puzzle.correct import TrueScore
     from puzzle.costs import measure_costs, time_checkpoints
@@ -35,6 +34,7 @@ if not _is_command_line():
     from puzzle.runs import Run, create_folder, open_run
     from puzzle.scores import score
     from puzzle.search import frontier, solve
+    from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
     __all__ = [
         "Architecture",

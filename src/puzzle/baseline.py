@@ -13,7 +13,11 @@ import numpy as np
 import torch
 
 from puzzle.artefacts import CostTable, ScoreName, ScoreTable, Solution, Totals
-from puzzle.blocks import (
+from puzzle.costs import fixed_memory, subblock_memory, time_architectures
+from puzzle.errors import PuzzleError
+from puzzle.parents import Parent
+from puzzle.runs import Run, digest
+from puzzle.variants import (
     Architecture,
     BlockVariant,
     GatedFFN,
@@ -23,10 +27,6 @@ from puzzle.blocks import (
     Variant,
     hardware_multiple,
 )
-from puzzle.costs import fixed_memory, subblock_memory, time_architectures
-from puzzle.errors import PuzzleError
-from puzzle.parents import Parent
-from puzzle.runs import Run, digest
 
 _DROPPED = BlockVariant.parse("none+none")
 _NEAR = 1.5

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable, Serving, Solution, Totals
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs import Sample, Timed, Times, doubt, fitted, sample_architectures, summarise
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run, digest
 from puzzle.search import QUANTITIES, quantity_of, resolve_bounds, search
+from puzzle.variants import Architecture, BlockVariant
 
 _SEARCHES = 4
 _ROUNDS = 5

@@ -5,12 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from puzzle.blocks import GatedFFN, GroupedQuery, Space, derive_space
 from puzzle.errors import PuzzleError
 from puzzle.explain import describe
 from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.parents import locate
 from puzzle.recipe import Recipe
+from puzzle.variants import GatedFFN, GroupedQuery, Space, derive_space
 
 _LARGE_PARAMS = 500_000_000
 """From here on: bfloat16 where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""

@@ -17,7 +17,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import Correction, CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
-from puzzle.blocks import Space, derive_space
 from puzzle.child import Child, realise, refine
 from puzzle.confirm import checked, confirmed_search, first_confirmed
 from puzzle.correct import TrueScore, correct
@@ -36,6 +35,7 @@ from puzzle.report import ReportData, final_table, model_card, summary, versions
 from puzzle.runs import Run, choose_device, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
+from puzzle.variants import Space, derive_space
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Pipeline:
 
     @cached_property
     def subblock_library(self) -> Library:
-        """Every variant of every layer, initialised and trained for its own half (decoupled BLD)."""
+        """Every variant of every layer, initialised and trained for its own subblock (decoupled BLD)."""
         return build_library(self.run, self.parent, self.data, self.statistics, self.space)
 
     @cached_property
@@ -92,7 +92,7 @@ class Pipeline:
 
     @cached_property
     def preferred_space(self) -> Space:
-        """The variants that the frontier uses most, `library.coupled` a half, and those of the best child (F.1.1)."""
+        """Per subblock the `library.coupled` variants that the frontier uses most, and the best child's (F.1.1)."""
         recipe, scores = self.run.recipe, self.subblock_scores
         best = confirmed_search(self.run, self.parent, scores, self.costs, self.further_costs).blocks
         points = frontier(scores, self.costs, recipe.target, recipe.search, further=self._further)

@@ -118,7 +118,7 @@ class LibrarySettings(Section):
     ffn: Literal["independent", "elastic"] = "independent"
     """`elastic`: all widths of a layer share gate and up projections, in training alone; cheaper, a little worse."""
     loss: Literal["contribution", "block"] = "contribution"
-    """What is compared with the parent's: what the half adds to the residual stream, or the output of the block."""
+    """What is compared with the parent's: what the subblock adds to the residual stream, or the output of the block."""
     refit: bool = True
     """After training, refit the last projection of every variant by least squares; kept where it helps."""
     coupled: PositiveInt | None = None
@@ -147,8 +147,8 @@ class ScoreSettings(Section):
     race: Share | None = 0.0625
     """Share of the tokens that every block is scored on at first; null: all of them, and nothing is estimated."""
     composed: Literal["estimated", "raced"] = "estimated"
-    """After that share: `estimated` takes blocks with both halves replaced from it and from their halves' scores on all
-    tokens; `raced` goes on with all blocks but those that are larger and clearly worse than others."""
+    """After that share: `estimated` takes blocks with both subblocks replaced from it and from the scores of each
+    alone on all tokens; `raced` goes on with all blocks but those that are larger and clearly worse than others."""
     task: Text | None = None
     """`module:function` from a model to a number, the higher the better: a score of your own."""
 
@@ -218,7 +218,7 @@ class SearchSettings(Section):
     objective: Objective = "score"
     """What is best within the bounds: the lowest `score`, or another quantity where the target bounds the score."""
     fix: dict[NumberedLayers, Blocks] = {}
-    """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, halves, lists of them."""
+    """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, subblocks, lists of them."""
     forbid: dict[NumberedLayers, Blocks] = {}
     """What layers must not take, in the same terms, as `{all: [linear+*, none+none]}`."""
     equal: PositiveInt | Layers | Annotated[list[NumberedLayers], Field(min_length=1)] | None = None
@@ -249,7 +249,7 @@ class CorrectSettings(Section):
     pairs: Count = 0
     """Pairs of blocks at most whose joint score is measured around the best architecture and added to the search."""
     finalists: Count = 0
-    """Architectures that also go through short GKD, half of which stay for twice the tokens; below 2: none."""
+    """Architectures that also go through short GKD, subblock of which stay for twice the tokens; below 2: none."""
     finalist_tokens: PositiveCount = 250_000
     """GKD tokens of every finalist in the first round."""
 
@@ -301,7 +301,7 @@ class DistilSettings(Section):
     adapter_rank: PositiveInt | None = None
     """Train updates of this rank of the layers' matrices, merged at the end, in place of all weights; null: all."""
     ladder: Annotated[Fraction, Field(ge=0, le=0.5)] = 0.0
-    """Share of the steps that read sequences cut into four, and then as many that read halves; 0: none."""
+    """Share of the steps that read sequences cut into four, and then as many that read subblocks; 0: none."""
     documents: bool = True
     """Tokens of a packed sequence attend only to their own document, where its end can be told."""
     teacher_cache: PositiveInt | None = None

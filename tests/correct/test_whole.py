@@ -11,7 +11,6 @@ from torch import Tensor
 
 import puzzle.correct.whole
 from puzzle.artefacts import WholeScore
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.child import assemble
 from puzzle.correct import TrueScore
 from puzzle.data import TokenData
@@ -20,6 +19,7 @@ from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.variants import Architecture, BlockVariant
 
 OWN = ("kv4+w64",) * 4
 SOME = [

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from puzzle.blocks import BlockVariant, Space, derive_space
 from puzzle.costs import Sample
 from puzzle.parents import Parent, open_parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
+from puzzle.variants import BlockVariant, Space, derive_space
 
 EMPTY_LAYER_MS = 0.25
 FIXED_MS = 3.0
 
 
 def planted_ms(name: str, batch_size: int) -> float:
-    """What a half costs on the fake engine: nothing for `none`, else a number of its own."""
+    """What a subblock costs on the fake engine: nothing for `none`, else a number of its own."""
     return 0.0 if name == "none" else batch_size * (1.0 + sum(map(ord, name)) % 97 / 8)
 
 

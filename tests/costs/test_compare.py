@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.costs.conftest import FakeEngine
 
 from puzzle.artefacts import CostTable, Scenario
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs import ENGINES, Sample, doubt, sample_architectures
 from puzzle.parents import Parent
+from puzzle.variants import Architecture, BlockVariant
 
 COSTS = CostTable(
     scenario=Scenario(engine="torch", device="cpu", dtype="float32", prompt_tokens=6, generated_tokens=5),

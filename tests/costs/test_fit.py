@@ -18,12 +18,12 @@ def table() -> CostTable:
         layer=-1, part="fixed", variant="", batch_size=1, params=1, weight_bytes=4, kv_bytes_per_sequence=0,
         prefill_ms=4.0, decode_ms=0.4,
     )  # fmt: skip
-    halves = [
+    subblocks = [
         replace(row, layer=layer, part=part, variant=name, prefill_ms=ms, decode_ms=ms / 10)
         for layer in range(2)
         for part, name, ms in (("attention", "none", 0.0), ("ffn", "w8", 6.0), ("ffn", "w4", 2.0))
     ]
-    rows = [row, *halves]
+    rows = [row, *subblocks]
     double = [replace(r, batch_size=2, prefill_ms=2 * r.prefill_ms, decode_ms=2 * r.decode_ms) for r in rows]
     return CostTable(scenario=SCENARIO, batch_sizes=(1, 2), rows=(*rows, *double))
 

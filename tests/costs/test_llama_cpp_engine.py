@@ -10,11 +10,11 @@ from gguf import GGUFReader
 from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import BlockVariant
 from puzzle.costs import Sample
 from puzzle.costs.llama_cpp_engine import LlamaCppEngine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import save_checkpoint
+from puzzle.variants import BlockVariant
 
 # Called as `python llama_cpp_worker.py DESCRIPTOR`; notes requests, and keeps the files they name.
 STAND_IN = """#!{python}

@@ -5,9 +5,9 @@ import torch
 from tests.conftest import pico_puzzle, random_tokens
 from transformers import DynamicCache
 
-from puzzle.blocks import Architecture
 from puzzle.costs import fixed_memory, subblock_memory
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.variants import Architecture
 
 BATCH, PROMPT, GENERATED = 3, 7, 5
 ARCHITECTURES = [

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import BlockVariant
 from puzzle.costs.roofline import RooflineEngine, _pairs, read_machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants import BlockVariant
 
 CONFIG = PuzzleConfig(
     vocab_size=1000,

@@ -6,11 +6,11 @@ import pytest
 from tests.costs.conftest import EMPTY_LAYER_MS, FIXED_MS, FakeEngine, planted_ms
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import BlockVariant, LayerSpace, Space
 from puzzle.costs import Sample
 from puzzle.costs.slopes import FIXED, Plan
 from puzzle.costs.table import cost_rows, part_times
 from puzzle.parents import Parent
+from puzzle.variants import BlockVariant, LayerSpace, Space
 
 
 def rounds_of(plan: Plan, engine: FakeEngine, repeats: int) -> list[dict[str, Sample]]:
@@ -20,7 +20,7 @@ def rounds_of(plan: Plan, engine: FakeEngine, repeats: int) -> list[dict[str, Sa
 def test_planted_costs_are_recovered_exactly(parent: Parent, space: Space) -> None:
     times = part_times(Plan.of(space, parent.config), rounds_of(Plan.of(space, parent.config), FakeEngine(), 2))
     for variant in (*space.layers[0].attention, *space.layers[0].ffn):
-        part = times[variant.half, variant.name]
+        part = times[variant.subblock, variant.name]
         assert part.prefill_ms == pytest.approx(planted_ms(variant.name, 1), abs=1e-9)
         assert part.decode_ms == pytest.approx(planted_ms(variant.name, 1) / 10, abs=1e-9)
         assert part.prefill_ms_spread == pytest.approx(0, abs=1e-9)
@@ -78,7 +78,7 @@ def test_layers_that_differ_share_what_they_have_in_common(parent: Parent) -> No
     assert len(plan.stacks) == 4 + 3  # pads, empty layers, whole blocks, no last ffn; w16, kv4, w48
     times = part_times(plan, rounds_of(plan, FakeEngine(), 1))
     predicted_ms = times[FIXED].prefill_ms + sum(
-        times[variant.half, variant.name].prefill_ms
+        times[variant.subblock, variant.name].prefill_ms
         for block in (small, large, large)
         for variant in (block.attention, block.ffn)
     )

@@ -8,11 +8,11 @@ import pytest
 from tests.costs.conftest import FakeEngine, opened, planted_ms
 
 from puzzle.artefacts import CostTable, Scenario
-from puzzle.blocks import BlockVariant, Space, derive_space
 from puzzle.costs import ENGINES, Sample, measure_costs
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.variants import BlockVariant, Space, derive_space
 
 ROUNDS, BATCHES = 3, 2
 STACKS = 4 + 4 + 4  # pads, empty layers, whole blocks, no last ffn; kv4 kv2 kv1 linear; w48 w24 w16 linear

@@ -10,13 +10,13 @@ from tests.conftest import pico_puzzle
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs import time_checkpoints
 from puzzle.costs import torch_engine as engine_module
 from puzzle.costs.allocator import freed_memory_kept, keeps_memory
 from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS, TorchEngine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
+from puzzle.variants import Architecture, BlockVariant
 
 
 def scenario(prompt: int = 6, generated: int = 40, dtype: str = "float32") -> Scenario:

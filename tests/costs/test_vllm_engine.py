@@ -9,11 +9,11 @@ import torch
 from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import BlockVariant
 from puzzle.costs import Sample
 from puzzle.costs.allocator import keeps_memory
 from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.errors import PuzzleError
+from puzzle.variants import BlockVariant
 
 # Called as `python vllm_worker.py DESCRIPTOR`; notes requests, and the checkpoint's configuration while it is there.
 STAND_IN = """#!{python}

@@ -1,7 +1,7 @@
 """The parity matrix of docs/engines.md: `python -m tests.engines.matrix` measures it and writes it there.
 
 Each column's alternatives stand one after another in a stack, which is rotated, so that every one of them is first,
-last, and in the middle. Further stacks have both halves of their layers replaced. Parents with biases, as Qwen's have
+last, and in the middle. Further stacks have both subblocks of layers replaced. Parents with biases, as Qwen's have
 them, are tried with all alternatives in one stack, and with one of the further ones.
 """
 

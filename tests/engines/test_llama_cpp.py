@@ -97,7 +97,7 @@ def test_text_is_split_as_by_the_parents_tokenizer(llama_cpp: LlamaCpp, tmp_path
 
 
 def test_logits_are_sensitive_to_every_layer(tmp_path: Path) -> None:
-    """What the tolerance is good for: leaving out any half changes logits by far more."""
+    """What the tolerance is good for: leaving out any subblock changes logits by far more."""
     model, _ = save(tmp_path / "folder", *MIXED[0])
     expected = logits_of(model, TOKENS)
     for parameter in (parameter for name, parameter in model.named_parameters() if "norm" in name):

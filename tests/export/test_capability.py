@@ -6,7 +6,10 @@ import pytest
 from tests.conftest import pico_puzzle
 from tests.export.conftest import SaveChild
 
-from puzzle.blocks import (
+from puzzle.errors import PuzzleError
+from puzzle.export import TARGETS, check, convert, deployable, require, supported, table
+from puzzle.modeling import PuzzleConfig
+from puzzle.variants import (
     GatedFFN,
     GroupedQuery,
     LinearAttention,
@@ -16,9 +19,6 @@ from puzzle.blocks import (
     NoFFN,
     derive_space,
 )
-from puzzle.errors import PuzzleError
-from puzzle.export import TARGETS, check, convert, deployable, require, supported, table
-from puzzle.modeling import PuzzleConfig
 
 
 def config_of(*blocks: str, **overrides: object) -> PuzzleConfig:

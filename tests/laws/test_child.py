@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from puzzle.blocks import Architecture, BlockVariant, Space
 from puzzle.child import Child, assemble, realise, swapped_logits
 from puzzle.child.realise import streamed_logits
 from puzzle.library import Library
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.variants import Architecture, BlockVariant, Space
 
 
 def random_architecture(space: Space, seed: int) -> Architecture:

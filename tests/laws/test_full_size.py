@@ -7,10 +7,10 @@ import torch
 from tests.conftest import pico_llama
 from torch import Tensor
 
-from puzzle.blocks import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
-from puzzle.blocks.attention import keep_groups, merge_heads
-from puzzle.blocks.linear import refit
 from puzzle.parents import open_parent
+from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
+from puzzle.variants.attention import keep_groups, merge_heads
+from puzzle.variants.linear import refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 
@@ -23,7 +23,7 @@ def test_the_own_variant_starts_as_the_parents_subblock(
 ) -> None:
     pico_llama(attention_bias=bias, mlp_bias=bias).save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
-    state = split_state(parent.layer_state(2), variant.half)
+    state = split_state(parent.layer_state(2), variant.subblock)
     found = variant.initialise(
         ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}, start=start)
     )
@@ -36,7 +36,7 @@ def test_the_own_variant_starts_as_the_parents_subblock(
     contribution = {
         "attention": lambda layer: layer.attention_contribution(hidden_BTD, **context),
         "ffn": lambda layer: layer.ffn_contribution(hidden_BTD),
-    }[variant.half]
+    }[variant.subblock]
     built = build_subblock(variant, parent.config, found)
     assert torch.equal(contribution(built), contribution(model.model.layers[2]))
 

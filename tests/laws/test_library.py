@@ -4,8 +4,8 @@ from collections import defaultdict
 
 import pytest
 
-from puzzle.blocks import parse_variant
 from puzzle.library import Library
+from puzzle.variants import parse_variant
 
 
 def test_training_never_ends_worse_than_it_started(pico_library: Library) -> None:
@@ -23,9 +23,9 @@ def test_training_helps_every_variant_that_is_trained(pico_library: Library) -> 
 def test_wider_is_not_worse(pico_library: Library) -> None:
     sized = defaultdict(list)
     for row in pico_library.index.rows:
-        sizes = [v for k, v in parse_variant(row.half, row.variant).module_config().items() if k != "kind"]  # type: ignore[arg-type]
+        sizes = [v for k, v in parse_variant(row.subblock, row.variant).module_config().items() if k != "kind"]  # type: ignore[arg-type]
         if sizes:
-            sized[row.layer, row.half].append((sizes[0], row.loss))
+            sized[row.layer, row.subblock].append((sizes[0], row.loss))
     assert len(sized) == 4 * 2
     for rows in sized.values():
         losses = [loss for _, loss in sorted(rows)]

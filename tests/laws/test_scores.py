@@ -4,12 +4,12 @@ import pytest
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from puzzle.artefacts import ScoreTable
-from puzzle.blocks import Architecture, BlockVariant, Space
 from puzzle.child import assemble
 from puzzle.data import TokenData
 from puzzle.library import Library
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.variants import Architecture, BlockVariant, Space
 
 
 @pytest.mark.parametrize("layer", range(4))

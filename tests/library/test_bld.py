@@ -14,8 +14,6 @@ import puzzle.library.bld
 import puzzle.runs.files
 import puzzle.training
 from puzzle.artefacts import LibraryIndex
-from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, ParentSubblock, Space, State, parse_variant
-from puzzle.blocks.attention import merge_heads
 from puzzle.data import TokenData
 from puzzle.library import Library, Statistics, build_library
 from puzzle.library.coupled import CoupledStudent
@@ -25,6 +23,17 @@ from puzzle.parents import LayerPass, Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
 from puzzle.training import learning_rate
+from puzzle.variants import (
+    BlockVariant,
+    GatedFFN,
+    GroupedQuery,
+    LayerSpace,
+    ParentSubblock,
+    Space,
+    State,
+    parse_variant,
+)
+from puzzle.variants.attention import merge_heads
 
 Build = Callable[..., Library]
 
@@ -111,9 +120,9 @@ def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Li
     space = narrow(pico_library, ("kv2", "linear"), ("w16",))
     streamed = build(space, execution=ExecutionSettings(memory="1B"))
     for row in streamed.index.rows:
-        expected = pico_library.index.row(row.layer, row.half, row.variant)
+        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
         assert (row.initial_loss, row.loss) == (expected.initial_loss, expected.loss)
-        variant = parse_variant(row.half, row.variant)  # type: ignore[arg-type]
+        variant = parse_variant(row.subblock, row.variant)  # type: ignore[arg-type]
         assert_equal(streamed.state(row.layer, variant), pico_library.state(row.layer, variant))
     assert not list(streamed.root.rglob("activations"))
 
@@ -170,8 +179,8 @@ def test_a_library_killed_between_any_files_is_the_same(
             assert kills < 99
     assert kills > 1
     for row in library.index.rows:
-        assert replace(row, file="") == replace(pico_library.index.row(row.layer, row.half, row.variant), file="")
-        variant = parse_variant(row.half, row.variant)  # type: ignore[arg-type]
+        assert replace(row, file="") == replace(pico_library.index.row(row.layer, row.subblock, row.variant), file="")
+        variant = parse_variant(row.subblock, row.variant)  # type: ignore[arg-type]
         assert_equal(library.state(row.layer, variant), pico_library.state(row.layer, variant))
     assert not list(library.root.rglob("training*"))
 
@@ -212,7 +221,7 @@ def test_what_diverges_stops_alone(
         "warning: BLD of layers 0-3: w16 of layer 1 diverged and keeps its start; lower library.learning_rate"
     ]
     for row in library.index.rows:
-        expected = pico_library.index.row(row.layer, row.half, row.variant)
+        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
         if (row.layer, row.variant) == (1, "w16"):
             assert row.loss <= row.initial_loss == expected.initial_loss
             assert expected.loss < row.loss
@@ -253,7 +262,7 @@ def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library, mon
     for row in library.index.rows:
         assert row.loss < row.initial_loss
         assert {value.dtype for value in read_tensors(library.root / row.file).values()} == {torch.float32}
-        assert row.loss == pytest.approx(pico_library.index.row(row.layer, row.half, row.variant).loss, rel=0.05)
+        assert row.loss == pytest.approx(pico_library.index.row(row.layer, row.subblock, row.variant).loss, rel=0.05)
 
 
 def test_attention_trains_from_merged_heads_and_never_ends_behind_its_closed_form(
@@ -288,7 +297,7 @@ def test_papers_starts_are_worse_and_its_linear_maps_are_trained(build: Build, p
     for row in paper.index.rows:
         assert row.trained_tokens
         assert row.loss < row.initial_loss
-        assert pico_library.index.row(row.layer, row.half, row.variant).initial_loss < row.initial_loss
+        assert pico_library.index.row(row.layer, row.subblock, row.variant).initial_loss < row.initial_loss
 
 
 def test_losses_on_the_blocks_output_are_of_another_scale(
@@ -298,7 +307,7 @@ def test_losses_on_the_blocks_output_are_of_another_scale(
     space = narrow(pico_library, ("kv2", "none"), ("w16", "none"))
     blocks = build(space, library={"loss": "block", "tokens": 0})
     for layer in range(4):
-        output_power = pico_statistics.half(layer, "ffn")["output_power"]
+        output_power = pico_statistics.subblock(layer, "ffn")["output_power"]
         ratio = float(output_power / pico_statistics.layer(layer)["block_power"])
         for name in ("w16", "none"):
             own = pico_library.index.row(layer, "ffn", name).initial_loss
@@ -324,14 +333,14 @@ def test_coupled_blocks_are_better_than_their_halves(
 ) -> None:
     space = narrow(pico_library, ("kv1",), ("w16",))
     library = build(space, coupled=True)
-    blocks = [row for row in library.index.rows if row.half == "block"]
+    blocks = [row for row in library.index.rows if row.subblock == "block"]
     assert {row.variant for row in blocks} == {"kv4+w16", "kv1+w64", "kv1+w16"}
     assert len(blocks) == 4 * 3
     assert all(row.loss <= row.initial_loss for row in blocks)
     assert sum(row.loss < row.initial_loss for row in blocks) > 6
     block = BlockVariant.parse("kv1+w16")
-    halves = library.state(0, block.attention) | library.state(0, block.ffn)
-    assert any(not torch.equal(halves[name], tensor) for name, tensor in library.block_state(0, block).items())
+    subblocks = library.state(0, block.attention) | library.state(0, block.ffn)
+    assert any(not torch.equal(subblocks[name], tensor) for name, tensor in library.block_state(0, block).items())
 
 
 def test_blocks_are_not_trained_again_for_another_choice_of_them(

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tests.library.test_elastic import layer_pass
 
-from puzzle.blocks import BlockVariant, LayerSpace, Space, State, parse_variant
 from puzzle.data import TokenData
 from puzzle.library import Statistics, build_library, narrow_space
 from puzzle.library.coupled import CoupledStudent
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_tensors
+from puzzle.variants import BlockVariant, LayerSpace, Space, State, parse_variant
 
 CPU = torch.device("cpu")
 
@@ -20,11 +20,11 @@ def block_student(block: str, power: float = 0.7, **options: Any) -> tuple[Coupl
     """A student of a block of the tiny layer's own weights, and these weights."""
     config, _, seen = layer_pass(bias=False)
     parsed = BlockVariant.parse(block)
-    halves = {"attention": parsed.attention.name != "none", "ffn": parsed.ffn.name != "none"}
+    subblocks = {"attention": parsed.attention.name != "none", "ffn": parsed.ffn.name != "none"}
     state = {
         name: value
         for name, value in seen.layer.state_dict().items()
-        if halves["attention" if name.startswith(("input_layernorm.", "self_attn.")) else "ffn"]
+        if subblocks["attention" if name.startswith(("input_layernorm.", "self_attn.")) else "ffn"]
     }
     return CoupledStudent(0, parsed, config, state, power, CPU, **options), state
 
@@ -76,9 +76,9 @@ def test_blocks_trained_as_wholes_end_no_worse_and_are_preferred(
     pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, pico_space: Space
 ) -> None:
     space = narrow_layers(pico_space)
-    halves = build_library(pico_run, pico_parent, pico_data, pico_statistics, space)
+    subblocks = build_library(pico_run, pico_parent, pico_data, pico_statistics, space)
     library = build_library(pico_run, pico_parent, pico_data, pico_statistics, space, coupled=True)
-    rows = [row for row in library.index.rows if row.half == "block"]
+    rows = [row for row in library.index.rows if row.subblock == "block"]
     # All but the parent's own, and that of nothing at all.
     assert {row.variant for row in rows} == {b.name for b in space.layers[1].blocks()} - {"kv4+w64", "none+none"}
     assert len(rows) == 3 * 3 - 2
@@ -86,7 +86,7 @@ def test_blocks_trained_as_wholes_end_no_worse_and_are_preferred(
     assert sum(row.loss < row.initial_loss for row in rows) > 4
     block = BlockVariant.parse("kv1+w16")
     row = next(row for row in rows if row.variant == block.name)
-    trained, before = library.block_state(1, block), halves.block_state(1, block)
+    trained, before = library.block_state(1, block), subblocks.block_state(1, block)
     assert trained.keys() == before.keys()
     assert not all(torch.equal(trained[name], before[name]) for name in trained)
     expected = read_tensors(pico_run.path / row.file)

@@ -8,7 +8,6 @@ from tests.conftest import pico_puzzle, random_tokens
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from puzzle.blocks import GatedFFN, LayerSpace, Space, State
 from puzzle.data import TokenData
 from puzzle.library import Statistics, build_library
 from puzzle.library.elastic import ElasticStudent
@@ -16,6 +15,7 @@ from puzzle.library.students import SubblockStudent
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import LayerPass, Parent
 from puzzle.runs import Run
+from puzzle.variants import GatedFFN, LayerSpace, Space, State
 
 WIDTHS = [GatedFFN(24), GatedFFN(8), GatedFFN(16)]  # in no order
 POWER = 0.7

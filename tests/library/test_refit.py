@@ -9,14 +9,14 @@ import torch
 from tests.conftest import random_tokens
 from torch import nn
 
-from puzzle.blocks import GroupedQuery, Start
-from puzzle.blocks.linear import RIDGE
 from puzzle.library import Library, Statistics
 from puzzle.library.groups import parent_subblock
 from puzzle.library.refit import _groups, refit
 from puzzle.library.students import SubblockStudent
 from puzzle.parents import LayerPass, Parent, ParentPasses
 from puzzle.runs import Run
+from puzzle.variants import GroupedQuery, Start
+from puzzle.variants.linear import RIDGE
 
 
 def test_what_is_not_finite_stays_as_it_is(

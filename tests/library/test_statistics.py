@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from puzzle.blocks import State
 from puzzle.data import TokenData
 from puzzle.library import Statistics, calibrate, statistics
 from puzzle.parents import LayerPass, Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
+from puzzle.variants import State
 
 
 def test_moments_equal_a_plain_computation(
@@ -36,20 +36,20 @@ def test_moments_equal_a_plain_computation(
         model(sequences[:, :-1])
     flat = {name: value.flatten(0, 1) for name, value in seen.items()}
     n = len(flat["a"])
-    for half in ("attention", "ffn"):
-        h, y = flat[f"h_{half}"], flat[f"y_{half}"]
-        moments = pico_statistics.half(2, half)  # type: ignore[arg-type]
+    for subblock in ("attention", "ffn"):
+        h, y = flat[f"h_{subblock}"], flat[f"y_{subblock}"]
+        moments = pico_statistics.subblock(2, subblock)  # type: ignore[arg-type]
         _close(moments["input_mean"], h.mean(0))
         _close(moments["input_second_moment"], h.T @ h / n)
         _close(moments["output_mean"], y.mean(0))
         _close(moments["cross_moment"], y.T @ h / n)
         _close(moments["output_power"], y.square().mean())
-    ffn = pico_statistics.half(2, "ffn")
+    ffn = pico_statistics.subblock(2, "ffn")
     _close(ffn["activation_mean_abs"], flat["a"].abs().mean(0))
     _close(ffn["activation_second_moment"], flat["a"].T @ flat["a"] / n)
     weight = layer.self_attn.o_proj.weight.detach()
     groups = [(flat["heads"][:, g : g + 12] @ weight[:, g : g + 12].T).norm(dim=1).mean() for g in range(0, 48, 12)]
-    _close(pico_statistics.half(2, "attention")["group_contribution"], torch.stack(groups))
+    _close(pico_statistics.subblock(2, "attention")["group_contribution"], torch.stack(groups))
     of_layer = pico_statistics.layer(2)
     assert of_layer.keys() == {"influence", "block_power", "block_contribution_power"}
     _close(of_layer["block_power"], flat["left"].square().mean())

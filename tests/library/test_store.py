@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from puzzle.blocks import State
 from puzzle.library.store import Trained, VariantStore
 from puzzle.runs import Run, read_tensors
+from puzzle.variants import State
 
 STATES: dict[str, State] = {"w32": {"down": torch.ones(2, 3)}, "none": {}}
 LOSSES = {"w32": (0.5, 0.25), "none": (1.0, 1.0)}
@@ -32,7 +32,7 @@ def test_what_was_written_is_found(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("identity", "starts", "layer", "half", "variants"),
+    ("identity", "starts", "layer", "subblock", "variants"),
     [
         ({"settings": 2}, "a", 3, "ffn", ("w32", "none")),
         ({"settings": 1}, "b", 3, "ffn", ("w32", "none")),
@@ -40,15 +40,15 @@ def test_what_was_written_is_found(run: Run) -> None:
         ({"settings": 1}, "a", 3, "attention", ("w32", "none")),
         ({"settings": 1}, "a", 3, "ffn", ("w32",)),
     ],
-    ids=["settings", "start", "layer", "half", "variants"],
+    ids=["settings", "start", "layer", "subblock", "variants"],
 )
 def test_what_follows_from_something_else_is_not(
-    run: Run, identity: dict[str, Any], starts: str, layer: int, half: str, variants: tuple[str, ...]
+    run: Run, identity: dict[str, Any], starts: str, layer: int, subblock: str, variants: tuple[str, ...]
 ) -> None:
     key = (3, ("w32", "none"))
     VariantStore(run, {"settings": 1}, {key: "a"}).write(3, "ffn", STATES, LOSSES, tokens=7)
     assert VariantStore(run, {"settings": 1}, {key: "a"}).finished(3, "ffn", ("w32", "none"))
-    assert VariantStore(run, identity, {key: starts}).finished(layer, half, variants) is None
+    assert VariantStore(run, identity, {key: starts}).finished(layer, subblock, variants) is None
 
 
 def test_half_written_is_not_finished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

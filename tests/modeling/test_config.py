@@ -7,9 +7,9 @@ import pytest
 from tests.conftest import pico_puzzle
 from transformers import DynamicCache
 
-from puzzle.blocks import Architecture
 from puzzle.modeling import FAMILIES, PuzzleConfig, PuzzleForCausalLM
 from puzzle.parents import ADAPTERS
+from puzzle.variants import Architecture
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "kv2+w16", "none+none")
 
@@ -53,11 +53,11 @@ def test_no_layer_with_a_cache() -> None:
     assert list(config.per_layer_config) == []
 
 
-@pytest.mark.parametrize("half", ["attention", "ffn"])
-def test_an_unknown_kind_is_refused(half: str) -> None:
-    block = {"attention": {"kind": "none"}, "ffn": {"kind": "none"}, half: {"kind": "mamba"}}
+@pytest.mark.parametrize("subblock", ["attention", "ffn"])
+def test_an_unknown_kind_is_refused(subblock: str) -> None:
+    block = {"attention": {"kind": "none"}, "ffn": {"kind": "none"}, subblock: {"kind": "mamba"}}
     config = PuzzleConfig(hidden_size=32, num_attention_heads=4, vocab_size=8, blocks=[block])
-    with pytest.raises(ValueError, match=f"blocks: {half} kind 'mamba' is unknown"):
+    with pytest.raises(ValueError, match=f"blocks: {subblock} kind 'mamba' is unknown"):
         PuzzleForCausalLM(config)
 
 

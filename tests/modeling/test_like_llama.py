@@ -143,8 +143,8 @@ def test_gradient_checkpointing_changes_no_gradient(blocks: tuple[str, ...]) -> 
     model = pico_puzzle(*blocks).train()
     runs: list[str] = []
     for layer in model.model.layers:
-        for name, half in layer.named_children():
-            half.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+        for name, subblock in layer.named_children():
+            subblock.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     gradients, counts = [], []
     for checkpointing in (False, True):
         if checkpointing:

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from tests.conftest import pico_llama, pico_puzzle, random_tokens
 from transformers import LlamaForCausalLM
 
-from puzzle.blocks import Architecture, ParentSubblock, derive_space, num_params, split_state
 from puzzle.modeling import save_checkpoint
 from puzzle.parents import Parent, open_parent
+from puzzle.variants import Architecture, ParentSubblock, derive_space, num_params, split_state
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 
@@ -142,7 +142,7 @@ def test_a_child_can_be_the_next_parent(tmp_path: Path) -> None:
     for layer, own in enumerate(parent.architecture.blocks):
         assert space.layers[layer].parent == own
         for variant in (own.attention, own.ffn):
-            state = split_state(parent.layer_state(layer), variant.half)
+            state = split_state(parent.layer_state(layer), variant.subblock)
             assert num_params(variant, parent.config) == sum(tensor.numel() for tensor in state.values())
             subblock = ParentSubblock(config=parent.config, variant=variant, state=state, statistics={})
             assert variant.initialise(subblock).keys() == state.keys()

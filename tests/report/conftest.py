@@ -87,7 +87,7 @@ def _costs(num_layers: int) -> CostTable:
 
 def _library(num_layers: int, rng: random.Random) -> LibraryIndex:
     rows = []
-    for half, variants in (("attention", ATTENTION), ("ffn", FFN)):
+    for subblock, variants in (("attention", ATTENTION), ("ffn", FFN)):
         for name, loss in [*variants.items()][1:]:
             for layer in range(num_layers):
                 start = (
@@ -98,7 +98,7 @@ def _library(num_layers: int, rng: random.Random) -> LibraryIndex:
                     LibraryRow(
                         widened_from="",
                         layer=layer,
-                        half=half,
+                        subblock=subblock,
                         variant=name,
                         file="",
                         initial_loss=start,

@@ -108,8 +108,8 @@ def test_the_caption_says_how_far_off_they_were(data: ReportData) -> None:
     def caption(data: ReportData) -> str:
         return next(section.caption for section in sections(data) if section.anchor == "prediction")
 
-    half = Timed(predicted=(1.0, 3.0), measured=(2.0, 2.0))
-    assert "50.0 % on average and 50.0 % at worst" in caption(replace(data, checks=[{"child": half}]))
+    subblock = Timed(predicted=(1.0, 3.0), measured=(2.0, 2.0))
+    assert "50.0 % on average and 50.0 % at worst" in caption(replace(data, checks=[{"child": subblock}]))
     assert "Circles" not in caption(replace(data, checks=[]))
 
 
@@ -124,7 +124,7 @@ def test_local_distillation_shows_before_and_after_from_large_to_small(data: Rep
 
 
 def test_a_library_with_one_size_has_its_figure(data: ReportData) -> None:
-    rows = tuple(row for row in data.library.rows if row.half == "attention")
+    rows = tuple(row for row in data.library.rows if row.subblock == "attention")
     one = [row for row in rows if row.variant == rows[0].variant]
     figure = evidence.local_distillation(replace(data, library=replace(data.library, rows=tuple(one))), "attention")
     assert figure is not None

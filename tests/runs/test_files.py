@@ -27,7 +27,7 @@ from pathlib import Path
 sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.runs import write_atomically
 def write(path):
-    path.write_text("half")
+    path.write_text("subblock")
     os.kill(os.getpid(), signal.SIGKILL)
 write_atomically(Path(sys.argv[1]), write)
 """
@@ -64,7 +64,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
     write_text(file, "old")
 
     def write(path: Path) -> None:
-        path.write_text("half")
+        path.write_text("subblock")
         raise RuntimeError
 
     with pytest.raises(RuntimeError):

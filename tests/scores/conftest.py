@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from puzzle.artefacts import ScoreTable
-from puzzle.blocks import GatedFFN, GroupedQuery, LayerSpace, NoAttention, NoFFN, Space
 from puzzle.data import TokenData
 from puzzle.library import Library
 from puzzle.parents import Parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
 from puzzle.scores import score
+from puzzle.variants import GatedFFN, GroupedQuery, LayerSpace, NoAttention, NoFFN, Space
 
 Scorer = Callable[..., ScoreTable]
 

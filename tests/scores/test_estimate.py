@@ -1,4 +1,4 @@
-"""Composed blocks from the first share of the text, and from their halves' scores on all of it."""
+"""Composed blocks from the first share of the text, and from their subblocks' scores on all of it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.scores.conftest import Scorer
 from puzzle.runs import read_tensors
 
 COMPOSED = ("kv1+none", "none+none")
-HALVES = ("kv4+none", "kv1+w64", "none+w64")
+SUBBLOCKS = ("kv4+none", "kv1+w64", "none+w64")
 
 
 def test_the_estimate_is_the_halves_sum_and_what_the_block_has_beyond_it(scored: Scorer, tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_estimate_is_the_halves_sum_and_what_the_block_has_beyond_it(scored:
         own = 1 - agreement[f"{block}.top1_agreement"]
         expected = 1 - float(lost.mean() + (own - lost[:4]).mean())
         assert table.row(1, block).top1_agreement == pytest.approx(expected)
-    for block in HALVES:
+    for block in SUBBLOCKS:
         assert len(kl[block]) == table.row(1, block).sequences == 16
 
 
@@ -43,7 +43,7 @@ def test_the_estimate_is_nearer_than_the_first_share_alone(scored: Scorer, tmp_p
             errors.append(abs(estimated.row(layer, block).kl - true.kl) / true.kl)
             alone.append(abs(first - true.kl) / true.kl)
             assert estimated.row(layer, block).lm_loss == pytest.approx(true.lm_loss, rel=0.02)
-        for block in HALVES:
+        for block in SUBBLOCKS:
             assert estimated.row(layer, block).kl == pytest.approx(full.row(layer, block).kl)
     assert sum(errors) < 0.9 * sum(alone)
 

@@ -8,11 +8,11 @@ from tests.conftest import pico_puzzle
 from tests.scores.conftest import Scorer
 from torch import Tensor
 
-from puzzle.blocks import BlockVariant
 from puzzle.runs import read_tensors
 from puzzle.scores import replace_one
 from puzzle.scores.race import rounds, survivors
 from puzzle.scores.suffix import METRICS, SuffixScorer
+from puzzle.variants import BlockVariant
 
 CONFIG = pico_puzzle("kv4+w48").config
 

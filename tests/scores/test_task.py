@@ -11,13 +11,13 @@ import torch
 from tests.conftest import random_tokens
 from tests.scores.conftest import Scorer
 
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.child import assemble
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.scores.task import load_task, with_block
+from puzzle.variants import Architecture, BlockVariant
 
 
 def remaining(model: PuzzleForCausalLM) -> float:

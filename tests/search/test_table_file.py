@@ -82,7 +82,11 @@ def test_further_scenarios_share_what_is_said_for_all(tmp_path: Path) -> None:
     ("place", "changed", "expected"),
     [
         (4, {"scenario": 2}, "rows[4].scenario: found 2; the file has scenarios 0 to 1"),
-        (5, {"block": "other"}, "layer 0 block full has no costs at batch size 1 of scenario 1, and it has no halves"),
+        (
+            5,
+            {"block": "other"},
+            "layer 0 block full has no costs at batch size 1 of scenario 1, and it has no subblocks",
+        ),
         (4, {"batch_size": 2}, "rows[4].batch_size: found 2; scenario.batch_sizes has 8"),
         (4, {"scenario": None}, "rows[5]: the costs at batch size 1 stand in rows[4] already"),
     ],
@@ -122,7 +126,7 @@ def test_rows_may_lie_in_a_parquet_file(tmp_path: Path) -> None:
         (7, {"layer": 3}, "rows have a layer 3, parent has 3 blocks"),
         (8, {"attention": "kv8"}, "rows[8]: the costs at batch size 1 stand in rows[7] already"),
         (8, {"attention": "kv3"}, "layer 0 block kv2+w4096 has no costs at batch size 1, and its attention 'kv2' has"),
-        (18, {"batch_size": 1}, "layer 2 block small has no costs at batch size 8, and it has no halves"),
+        (18, {"batch_size": 1}, "layer 2 block small has no costs at batch size 8, and it has no subblocks"),
         (1, {"score": None}, "rows[1].score is missing, and kv2+w4096 has no costs here either"),
         (1, {"block": "kv8+w4096"}, "rows[1].score: found 0.011, an earlier row of kv8+w4096 has 0"),
         (0, {"block": "kv2+w4096"}, "rows[1].score: found 0.011, an earlier row of kv2+w4096 has 0"),

@@ -99,7 +99,7 @@ Part = Literal["attention", "ffn", "block", "fixed"]
 class CostRow:
     """One variant of one half of one layer at one batch size.
 
-    Or, as `block`, a whole block whose halves were not measured apart (tables of other libraries). Or, as `fixed`,
+    Or, as `block`, a whole block whose subblocks were not measured apart (tables of other libraries). Or, as `fixed`,
     what every child has: embeddings, final norm, head, and the engine's time per step that belongs to no layer; `layer`
     is then -1 and `variant` empty.
     """
@@ -148,7 +148,7 @@ class CostTable:
         return self._by_key[-1, "fixed", "", batch_size].cost
 
     def block(self, layer: int, block: str, batch_size: int) -> Cost:
-        """The cost of a composed block such as `kv2+w512`: its own where it has a row, else its halves' added up."""
+        """The cost of a composed block such as `kv2+w512`: its own where it has a row, else its subblocks' added up."""
         if whole := self._by_key.get((layer, "block", block, batch_size)):
             return whole.cost
         attention, _, ffn = block.partition("+")

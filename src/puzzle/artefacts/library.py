@@ -14,7 +14,7 @@ class LibraryRow:
     """
 
     layer: int
-    half: str
+    subblock: str
     """`attention`, `ffn`; `block` for one that was trained as a whole."""
     variant: str
     file: str
@@ -29,19 +29,19 @@ class LibraryRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryIndex:
-    """One row per layer, half and variant other than the parent's own."""
+    """One row per layer, subblock and variant other than the parent's own."""
 
     rows: tuple[LibraryRow, ...]
 
     @cached_property
     def _by_key(self) -> dict[tuple[int, str, str], LibraryRow]:
-        return {(row.layer, row.half, row.variant): row for row in self.rows}
+        return {(row.layer, row.subblock, row.variant): row for row in self.rows}
 
-    def row(self, layer: int, half: str, variant: str) -> LibraryRow:
-        return self._by_key[layer, half, variant]
+    def row(self, layer: int, subblock: str, variant: str) -> LibraryRow:
+        return self._by_key[layer, subblock, variant]
 
-    def find(self, layer: int, half: str, variant: str) -> LibraryRow | None:
-        return self._by_key.get((layer, half, variant))
+    def find(self, layer: int, subblock: str, variant: str) -> LibraryRow | None:
+        return self._by_key.get((layer, subblock, variant))
 
     def to_json(self) -> str:
         return dump_rows({"format": 1}, (asdict(row) for row in self.rows))

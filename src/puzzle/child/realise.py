@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from puzzle.blocks import HALVES, Architecture, BlockVariant, State, build_subblock, split_state
 from puzzle.library import Library
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, save_checkpoint
 from puzzle.parents import Parent, finish, open_checkpoint, open_parent
 from puzzle.runs import Run, read_tensors, write_tensors, write_text
+from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, State, build_subblock, split_state
 
 _CHECK_TOKENS = 16
 
@@ -122,8 +122,10 @@ def swapped_logits(model: PuzzleForCausalLM, library: Library, architecture: Arc
     context = model.model.context(hidden_BTD)
     for layer, block in enumerate(architecture.blocks):
         state = library.block_state(layer, block)
-        for half in HALVES:
-            hidden_BTD = build_subblock(block.half(half), model.config, split_state(state, half))(hidden_BTD, **context)
+        for subblock in SUBBLOCKS:
+            hidden_BTD = build_subblock(block.subblock(subblock), model.config, split_state(state, subblock))(
+                hidden_BTD, **context
+            )
     return model.lm_head(model.model.norm(hidden_BTD))
 
 

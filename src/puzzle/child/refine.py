@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.blocks import HALVES, BlockVariant, State, build_subblock, num_params, split_state
 from puzzle.child.realise import Child, save_child
 from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
@@ -27,6 +26,7 @@ from puzzle.parents import LayerPass, Parent, ParentPasses, Texts, open_parent
 from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.training import BETAS, TrainingState, autocast, learning_rate, set_learning_rate
 from puzzle.units import format_bytes
+from puzzle.variants import SUBBLOCKS, BlockVariant, State, build_subblock, num_params, split_state
 
 _WARMUP = 0.05
 _MAX_GRAD_NORM = 1.0
@@ -84,7 +84,9 @@ class _Block:
 
     def __init__(self, block: BlockVariant, config: PuzzleConfig, state: State, device: torch.device) -> None:
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self._modules = [build_subblock(block.half(half), config, split_state(own, half)) for half in HALVES]
+        self._modules = [
+            build_subblock(block.subblock(subblock), config, split_state(own, subblock)) for subblock in SUBBLOCKS
+        ]
         self.parameters = {name: value for module in self._modules for name, value in module.named_parameters()}
 
     def __call__(self, hidden_BTD: Tensor, context: Mapping[str, Any]) -> Tensor:
@@ -104,7 +106,7 @@ class _Block:
 
 
 def _training_bytes(block: BlockVariant, config: PuzzleConfig) -> int:
-    return _BYTES_PER_TRAINED_PARAMETER * sum(num_params(block.half(half), config) for half in HALVES)
+    return _BYTES_PER_TRAINED_PARAMETER * sum(num_params(block.subblock(subblock), config) for subblock in SUBBLOCKS)
 
 
 class _ChildInputs:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from puzzle.artefacts import WholeScore
-from puzzle.blocks import BlockVariant
 from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
@@ -26,6 +25,7 @@ from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, write_json
 from puzzle.scores import METRICS, LayerBlocks, per_sequence
+from puzzle.variants import BlockVariant
 
 Blocks = tuple[str, ...]
 """One block name a layer."""

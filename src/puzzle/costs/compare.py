@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from puzzle.artefacts import CostTable, Scenario
-from puzzle.blocks import Architecture
 from puzzle.costs.engine import Engine, Sample, Times, doubt, summarise
 from puzzle.costs.stage import ENGINES
 from puzzle.modeling import PuzzleConfig
 from puzzle.runs import progress
+from puzzle.variants import Architecture
 
 _DOUBT = 0.02
 """Models are measured again while the ratio of their request times is in more doubt than this."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from puzzle.blocks import BlockVariant
+from puzzle.variants import BlockVariant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import Architecture
 from puzzle.cache import cache_folder
 from puzzle.costs.engine import Sample
 from puzzle.costs.slopes import Stack
 from puzzle.modeling import PuzzleConfig
 from puzzle.runs import digest, read_json, write_json
+from puzzle.variants import Architecture
 
 _NOT_SHAPES = ("_name_or_path", "transformers_version")
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.engine import Sample, processor_name
 from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS
 from puzzle.costs.worker import Worker
@@ -21,6 +20,7 @@ from puzzle.engines import ENVIRONMENTS, python_of, version_of
 from puzzle.export import GGUFType, write_random
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
+from puzzle.variants import Architecture, BlockVariant
 
 _TYPES: Mapping[str, tuple[GGUFType, int]] = {"float32": ("f32", 0), "float16": ("f16", 1), "bfloat16": ("bf16", 30)}
 """By the scenario's dtype: the type of the file's matrices, and the same as ggml numbers it, for the cache."""

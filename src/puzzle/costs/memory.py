@@ -3,8 +3,8 @@
 import torch
 
 from puzzle.artefacts import Cost
-from puzzle.blocks import Variant, num_params
 from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.variants import Variant, num_params
 
 
 def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int) -> Cost:

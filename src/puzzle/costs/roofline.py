@@ -1,8 +1,8 @@
 """The engine `roofline`: times by calculation, for a machine that one does not have, and to plan with.
 
-A half of a layer takes the longer of two times: its operations at the machine's peak rate, and the bytes it must move
-at its bandwidth, each peak times the share that good engines reach. Under tensor parallelism each half ends in an
-all-reduce (Pope et al. 2023, section 3). Caches, kernel launches within a half and imperfect overlap are not modelled.
+A subblock takes the longer of two times: its operations at the machine's peak rate, and the bytes it must move
+at its bandwidth, each peak times the share that good engines reach. Under tensor parallelism each subblock ends in an
+all-reduce (Pope et al. 2023, section 3). Caches, launches within a subblock and imperfect overlap are not modelled.
 
 Symbols: B batch, P prompt tokens, G generated tokens, D hidden size, V vocabulary, N devices.
 """
@@ -20,12 +20,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import BlockVariant, GroupedQuery, Variant, num_params
 from puzzle.costs.engine import Sample
 from puzzle.errors import PuzzleError, one_line
 from puzzle.explain import explain
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
+from puzzle.variants import BlockVariant, GroupedQuery, Variant, num_params
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -92,9 +92,11 @@ class RooflineEngine:
 
     def _step_ms(self, blocks: Sequence[BlockVariant], batch_size: int, new: int, context: int) -> float:
         """One step of `new` tokens a sequence, after which the cache holds `context`."""
-        halves = [half for block in blocks for half in (block.attention, block.ffn) if half.kind != "none"]
-        seconds = [self._seconds(self._work(half, batch_size, new, context)) for half in halves]
-        reduces = len(halves) * self._all_reduce_s(batch_size * new)
+        subblocks = [
+            subblock for block in blocks for subblock in (block.attention, block.ffn) if subblock.kind != "none"
+        ]
+        seconds = [self._seconds(self._work(subblock, batch_size, new, context)) for subblock in subblocks]
+        reduces = len(subblocks) * self._all_reduce_s(batch_size * new)
         outer = self._seconds(self._outer_work(batch_size, new))
         return 1e3 * (sum(seconds) + reduces + outer + 1e-6 * self._machine.layer_us * len(blocks))
 
@@ -105,7 +107,7 @@ class RooflineEngine:
         return max(work.operations / operations, work.bytes / bandwidth)
 
     def _work(self, variant: Variant, batch_size: int, new: int, context: int) -> Work:
-        """Of one half: its matrices once for all tokens, and for attention every query with the keys that it sees."""
+        """Of one subblock: its matrices once for all tokens, and for attention every query with the keys it sees."""
         size, tokens = self._dtype.itemsize, batch_size * new
         params = num_params(variant, self._config)
         hidden = self._config.hidden_size
@@ -127,7 +129,7 @@ class RooflineEngine:
         return Work(2.0 * head * batch_size, float(size * (head + batch_size * new * config.hidden_size)))
 
     def _all_reduce_s(self, tokens: int) -> float:
-        """Of one half's output over the devices: a ring moves 2 (N - 1) / N of it over each link."""
+        """Of one subblock's output over the devices: a ring moves 2 (N - 1) / N of it over each link."""
         if self._devices == 1:
             return 0.0
         moved = tokens * self._config.hidden_size * self._dtype.itemsize * 2 * (self._devices - 1) / self._devices

@@ -1,16 +1,16 @@
 """From times of stacks to costs of subblocks: the slope between two depths inside a real model.
 
 A module timed alone finds its weights in the cache, which the same module inside a model does not; so every variant is
-timed as copies of its half between two of the parent's own blocks (the pads), and what the copies add to the two pads
+timed as copies of its subblock between two of the parent's own blocks (the pads), and what the copies add to the pads
 is divided by their number. The pads take the place of the first and last layer, which engines may treat in their own
 way.
 
 Every layer is there in every child, if only as an empty one, so the time of an empty layer belongs to what is fixed,
 and `none` costs nothing.
 
-Engines that run rows of attention and FFN put something in the place of a half that is missing (llama.cpp: an FFN of
+Engines that run rows of attention and FFN put something in the place of a missing subblock (llama.cpp: an FFN of
 zeros), which a whole block does not need. So whole blocks are timed as well, and what the pad takes less than its
-halves is taken off every attention.
+subblocks is taken off every attention.
 
 Engines may leave out most of the last layer's FFN in a prefill, of which only the last token's output is asked for. So
 the FFN of the pad is timed as the last one too, and its share of a middle one's time holds for all FFNs.
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from puzzle.artefacts.costs import Part
-from puzzle.blocks import BlockVariant, NoAttention, NoFFN, Space, Variant, num_params
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants import BlockVariant, NoAttention, NoFFN, Space, Variant, num_params
 
 COPIES = 6
-"""Of the half that is measured: the stack is then as deep as a small model, and their share of its time is large."""
+"""Of the measured subblock: the stack is then as deep as a small model, and their share of its time is large."""
 EMPTY_LAYERS = 64
 """An empty layer takes microseconds: so many cost nothing, and its time comes out well. A model of nothing else would
 tell more directly, but vLLM refuses a model without attention."""
@@ -88,7 +88,7 @@ class Plan:
         saved_ms = max(0.0, attention_ms + ffn_ms - whole_ms)  # a block that takes more has found less in the cache
         last_ffn_ms = max(0.0, stack_ms[PADS] - stack_ms[_LAST] + saved_ms)
         for variant in self.variants:
-            if variant.half == "ffn":
+            if variant.subblock == "ffn":
                 costs["last ffn", variant.name] = costs[part_name(variant)] * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
             elif variant.kind != "none":
                 costs[part_name(variant)] -= saved_ms
@@ -98,12 +98,12 @@ class Plan:
 
 
 def part_name(variant: Variant) -> PartName:
-    return variant.half, variant.name
+    return variant.subblock, variant.name
 
 
 def _stack_name(variant: Variant) -> str:
-    return f"{variant.half} {variant.name}"
+    return f"{variant.subblock} {variant.name}"
 
 
 def _alone(variant: Variant) -> BlockVariant:
-    return BlockVariant(variant, NoFFN()) if variant.half == "attention" else BlockVariant(NoAttention(), variant)
+    return BlockVariant(variant, NoFFN()) if variant.subblock == "attention" else BlockVariant(NoAttention(), variant)

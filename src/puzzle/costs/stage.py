@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from puzzle.artefacts import CostRow, CostTable, Scenario
-from puzzle.blocks import Space
 from puzzle.costs.engine import Engine, Sample, spread, summarise, typical
 from puzzle.costs.journal import Journal, Key
 from puzzle.costs.kept import KeptMeasurements, model_shapes
@@ -21,6 +20,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
 from puzzle.runs import Run, digest, progress, read_parsed, write_text
+from puzzle.variants import Space
 
 ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {
     "torch": TorchEngine,

@@ -7,11 +7,11 @@ import torch
 
 from puzzle.artefacts import CostRow, Scenario
 from puzzle.artefacts.costs import Part
-from puzzle.blocks import Space
 from puzzle.costs.engine import Sample, Times, spread, typical
 from puzzle.costs.memory import fixed_memory, subblock_memory
 from puzzle.costs.slopes import FIXED, PartName, Plan, StackTimes, part_name
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants import Space
 
 
 def cost_rows(
@@ -24,8 +24,8 @@ def cost_rows(
     for index, layer in enumerate(space.layers):
         for variant in (*layer.attention, *layer.ffn):
             name = part_name(variant)
-            last = variant.half == "ffn" and index == len(space.layers) - 1
-            parts.append((index, variant.half, variant.name, ("last ffn", variant.name) if last else name))
+            last = variant.subblock == "ffn" and index == len(space.layers) - 1
+            parts.append((index, variant.subblock, variant.name, ("last ffn", variant.name) if last else name))
             sizes[name] = sizes.get(name) or subblock_memory(variant, config, dtype, tokens)
     for index, part, variant_name, timed_as in parts:
         size = sizes[part, variant_name]

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.allocator import KEPT, freed_memory_kept, keeps_memory
 from puzzle.costs.engine import Sample, clock, processor_name
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents import open_parent
+from puzzle.variants import Architecture, BlockVariant
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""

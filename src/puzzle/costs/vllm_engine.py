@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import Scenario
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.costs.allocator import KEPT, KEPT_FROM_START, keeps_memory
 from puzzle.costs.engine import Sample
 from puzzle.costs.worker import Worker
 from puzzle.engines import ENVIRONMENTS, python_of, version_of
 from puzzle.modeling import PuzzleConfig, save_configuration
+from puzzle.variants import Architecture, BlockVariant
 
 _ROUNDS = 5
 _CACHE_GIB = 1

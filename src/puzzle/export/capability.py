@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle.blocks import HALVES, Half, LayerSpace, Space, Variant
 from puzzle.errors import PuzzleError
 from puzzle.export.targets import POSITIONS, TARGETS, YES, Alternative, Cell, Position, Support, Target, Verdict
 from puzzle.modeling import Block, PuzzleConfig
+from puzzle.variants import SUBBLOCKS, LayerSpace, Space, Subblock, Variant
 
 _NOT_NAMED = Support("no", "unknown to this format")
 
@@ -52,7 +52,7 @@ def supported(variant: Variant, name: str, position: Position | None = None) -> 
     """Whether every layer, or one at `position`, may take this variant in a child for the target `name`."""
     chosen, entry = target(name), variant.module_config()
     positions = POSITIONS if position is None else (position,)
-    return all(_support(chosen, variant.half, entry, place).verdict != "no" for place in positions)
+    return all(_support(chosen, variant.subblock, entry, place).verdict != "no" for place in positions)
 
 
 def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Space:
@@ -60,10 +60,10 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
     for name in names:
         require(config, name)
 
-    def kept(index: int, half: Half) -> tuple[Variant, ...]:
+    def kept(index: int, subblock: Subblock) -> tuple[Variant, ...]:
         last = len(space.layers) - 1
         position: Position = "first" if index == 0 else "last" if index == last else "middle"
-        own, *others = space.layers[index].half(half)
+        own, *others = space.layers[index].subblock(subblock)
         return (own, *(each for each in others if all(supported(each, name, position) for name in names)))
 
     deployed = Space(tuple(LayerSpace(kept(i, "attention"), kept(i, "ffn")) for i in range(len(space.layers))))
@@ -130,17 +130,19 @@ def _layers(blocks: list[Block], chosen: Target) -> list[Finding]:
     for layer in layers:
         block = blocks[layer]
         position: Position = "first" if layer == layers[0] else "last" if layer == layers[-1] else "middle"
-        for half in HALVES:
-            support = _support(chosen, half, block[half], position)
+        for subblock in SUBBLOCKS:
+            support = _support(chosen, subblock, block[subblock], position)
             if support.verdict != "yes":
-                what = alternative(half, block[half])
-                findings.append(Finding(layer, f"{half} {block[half]['kind']} ({what})", support.verdict, support.note))
+                what = alternative(subblock, block[subblock])
+                findings.append(
+                    Finding(layer, f"{subblock} {block[subblock]['kind']} ({what})", support.verdict, support.note)
+                )
     return findings
 
 
-def alternative(half: Half, entry: dict[str, Any]) -> Alternative:
+def alternative(subblock: Subblock, entry: dict[str, Any]) -> Alternative:
     """The row of the table that one half of an entry of `PuzzleConfig.blocks` belongs to."""
-    match half, entry["kind"]:
+    match subblock, entry["kind"]:
         case "attention", "gqa":
             return "window with sinks" if entry.get("sinks") else "window" if entry.get("window") else "kv heads"
         case "attention", "linear":
@@ -159,8 +161,8 @@ def alternative(half: Half, entry: dict[str, Any]) -> Alternative:
             return "other kinds"
 
 
-def _support(chosen: Target, half: Half, entry: dict[str, Any], position: Position) -> Support:
-    name = alternative(half, entry)
+def _support(chosen: Target, subblock: Subblock, entry: dict[str, Any], position: Position) -> Support:
+    name = alternative(subblock, entry)
     if name == "ffn width" and entry["intermediate_size"] % chosen.width_multiple:
         return Support("no", f"width {entry['intermediate_size']} is not a multiple of {chosen.width_multiple}")
     cell = chosen.alternatives.get(name, _NOT_NAMED)

@@ -1,4 +1,4 @@
-"""The row compiler: a stack of any halves as rows of llama.cpp's `deci`, which computes the same.
+"""The row compiler: a stack of any subblocks as rows of llama.cpp's `deci`, which computes the same.
 
 A row of `deci` is a decoder layer, but for this (llama.cpp 0c1e570, src/models/deci.cpp):
 
@@ -36,7 +36,7 @@ class RowTensor:
     source: str | None = None
     fill: float = 0.0
     rope_heads: int | None = None
-    """Rows are re-ordered in so many heads: llama.cpp rotates neighbours, Hugging Face halves of a head."""
+    """Rows are re-ordered in so many heads: llama.cpp rotates neighbours, Hugging Face subblocks of a head."""
 
     def value(self, read: Callable[[str], Tensor]) -> Tensor:
         """The tensor, from a function that reads one of the checkpoint."""
@@ -80,16 +80,16 @@ def compile_rows(config: PuzzleConfig) -> list[Row]:
     """The rows that compute what the layers of `config.blocks` compute, for every mixture of the kinds in them."""
     rows: list[Row] = []
     open_attention: _Attention | None = None
-    for half in _halves(config):
-        if isinstance(half, _FFN):
-            rows.append(_row(open_attention or (None if rows else _zero_attention(config)), half))
+    for subblock in _subblocks(config):
+        if isinstance(subblock, _FFN):
+            rows.append(_row(open_attention or (None if rows else _zero_attention(config)), subblock))
             open_attention = None
             continue
         if open_attention is not None:
             rows.append(_row(open_attention, _zero_ffn(config)))
-        open_attention = half
-        if half.bias is not None:
-            rows.append(_row(half, _zero_ffn(config, half.bias)))
+        open_attention = subblock
+        if subblock.bias is not None:
+            rows.append(_row(subblock, _zero_ffn(config, subblock.bias)))
             open_attention = None
     if open_attention is not None or not rows:
         rows.append(_row(open_attention or _zero_attention(config), _zero_ffn(config)))
@@ -108,7 +108,7 @@ def _row(attention: _Attention | None, ffn: _FFN) -> Row:
     )
 
 
-def _halves(config: PuzzleConfig) -> Iterator[_Attention | _FFN]:
+def _subblocks(config: PuzzleConfig) -> Iterator[_Attention | _FFN]:
     """What the layers do, one after another; what is `none` is not there."""
     for layer, block in enumerate(config.blocks or []):
         name = f"model.layers.{layer}."

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puzzle.blocks import State
 from puzzle.data import TokenData
 from puzzle.library.refit import refit
 from puzzle.library.store import VariantStore
@@ -22,6 +21,7 @@ from puzzle.library.students import Student, clip_gradients
 from puzzle.parents import LayerPass, Parent, ParentPasses, Texts
 from puzzle.runs import Run, progress
 from puzzle.training import BETAS, TrainingState, autocast, learning_rate, saved_parameters, set_learning_rate
+from puzzle.variants import State
 
 _WARMUP = 0.05
 _MAX_GRAD_NORM = 1.0
@@ -38,7 +38,7 @@ class Group:
     """Variants of one layer that share a student, before it is built."""
 
     layer: int
-    half: str
+    subblock: str
     variants: tuple[str, ...]
     params: int
     build: Callable[[], Student]
@@ -70,7 +70,7 @@ def train_groups(
     """
     missing = defaultdict(list)
     for group in groups:
-        if store.finished(group.layer, group.half, group.variants) is None:
+        if store.finished(group.layer, group.subblock, group.variants) is None:
             missing[group.layer].append(group)
     if not missing:
         return
@@ -166,7 +166,7 @@ class _Flight:
             each = best[student.name]
             losses = {name: (each.initial[name], each.losses[name]) for name in student.variants}
             tokens = self._settings.tokens if student in trained else 0
-            store.write(student.layer, student.half, each.states, losses, tokens)
+            store.write(student.layer, student.subblock, each.states, losses, tokens)
         self._state_file.unlink(missing_ok=True)
 
     def _start(self) -> dict[str, _Best]:
@@ -176,7 +176,7 @@ class _Flight:
         heads is small where they are wrong, which keeps them from learning, so training from it ends worse
         (benchmarks/library.md). It starts from the heads as they were merged.
         """
-        fitted = [s for s in self._students if s.half == "attention" and self._settings.start == "closed_form"]
+        fitted = [s for s in self._students if s.subblock == "attention" and self._settings.start == "closed_form"]
         merged = {student.name: _copies(student.parameters()) for student in fitted}
         self._refit(fitted)
         losses = self._held_out(self._students)

@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from puzzle.blocks import HALVES, BlockVariant, LayerSpace, Space, State, Variant, build_subblock, split_state
 from puzzle.library.students import Student
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import LayerPass
+from puzzle.variants import SUBBLOCKS, BlockVariant, LayerSpace, Space, State, Variant, build_subblock, split_state
 
 
 class CoupledStudent(Student):
     """One composed block, learning the output of the parent's block from the parent's own input to it.
 
-    All of it is trained, also a half that is the parent's own.
+    All of it is trained, also a subblock that is the parent's own.
 
     Args:
         state: the block's tensors by their names in the layer.
@@ -40,10 +40,12 @@ class CoupledStudent(Student):
         *,
         target: Literal["contribution", "block"] = "contribution",
     ) -> None:
-        self.layer, self.half, self.block = layer, "block", block
+        self.layer, self.subblock, self.block = layer, "block", block
         self.power, self._target = power, target
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self._modules = [build_subblock(block.half(half), config, split_state(own, half)) for half in HALVES]
+        self._modules = [
+            build_subblock(block.subblock(subblock), config, split_state(own, subblock)) for subblock in SUBBLOCKS
+        ]
         for module in self._modules:
             module.requires_grad_(True)
 
@@ -76,7 +78,7 @@ class CoupledStudent(Student):
 def narrow_space(
     space: Space, solutions: Sequence[Sequence[str]], keep: int, always: Sequence[str] | None = None
 ) -> Space:
-    """Of every layer and half, the `keep` variants that the architectures use most, and the parent's own (F.1.1).
+    """Of every layer and subblock, the `keep` variants that the architectures use most, and the parent's own (F.1.1).
 
     Args:
         solutions: architectures of a frontier, each one block name a layer, such as `kv2+w512`.
@@ -87,8 +89,13 @@ def narrow_space(
         blocks = [BlockVariant.parse(solution[index]) for solution in solutions]
         safe = [BlockVariant.parse(always[index])] if always is not None else []
         attention, ffn = (
-            _most_used(layer.half(half), [block.half(half) for block in blocks], keep, [b.half(half) for b in safe])
-            for half in HALVES
+            _most_used(
+                layer.subblock(subblock),
+                [block.subblock(subblock) for block in blocks],
+                keep,
+                [b.subblock(subblock) for b in safe],
+            )
+            for subblock in SUBBLOCKS
         )
         layers.append(LayerSpace(attention, ffn))
     return Space(tuple(layers))

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from puzzle.blocks import GatedFFN, State, build_subblock
 from puzzle.library.students import Student
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import LayerPass
+from puzzle.variants import GatedFFN, State, build_subblock
 
 _SHARED = ("mlp.gate_proj.", "mlp.up_proj.")
 """What the names begin with of tensors that have a row a channel."""
@@ -24,7 +24,7 @@ _DOWN = "mlp.down_proj."
 
 
 class ElasticStudent(Student):
-    """Several widths of one layer's gated FFN, learning the parent's contribution of that half.
+    """Several widths of one layer's gated FFN, learning the parent's contribution of that subblock.
 
     Args:
         widths: their channels must nest, as those of one ranking do.
@@ -41,7 +41,7 @@ class ElasticStudent(Student):
         power: float,
         device: torch.device,
     ) -> None:
-        self.layer, self.half = layer, "ffn"
+        self.layer, self.subblock = layer, "ffn"
         self._widths, self.power = tuple(widths), power
         by_size = sorted(widths, key=lambda width: width.intermediate_size)
         orders = _nested_orders([starts[width.name] for width in by_size])

@@ -5,19 +5,6 @@ from functools import lru_cache, partial
 
 import torch
 
-from puzzle.blocks import (
-    HALVES,
-    BlockVariant,
-    GatedFFN,
-    Half,
-    ParentSubblock,
-    Space,
-    Start,
-    State,
-    Variant,
-    num_params,
-    split_state,
-)
 from puzzle.library.bld import Group
 from puzzle.library.coupled import CoupledStudent
 from puzzle.library.elastic import ElasticStudent
@@ -25,16 +12,29 @@ from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student, SubblockStudent
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.variants import (
+    SUBBLOCKS,
+    BlockVariant,
+    GatedFFN,
+    ParentSubblock,
+    Space,
+    Start,
+    State,
+    Subblock,
+    Variant,
+    num_params,
+    split_state,
+)
 
 
 def parent_subblock(
-    parent: Parent, statistics: Statistics, start: Start, layer: int, half: Half, device: torch.device
+    parent: Parent, statistics: Statistics, start: Start, layer: int, subblock: Subblock, device: torch.device
 ) -> ParentSubblock:
     """What the variants of one half of one layer start from, on the device where closed forms are solved."""
-    state, moments = split_state(parent.layer_state(layer), half), statistics.half(layer, half)
+    state, moments = split_state(parent.layer_state(layer), subblock), statistics.subblock(layer, subblock)
     return ParentSubblock(
         config=parent.config,
-        variant=parent.architecture.blocks[layer].half(half),
+        variant=parent.architecture.blocks[layer].subblock(subblock),
         state={name: value.to(device) for name, value in state.items()},
         statistics={name: value.to(device) for name, value in moments.items()},
         start=start,
@@ -47,17 +47,17 @@ def subblock_groups(run: Run, parent: Parent, statistics: Statistics, space: Spa
     start = Start(method=settings.start, kv_heads=settings.kv_heads, channels=settings.channels)
 
     @lru_cache(maxsize=1)
-    def own(layer: int, half: Half) -> ParentSubblock:
-        """Shared by the groups of a half, which come one after another: so its channels are ranked once."""
-        return parent_subblock(parent, statistics, start, layer, half, run.device)
+    def own(layer: int, subblock: Subblock) -> ParentSubblock:
+        """Shared by the groups of a subblock, which come one after another: so its channels are ranked once."""
+        return parent_subblock(parent, statistics, start, layer, subblock, run.device)
 
     groups = []
     for layer, layer_space in enumerate(space.layers):
-        for half in HALVES:
-            for variants in _together(layer_space.half(half)[1:], elastic=settings.ffn == "elastic"):
+        for subblock in SUBBLOCKS:
+            for variants in _together(layer_space.subblock(subblock)[1:], elastic=settings.ffn == "elastic"):
                 build = partial(_subblock_student, run, own, statistics, layer, variants)
                 params = sum(num_params(variant, parent.config) for variant in variants)
-                groups.append(Group(layer, half, tuple(variant.name for variant in variants), params, build))
+                groups.append(Group(layer, subblock, tuple(variant.name for variant in variants), params, build))
     return groups
 
 
@@ -68,13 +68,13 @@ def _together(variants: Sequence[Variant], *, elastic: bool) -> list[list[Varian
 
 def _subblock_student(
     run: Run,
-    own: Callable[[int, Half], ParentSubblock],
+    own: Callable[[int, Subblock], ParentSubblock],
     statistics: Statistics,
     layer: int,
     variants: Sequence[Variant],
 ) -> Student:
     settings, first = run.recipe.library, variants[0]
-    parent = own(layer, first.half)
+    parent = own(layer, first.subblock)
     of_block = settings.loss == "block"
     power = float(statistics.layer(layer)["block_power"] if of_block else parent.statistics["output_power"])
     starts = {variant.name: variant.initialise(parent) for variant in variants}

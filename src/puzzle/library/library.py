@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
-from puzzle.blocks import HALVES, BlockVariant, Half, Space, State, Variant, num_params, parse_variant, split_state
 from puzzle.data import TokenData
 from puzzle.distributed.tasks import for_layers
 from puzzle.library.bld import Group, train_groups
@@ -20,6 +19,17 @@ from puzzle.library.statistics import Statistics
 from puzzle.library.store import Trained, VariantStore
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_parsed, read_tensors, write_text
+from puzzle.variants import (
+    SUBBLOCKS,
+    BlockVariant,
+    Space,
+    State,
+    Subblock,
+    Variant,
+    num_params,
+    parse_variant,
+    split_state,
+)
 
 
 @dataclass(frozen=True)
@@ -34,27 +44,27 @@ class Library:
 
     def state(self, layer: int, variant: Variant) -> State:
         """The weights of a variant of a layer, the parent's own included, in float32."""
-        half = variant.half
-        if variant == self.parent.architecture.blocks[layer].half(half):
-            return split_state(self.parent.layer_state(layer), half)
-        row = self.index.row(layer, half, variant.name)
+        subblock = variant.subblock
+        if variant == self.parent.architecture.blocks[layer].subblock(subblock):
+            return split_state(self.parent.layer_state(layer), subblock)
+        row = self.index.row(layer, subblock, variant.name)
         state = read_tensors(self.root / row.file) if row.file else {}
         if not row.widened_from:
             return state
-        widened = parse_variant(half, row.widened_from).widen(state, variant, self.parent.config)
+        widened = parse_variant(subblock, row.widened_from).widen(state, variant, self.parent.config)
         assert widened is not None, f"{row.widened_from} has no form as {variant}"
         return widened
 
     def block_state(self, layer: int, block: BlockVariant) -> State:
-        """The weights of a block: those it was trained with as a whole, else its halves'."""
+        """The weights of a block: those it was trained with as a whole, else its subblocks'."""
         row = self.index.find(layer, "block", block.name)
         if row is not None:
             return read_tensors(self.root / row.file)
         return self.state(layer, block.attention) | self.state(layer, block.ffn)
 
     def sources(self, layer: int, block: BlockVariant) -> list[list[str]]:
-        """What the halves of a block are made of: their files, and the variants that are widened."""
-        rows = [self.index.find(layer, half, block.half(half).name) for half in HALVES]
+        """What the subblocks of a block are made of: their files, and the variants that are widened."""
+        rows = [self.index.find(layer, subblock, block.subblock(subblock).name) for subblock in SUBBLOCKS]
         return [[row.file, row.widened_from] for row in rows if row is not None]
 
 
@@ -69,20 +79,20 @@ def build_library(
     settings = run.recipe.library.model_dump(mode="json", exclude={"coupled"})
     settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 4}
     inputs = [parent.address, data.address, statistics.address]
-    names = [[variant.name for half in HALVES for variant in layer.half(half)] for layer in space.layers]
-    halves = build_library(run, parent, data, statistics, space) if coupled else None
+    names = [[variant.name for subblock in SUBBLOCKS for variant in layer.subblock(subblock)] for layer in space.layers]
+    subblocks = build_library(run, parent, data, statistics, space) if coupled else None
     stage = run.stage("library", version=2, settings=settings | {"space": names, "coupled": coupled}, inputs=inputs)
     index_file = stage.path / "index.json"
     if not stage.done:
-        work = _Training(run, parent, data, statistics, space, halves, {"settings": settings, "inputs": inputs})
+        work = _Training(run, parent, data, statistics, space, subblocks, {"settings": settings, "inputs": inputs})
         groups, store = work.groups(), work.store()
         params = Counter[int]()
         for group in groups:
             params[group.layer] += group.params
         for_layers(run, stage, work, [1.0 + params[layer] for layer in range(len(space.layers))])
         rows = [row for group in groups for row in _rows(group, store)]
-        rows = rows if halves is not None else _nested(run.path, parent, rows)
-        index = LibraryIndex(rows=(*(() if halves is None else halves.index.rows), *rows))
+        rows = rows if subblocks is not None else _nested(run.path, parent, rows)
+        index = LibraryIndex(rows=(*(() if subblocks is None else subblocks.index.rows), *rows))
         write_text(index_file, index.to_json())
         stage.commit(variants=len(index.rows))
     return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
@@ -97,8 +107,8 @@ class _Training:
     data: TokenData
     statistics: Statistics
     space: Space
-    halves: Library | None
-    """What whole blocks start from; None: halves are trained."""
+    subblocks: Library | None
+    """What whole blocks start from; None: subblocks are trained."""
     identity: dict[str, Any]
     """Of the store."""
 
@@ -107,20 +117,22 @@ class _Training:
         train_groups(self.run, self.parent, self.data, self.store(), groups, folder)
 
     def groups(self) -> list[Group]:
-        if self.halves is None:
+        if self.subblocks is None:
             return subblock_groups(self.run, self.parent, self.statistics, self.space)
-        return block_groups(self.run, self.parent, self.statistics, self.space, self.halves.block_state)
+        return block_groups(self.run, self.parent, self.statistics, self.space, self.subblocks.block_state)
 
     def store(self) -> VariantStore:
-        if self.halves is None:
+        if self.subblocks is None:
             return VariantStore(self.run, self.identity)
         blocks = [(group.layer, group.variants) for group in self.groups()]
-        starts = {(layer, names): self.halves.sources(layer, BlockVariant.parse(names[0])) for layer, names in blocks}
+        starts = {
+            (layer, names): self.subblocks.sources(layer, BlockVariant.parse(names[0])) for layer, names in blocks
+        }
         return VariantStore(self.run, self.identity, starts)
 
 
 def _rows(group: Group, store: VariantStore) -> list[LibraryRow]:
-    finished = store.finished(group.layer, group.half, group.variants)
+    finished = store.finished(group.layer, group.subblock, group.variants)
     assert finished is not None, "trained before"
     return [_row(group, trained) for trained in finished]
 
@@ -128,7 +140,7 @@ def _rows(group: Group, store: VariantStore) -> list[LibraryRow]:
 def _row(group: Group, trained: Trained) -> LibraryRow:
     return LibraryRow(
         layer=group.layer,
-        half=group.half,
+        subblock=group.subblock,
         variant=trained.variant,
         file=trained.file,
         widened_from="",
@@ -144,20 +156,20 @@ def _nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[Libr
     nested = []
     for row in sorted(rows, key=lambda row: num_params(_variant(row), parent.config)):
         variant = _variant(row)
-        for narrow in best.setdefault((row.layer, row.half), []):
-            source = parse_variant(variant.half, narrow.widened_from or narrow.variant)
+        for narrow in best.setdefault((row.layer, row.subblock), []):
+            source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
             if (
                 narrow.file
                 and narrow.loss < row.loss
                 and source.widen(read_tensors(root / narrow.file), variant, parent.config)
             ):
                 row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
-        best[row.layer, row.half].append(row)
+        best[row.layer, row.subblock].append(row)
         nested.append(row)
-    order = {(row.layer, row.half, row.variant): position for position, row in enumerate(rows)}
-    return sorted(nested, key=lambda row: order[row.layer, row.half, row.variant])
+    order = {(row.layer, row.subblock, row.variant): position for position, row in enumerate(rows)}
+    return sorted(nested, key=lambda row: order[row.layer, row.subblock, row.variant])
 
 
 def _variant(row: LibraryRow) -> Variant:
-    half: Half = "attention" if row.half == "attention" else "ffn"
-    return parse_variant(half, row.variant)
+    subblock: Subblock = "attention" if row.subblock == "attention" else "ffn"
+    return parse_variant(subblock, row.variant)

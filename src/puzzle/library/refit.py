@@ -1,6 +1,6 @@
 """Least squares for the last linear map of many students at once, on calibration text.
 
-The map W from its input a to the half's contribution y is linear, so for everything before it as it is, the best is
+The map W from its input a to the subblock's contribution y is linear, so for everything before it as it is, the best is
 W0 + (E[y a^T] - W0 C) (C + damping)^-1 with C = E[a a^T]: the present map W0, and what that leaves. A bias stays.
 """
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from puzzle.blocks import Half, damping
 from puzzle.library.students import Student
 from puzzle.parents import LayerPass
+from puzzle.variants import Subblock, damping
 
 Seen = Callable[[], Iterable[LayerPass]]
 """A pass over calibration text: every layer of every batch."""
@@ -43,8 +43,8 @@ class _Moments:
         self._tokens = 0
 
     def add(self, seen: LayerPass) -> None:
-        half: Half = "attention" if self._student.half == "attention" else "ffn"
-        output_ND = seen.contribution(half).float().flatten(0, 1)
+        subblock: Subblock = "attention" if self._student.subblock == "attention" else "ffn"
+        output_ND = seen.contribution(subblock).float().flatten(0, 1)
         self._tokens += len(output_ND)
         projections = self._student.projections()
         for name, input_BTI in self._student.projection_inputs(seen).items():

@@ -2,11 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
-from puzzle.blocks import HALVES, Half, ParentSubblock, Space, Start, expected_losses, prune_space
 from puzzle.library.groups import parent_subblock
 from puzzle.library.statistics import Statistics
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_json, write_json
+from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, Start, Subblock, expected_losses, prune_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Expectation:
     """The loss that a variant starts with, by the calibration moments alone; None where these do not tell."""
 
     layer: int
-    half: Half
+    subblock: Subblock
     variant: str
     loss: float | None
 
@@ -27,7 +27,7 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     ratio = run.recipe.space.prune
     if ratio is None:
         return space
-    names = [[variant.name for half in HALVES for variant in layer.half(half)] for layer in space.layers]
+    names = [[variant.name for subblock in SUBBLOCKS for variant in layer.subblock(subblock)] for layer in space.layers]
     library = run.recipe.library
     # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
     start = Start(kv_heads=library.kv_heads, channels=library.channels)
@@ -39,7 +39,7 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
         write_json(file, [asdict(expectation) for expectation in expected])
         stage.commit()
     rows = [Expectation(**row) for row in read_json(file)]
-    losses = {(row.layer, row.half, row.variant): row.loss for row in rows}
+    losses = {(row.layer, row.subblock, row.variant): row.loss for row in rows}
     pruned = prune_space(space, losses, parent.config, ratio)
     before, after = (sum(len(layer.attention) + len(layer.ffn) for layer in each.layers) for each in (space, pruned))
     if before != after:
@@ -50,10 +50,11 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
 
 
 def _expectations(run: Run, parent: Parent, statistics: Statistics, space: Space, start: Start) -> list[Expectation]:
-    def subblock(layer: int, half: Half) -> ParentSubblock:
-        return parent_subblock(parent, statistics, start, layer, half, run.device)
+    def subblock(layer: int, subblock: Subblock) -> ParentSubblock:
+        return parent_subblock(parent, statistics, start, layer, subblock, run.device)
 
     losses = expected_losses(subblock, space)
     return [
-        Expectation(layer=layer, half=half, variant=name, loss=loss) for (layer, half, name), loss in losses.items()
+        Expectation(layer=layer, subblock=subblock, variant=name, loss=loss)
+        for (layer, subblock, name), loss in losses.items()
     ]

@@ -1,7 +1,7 @@
 """Calibration: moments of the parent's activations, from which variants start (paper section 2.1, appendix A).
 
-D hidden size, I intermediate size. Per layer and half, over all calibration tokens, with h the normed input and y the
-contribution:
+D hidden size, I intermediate size. Per layer and subblock, over all calibration tokens, with h the normed input and y
+the contribution:
 
     input_mean [D] = E[h]                input_second_moment [D, D] = E[h h^T]
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
@@ -39,16 +39,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
-from puzzle.blocks import GatedFFN, Half, State
 from puzzle.data import TokenData
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.parents import LayerPass, Parent, ParentPasses
 from puzzle.runs import Run, progress, read_tensors, write_tensors
 from puzzle.training import CHECKPOINT_INTERVAL_S
+from puzzle.variants import GatedFFN, State, Subblock
 
 _BATCH_SIZE = 8
-_NORMS: tuple[tuple[Half, str], ...] = (("attention", "input_layernorm"), ("ffn", "post_attention_layernorm"))
+_NORMS: tuple[tuple[Subblock, str], ...] = (("attention", "input_layernorm"), ("ffn", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Statistics:
     def file(self, layer: int) -> Path:
         return self.path / f"layer{layer:03d}.safetensors"
 
-    def half(self, layer: int, half: Half) -> State:
-        prefix = f"{half}."
+    def subblock(self, layer: int, subblock: Subblock) -> State:
+        prefix = f"{subblock}."
         tensors = read_tensors(self.file(layer))
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -158,7 +158,7 @@ def _calibrate_layers(
 def _accumulate(
     folder: Path, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
 ) -> State:
-    """Sums over the tokens of the text, named `layer.half.moment`, and how many these are; goes on after a kill."""
+    """Sums over the tokens of the text, named `layer.subblock.moment`, and how many these are; goes on after a kill."""
     saved = _read_partial(folder)
     sums: State = {}
     if _layers_of(saved) >= set(layers):
@@ -235,14 +235,14 @@ def _add_moments(sums: State, seen: LayerPass, inside: State) -> None:
     add("influence", (1 - cosine_similarity(entered_ND, left_ND, dim=-1)).sum())
     add("block_power", left_ND.square().mean(-1).sum())
     add("block_contribution_power", (left_ND - entered_ND).square().mean(-1).sum())
-    for half, norm in _NORMS:
+    for subblock, norm in _NORMS:
         if (h_ND := inside.get(norm)) is not None:
-            y_ND = seen.contribution(half).float().flatten(0, 1)
-            add(f"{half}.input_mean", h_ND.sum(0))
-            add(f"{half}.input_second_moment", h_ND.T @ h_ND)
-            add(f"{half}.output_mean", y_ND.sum(0))
-            add(f"{half}.cross_moment", y_ND.T @ h_ND)
-            add(f"{half}.output_power", y_ND.square().mean(-1).sum())
+            y_ND = seen.contribution(subblock).float().flatten(0, 1)
+            add(f"{subblock}.input_mean", h_ND.sum(0))
+            add(f"{subblock}.input_second_moment", h_ND.T @ h_ND)
+            add(f"{subblock}.output_mean", y_ND.sum(0))
+            add(f"{subblock}.cross_moment", y_ND.T @ h_ND)
+            add(f"{subblock}.output_power", y_ND.square().mean(-1).sum())
     if (heads_NH := inside.get("self_attn.o_proj")) is not None:
         add("attention.group_contribution", _group_contributions(seen, heads_NH))
     if (activation_NI := inside.get("mlp.down_proj")) is not None:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from puzzle.blocks import State
 from puzzle.runs import Run, digest, read_json, write_json, write_tensors
+from puzzle.variants import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +39,15 @@ class VariantStore:
     ) -> None:
         self._root, self._identity, self._starts = run.path, identity, starts or {}
 
-    def finished(self, layer: int, half: str, variants: tuple[str, ...]) -> list[Trained] | None:
+    def finished(self, layer: int, subblock: str, variants: tuple[str, ...]) -> list[Trained] | None:
         """What came of the student of these variants; None if it is not finished."""
-        file = self._file(layer, half, variants)
+        file = self._file(layer, subblock, variants)
         return [Trained(**row) for row in read_json(file)] if file.exists() else None
 
     def write(
         self,
         layer: int,
-        half: str,
+        subblock: str,
         states: dict[str, State],
         losses: dict[str, tuple[float, float]],
         tokens: int,
@@ -57,7 +57,7 @@ class VariantStore:
         Args:
             losses: by variant, before and after training.
         """
-        file = self._file(layer, half, tuple(states))
+        file = self._file(layer, subblock, tuple(states))
         file.parent.mkdir(exist_ok=True)
         rows = []
         for variant, state in states.items():
@@ -69,8 +69,8 @@ class VariantStore:
             rows.append(Trained(variant=variant, file=name, initial_loss=initial, loss=loss, tokens=tokens))
         write_json(file, [asdict(row) for row in rows])
 
-    def _file(self, layer: int, half: str, variants: tuple[str, ...]) -> Path:
-        identity = self._identity | {"layer": layer, "half": half, "variants": sorted(variants)}
+    def _file(self, layer: int, subblock: str, variants: tuple[str, ...]) -> Path:
+        identity = self._identity | {"layer": layer, "subblock": subblock, "variants": sorted(variants)}
         if (start := self._starts.get((layer, variants))) is not None:
             identity["start"] = start
         return self._root / "variants" / f"{digest(identity)[:24]}.json"

@@ -11,16 +11,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from puzzle.blocks import State, Variant, build_subblock, contribution
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import LayerPass
+from puzzle.variants import State, Variant, build_subblock, contribution
 
 
 class Student(ABC):
     """Something with parameters of its own on one layer, and the variants that come of it, by name such as `kv2`."""
 
     layer: int
-    half: str
+    subblock: str
     """`attention`, `ffn`, or `block` for one that learns a whole block."""
     power: float
     """Calibrated E[y^2] of the target, per element: what the squared error is divided by."""
@@ -47,7 +47,7 @@ class Student(ABC):
         """Each variant's weights as they are now, copies."""
 
     def projections(self) -> dict[str, nn.Linear]:
-        """By variant, the last linear map of each, whose output is the half's contribution; empty if there is none."""
+        """By variant, the last linear map of each, whose output is the subblock's contribution; empty if none."""
         return {}
 
     def projection_inputs(self, seen: LayerPass) -> dict[str, Tensor]:
@@ -56,11 +56,11 @@ class Student(ABC):
 
     @property
     def name(self) -> str:
-        return f"{self.layer}.{self.half}.{'-'.join(self.variants)}"
+        return f"{self.layer}.{self.subblock}.{'-'.join(self.variants)}"
 
 
 class SubblockStudent(Student):
-    """One variant of one half, from the parent's own input to it towards the parent's contribution of that half.
+    """One variant of one subblock, from the parent's own input to it towards the parent's contribution there.
 
     Args:
         trained: whether it has anything to learn.
@@ -79,8 +79,8 @@ class SubblockStudent(Student):
         trained: bool = True,
         target: Literal["contribution", "block"] = "contribution",
     ) -> None:
-        self.layer, self.half, self.variant = layer, variant.half, variant
-        # Copied: variants of a half start from the same tensors of the parent, and each trains its own.
+        self.layer, self.subblock, self.variant = layer, variant.subblock, variant
+        # Copied: variants of a subblock start from the same tensors of the parent, and each trains its own.
         own = {name: value.to(device, copy=True) for name, value in state.items()}
         self._module = build_subblock(variant, config, own)
         self._module.requires_grad_(trained)
@@ -94,11 +94,11 @@ class SubblockStudent(Student):
         return {name: value for name, value in self._module.named_parameters() if value.requires_grad}
 
     def target(self, seen: LayerPass) -> Tensor:
-        return seen.left_BTD if self._target == "block" else seen.contribution(self.variant.half)
+        return seen.left_BTD if self._target == "block" else seen.contribution(self.variant.subblock)
 
     def losses(self, seen: LayerPass) -> dict[str, Tensor]:
-        output_BTD, target_BTD = self._contribution(seen), seen.contribution(self.variant.half)
-        if self._target == "block" and self.variant.half == "attention":
+        output_BTD, target_BTD = self._contribution(seen), seen.contribution(self.variant.subblock)
+        if self._target == "block" and self.variant.subblock == "attention":
             # What an FFN misses of the block's output is what it misses of its own, without the rounding of the sum.
             output_BTD, target_BTD = seen.entered_BTD + output_BTD, seen.left_BTD
             middle_BTD = output_BTD.to(seen.entered_BTD.dtype)
@@ -128,7 +128,9 @@ class SubblockStudent(Student):
         return captured
 
     def _contribution(self, seen: LayerPass) -> Tensor:
-        return contribution(self._module, self.variant.half, seen.entering(self.variant.half).float(), seen.context)
+        return contribution(
+            self._module, self.variant.subblock, seen.entering(self.variant.subblock).float(), seen.context
+        )
 
 
 def clip_gradients(students: Sequence[Student], max_norm: float) -> None:

@@ -221,7 +221,7 @@ class PuzzleMasks:
 
 
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each half present, replaced or left out as `block` says.
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each subblock present, replaced or left out as `block` says.
 
     `cache_index` numbers the layers that have a KV cache. `window` is the number of tokens that attention sees, the
     token itself included, None for all; `sinks` that of the sequence's first tokens that it sees besides.
@@ -245,7 +245,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
             self.mlp = _build_ffn(config, ffn)
 
     def attention_contribution(self, hidden_BTD: Tensor, masks: "PuzzleMasks | None" = None, **context: Any) -> Tensor:
-        """What the attention half adds to the residual stream, [B, T, D]; call only if `has_attention`."""
+        """What the attention subblock adds to the residual stream, [B, T, D]; call only if `has_attention`."""
         if self.window is not None:
             if masks is None:
                 raise ValueError("masks: a layer with a window needs the whole of `PuzzleModel.context`")
@@ -255,7 +255,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         return output_BTD
 
     def ffn_contribution(self, hidden_BTD: Tensor) -> Tensor:
-        """What the FFN half adds to the residual stream, [B, T, D]; call only if `has_ffn`."""
+        """What the FFN subblock adds to the residual stream, [B, T, D]; call only if `has_ffn`."""
         return self.mlp(self.post_attention_layernorm(hidden_BTD))
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
@@ -452,7 +452,7 @@ ModuleBuilder = Callable[[PuzzleConfig, dict[str, Any]], nn.Module]
 """From the configuration and one half of an entry of its `blocks` to the module."""
 ATTENTION_MODULES: dict[str, ModuleBuilder] = {}
 FFN_MODULES: dict[str, ModuleBuilder] = {}
-"""Builders of the kinds that others add, see `puzzle.blocks.register`; such attention has no KV cache."""
+"""Builders of the kinds that others add, see `puzzle.variants.register`; such attention has no KV cache."""
 
 
 def _build_attention(config: PuzzleConfig, entry: dict[str, Any], cache_index: int) -> nn.Module:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from puzzle.blocks import Architecture
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents.base import FamilyAdapter
 from puzzle.parents.checkpoint import Checkpoint, open_checkpoint
 from puzzle.parents.llama import LlamaAdapter
 from puzzle.parents.puzzle import PuzzleAdapter
+from puzzle.variants import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from puzzle.blocks import Half, contribution, num_params
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.parents.parent import Parent
 from puzzle.runs import Run, read_json, read_tensors, write_json, write_tensors
 from puzzle.units import format_bytes
+from puzzle.variants import Subblock, contribution, num_params
 
 Texts = Mapping[str, Callable[[], Iterable[Tensor]]]
 """Named texts: each gives its batches of tokens, [B, T], in order, as often as it is asked."""
@@ -29,7 +29,7 @@ Texts = Mapping[str, Callable[[], Iterable[Tensor]]]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPass:
-    """One layer seen in a pass. A half's contribution is what it adds to the residual stream, zeros if it is absent."""
+    """One layer seen in a pass. A subblock's contribution is what it adds to the residual stream, zeros if absent."""
 
     index: int
     layer: PuzzleDecoderLayer
@@ -37,19 +37,19 @@ class LayerPass:
     """What the layer is called with beside the hidden states."""
     entered_BTD: Tensor
     attention_BTD: Tensor
-    """The attention half's contribution."""
+    """The attention subblock's contribution."""
     middle_BTD: Tensor
-    """What enters the FFN half."""
+    """What enters the FFN subblock."""
     ffn_BTD: Tensor
-    """The FFN half's contribution."""
+    """The FFN subblock's contribution."""
     left_BTD: Tensor
     """The layer's output."""
 
-    def entering(self, half: Half) -> Tensor:
-        return self.entered_BTD if half == "attention" else self.middle_BTD
+    def entering(self, subblock: Subblock) -> Tensor:
+        return self.entered_BTD if subblock == "attention" else self.middle_BTD
 
-    def contribution(self, half: Half) -> Tensor:
-        return self.attention_BTD if half == "attention" else self.ffn_BTD
+    def contribution(self, subblock: Subblock) -> Tensor:
+        return self.attention_BTD if subblock == "attention" else self.ffn_BTD
 
 
 class ParentPasses:

@@ -9,7 +9,6 @@ Symbols: n devices, D hidden size, I FFN channels, T tokens of a sequence, b seq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from puzzle.blocks import GatedFFN, GroupedQuery, Space
 from puzzle.costs import Machine, read_machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
@@ -17,6 +16,7 @@ from puzzle.plan.here import describe
 from puzzle.plan.work import Work
 from puzzle.recipe import Recipe
 from puzzle.units import format_bytes, format_seconds
+from puzzle.variants import GatedFFN, GroupedQuery, Space
 
 _BLD_BYTES = 28
 """Of a trained parameter in memory: float32 weight, gradient, two moments, and copies of start, best and now."""
@@ -202,7 +202,7 @@ class _Planner:
     def _one_layer(self, sequences: int) -> float:
         """Activations that one layer keeps for its backward pass.
 
-        Of each token in and between the halves and their norms 4 D, queries and outputs, keys and values, and 3 I.
+        Of each token in and between the subblocks and their norms 4 D, queries and outputs, keys and values, and 3 I.
         """
         config, widest = self.work.config, 0
         assert config.head_dim is not None

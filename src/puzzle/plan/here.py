@@ -9,11 +9,11 @@ import time
 
 import torch
 
-from puzzle.blocks import Space
 from puzzle.modeling import PuzzleConfig
 from puzzle.plan.work import Work, alternatives
 from puzzle.recipe import Recipe
 from puzzle.units import format_bytes, format_seconds
+from puzzle.variants import Space
 
 _EFFICIENCY = 0.5
 """Share of the speed of a large matrix product that a model's layers reach (measured on CPU, 2026-11)."""

@@ -1,16 +1,16 @@
 """Operations and bytes that follow from a recipe and the shapes of a parent.
 
 A forward pass takes two operations a parameter and token, a backward pass four; attention besides four for every pair
-of a query and a key it sees, half of all pairs of a sequence.
+of a query and a key it sees, subblock of all pairs of a sequence.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, Space, Variant, num_params
 from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.recipe import Recipe
+from puzzle.variants import BlockVariant, GatedFFN, GroupedQuery, LayerSpace, Space, Variant, num_params
 
 KEPT_PER_PARAMETER = 4
 """Bytes of a variant, and of a child, on disk: float32."""
@@ -109,7 +109,7 @@ class Work:
         return tokens * self.suffix(layer + 1)
 
     def _scored_tokens(self, block: BlockVariant, layer: LayerSpace) -> float:
-        """Blocks with both halves replaced are estimated from a share of the text."""
+        """Blocks with both subblocks replaced are estimated from a share of the text."""
         settings, own = self.recipe.score, layer.parent
         composed = block.attention != own.attention and block.ffn != own.ffn
         estimated = composed and settings.composed == "estimated" and settings.race is not None

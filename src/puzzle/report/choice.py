@@ -8,10 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from puzzle.artefacts import CostRow, Solution
-from puzzle.blocks import BlockVariant, GatedFFN, GroupedQuery, Half, Variant
 from puzzle.report import numbers, theme
 from puzzle.report.data import ReportData
 from puzzle.search import QUANTITIES
+from puzzle.variants import BlockVariant, GatedFFN, GroupedQuery, Subblock, Variant
 
 _SLAB = 0.15
 """Height of the mark for a linear map, of full or low rank, which has neither KV heads nor a width."""
@@ -27,14 +27,14 @@ def architecture(data: ReportData, solution: Solution, *, height: int) -> go.Fig
         (row.layer, row.part, row.variant): row for row in data.costs.rows if row.batch_size == solution.batch_size
     }
     traces: list[Any] = []
-    halves: tuple[tuple[Half, int, str], ...] = (("attention", 1, theme.ATTENTION), ("ffn", -1, theme.FFN))
-    for half, sign, colour in halves:
-        variants = [block.half(half) for block in chosen]
+    subblocks: tuple[tuple[Subblock, int, str], ...] = (("attention", 1, theme.ATTENTION), ("ffn", -1, theme.FFN))
+    for subblock, sign, colour in subblocks:
+        variants = [block.subblock(subblock) for block in chosen]
         hover = [
-            _describe(layer, half, variant, parent.half(half), costs.get((layer, half, variant.name)))
+            _describe(layer, subblock, variant, parent.subblock(subblock), costs.get((layer, subblock, variant.name)))
             for layer, (variant, parent) in enumerate(zip(variants, parents, strict=True))
         ]
-        shares = [_share(variant, parent.half(half)) for variant, parent in zip(variants, parents, strict=True)]
+        shares = [_share(variant, parent.subblock(subblock)) for variant, parent in zip(variants, parents, strict=True)]
         traces += _half_traces(variants, shares, hover, sign, colour)
     return theme.figure(
         height,
@@ -87,11 +87,11 @@ def _share(variant: Variant, parent: Variant) -> float:
     return 1.0 if variant == parent else 0.0
 
 
-def _describe(layer: int, half: str, variant: Variant, parent: Variant, cost: CostRow | None) -> str:
-    text = f"<b>layer {layer}, {half}: {variant}</b> (parent {parent})"
+def _describe(layer: int, subblock: str, variant: Variant, parent: Variant, cost: CostRow | None) -> str:
+    text = f"<b>layer {layer}, {subblock}: {variant}</b> (parent {parent})"
     if cost is None:
         return text
-    kv = f", {numbers.size(cost.kv_bytes_per_sequence)} of KV cache per sequence" if half == "attention" else ""
+    kv = f", {numbers.size(cost.kv_bytes_per_sequence)} of KV cache per sequence" if subblock == "attention" else ""
     return (
         f"{text}<br>{numbers.count(cost.params)} parameters{kv}<br>"
         f"prefill {numbers.milliseconds(cost.prefill_ms)}, decode {numbers.milliseconds(cost.decode_ms)}"

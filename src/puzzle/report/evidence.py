@@ -7,10 +7,10 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from puzzle.artefacts import LibraryRow
-from puzzle.blocks import GatedFFN, GroupedQuery, Half, Variant, parse_variant
 from puzzle.report import numbers, theme
 from puzzle.report.data import MODEL_NAMES, Checks, Curve, ReportData, Rows
 from puzzle.report.table import value_of
+from puzzle.variants import GatedFFN, GroupedQuery, Subblock, Variant, parse_variant
 
 QUANTITIES = {"tok_s": "throughput, tok/s", "prefill_ms": "prefill, ms", "decode_ms": "decode step, ms"}
 TIMES = ("prefill_ms", "decode_ms")
@@ -106,13 +106,13 @@ def _dot(model: str, predicted: float, measured: float) -> go.Scatter:
     )
 
 
-def local_distillation(data: ReportData, half: Half) -> go.Figure | None:
+def local_distillation(data: ReportData, subblock: Subblock) -> go.Figure | None:
     """Held-out loss of each variant by layer, before (dotted) and after (solid) blockwise local distillation."""
     by_variant: dict[str, list[LibraryRow]] = {}
     for row in sorted(data.library.rows, key=lambda row: row.layer):
-        if row.half == half:
+        if row.subblock == subblock:
             by_variant.setdefault(row.variant, []).append(row)
-    names = sorted(by_variant, key=lambda name: _size_order(parse_variant(half, name)))
+    names = sorted(by_variant, key=lambda name: _size_order(parse_variant(subblock, name)))
     if not names:
         return None
     sized = [name for name in names if name not in ("linear", "none")]
@@ -128,7 +128,7 @@ def local_distillation(data: ReportData, half: Half) -> go.Figure | None:
         xaxis=theme.layer_axis(data.scores.num_layers),
         yaxis_title_text="held-out loss",
         yaxis=theme.log_axis(
-            [loss for row in data.library.rows if row.half == half for loss in (row.loss, row.initial_loss)]
+            [loss for row in data.library.rows if row.subblock == subblock for loss in (row.loss, row.initial_loss)]
         ),
         legend={"y": -0.22, "yanchor": "top"},
     )

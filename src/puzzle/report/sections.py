@@ -129,16 +129,16 @@ def _prediction(data: ReportData) -> Section:
 
 
 def _library(data: ReportData) -> Section:
-    halves = {"attention": "Attention", "ffn": "FFN"}
-    figures = {half: evidence.local_distillation(data, half) for half in ("attention", "ffn")}
+    subblocks = {"attention": "Attention", "ffn": "FFN"}
+    figures = {subblock: evidence.local_distillation(data, subblock) for subblock in ("attention", "ffn")}
     return Section(
         anchor="library",
         heading="Blockwise local distillation",
         caption="Held-out loss of each variant, by layer: dotted at the start, solid after training; 1 is as bad as no "
-        "output at all. The loss is the squared error over the squared output of the parent's half layer.",
+        "output at all. The loss is the squared error over the squared output of the parent's subblock layer.",
         plots=[
-            Plot(anchor=f"library-{half}", figure=figure, title=halves[half])
-            for half, figure in figures.items()
+            Plot(anchor=f"library-{subblock}", figure=figure, title=subblocks[subblock])
+            for subblock, figure in figures.items()
             if figure
         ],
         columns=True,

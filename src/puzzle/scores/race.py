@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from puzzle.blocks import BlockVariant, Variant, num_params
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants import BlockVariant, Variant, num_params
 
 _FEWEST = 4
 """Sequences of the first round: fewer say nothing of their own spread."""
@@ -32,8 +32,8 @@ def survivors(kl: Mapping[BlockVariant, Tensor], config: PuzzleConfig) -> list[B
         kl: per sequence of the first round, [n], of every block but the parent's own, which is the largest.
     """
     finite = {block: values for block, values in kl.items() if values.isfinite().all()}
-    halves = {variant for block in finite for variant in (block.attention, block.ffn)}
-    half_sizes = {variant: _sizes(variant, config) for variant in halves}
+    subblocks = {variant for block in finite for variant in (block.attention, block.ffn)}
+    half_sizes = {variant: _sizes(variant, config) for variant in subblocks}
     sizes = {block: _sum(half_sizes[block.attention], half_sizes[block.ffn]) for block in finite}
     return [
         block

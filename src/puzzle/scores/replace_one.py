@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from puzzle.artefacts import ScoreRow, ScoreTable
-from puzzle.blocks import BlockVariant, Space, weight_bytes
 from puzzle.data import TokenData
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
@@ -31,6 +30,7 @@ from puzzle.scores.race import rounds, survivors
 from puzzle.scores.suffix import METRICS, LayerBlocks, ScoringText, SuffixScorer
 from puzzle.scores.task import Task, load_task, run_task, task_name, with_block
 from puzzle.units import format_bytes
+from puzzle.variants import BlockVariant, Space, weight_bytes
 
 _KL, _LM_LOSS, _AGREEMENT, _COSINE = (METRICS.index(name) for name in ("kl", "lm_loss", "top1_agreement", "cosine"))
 PerSequence = dict[BlockVariant, Tensor]
@@ -171,7 +171,7 @@ class _Scoring:
             write_tensors(file, _named(scorer.blocks(layer_blocks, blocks, first)))
         scores = _from_named(read_tensors(file), blocks)
         if self._run.recipe.score.composed == "estimated":
-            left = [block for block in blocks if self._halves(layer_blocks.layer, block) is None]
+            left = [block for block in blocks if self._subblocks(layer_blocks.layer, block) is None]
         else:
             left = survivors({block: values[:, _KL] for block, values in scores.items()}, self._parent.config)
         for block, values in scorer.blocks(layer_blocks, left, later[0]).items():
@@ -201,15 +201,15 @@ class _Scoring:
             estimated = self._run.recipe.score.composed == "estimated"
             runs_task = estimated or len(values) == self._sequences
             task = self._task_score(f"layer {layer} {block}", layer, block) if runs_task else None
-            halves = self._halves(layer, block) if estimated and len(values) < self._sequences else None
-            scored_halves = None if halves is None else [per_sequence[half] for half in halves]
-            if scored_halves is not None and not all(half.isfinite().all() for half in scored_halves):
+            subblocks = self._subblocks(layer, block) if estimated and len(values) < self._sequences else None
+            scored_halves = None if subblocks is None else [per_sequence[subblock] for subblock in subblocks]
+            if scored_halves is not None and not all(subblock.isfinite().all() for subblock in scored_halves):
                 scored_halves = None
             rows.append(_row(layer, block, values, parent, scored_halves, task))
         return rows
 
-    def _halves(self, layer: int, block: BlockVariant) -> tuple[BlockVariant, BlockVariant] | None:
-        """The blocks in which one of its halves stands beside the parent's own; None if it is such a block itself."""
+    def _subblocks(self, layer: int, block: BlockVariant) -> tuple[BlockVariant, BlockVariant] | None:
+        """The blocks with one of its subblocks beside the parent's own; None if it is such a block itself."""
         own = self._space.layers[layer].parent
         if own.attention == block.attention or own.ffn == block.ffn:
             return None
@@ -243,12 +243,12 @@ def _row(
     block: BlockVariant,
     values: Tensor,
     parent: Tensor,
-    halves: Sequence[Tensor] | None,
+    subblocks: Sequence[Tensor] | None,
     task: float | None,
 ) -> ScoreRow:
     """A block's row, as the parent's figures on all sequences and what the block adds to them.
 
-    What it was not scored on is known by its halves, if given: their sum on all sequences is a control variate, to
+    What it was not scored on is known by its subblocks, if given: their sum on all sequences is a control variate, to
     which comes what the block has beyond them on the sequences that it was scored on. That has no bias.
     """
     base = parent.clone()
@@ -256,8 +256,8 @@ def _row(
     added, count = values - base[: len(values)], len(values)
     variance = _variance_of_mean(added[:, _KL])
     mean = added.mean(0)
-    if halves is not None:
-        summed = torch.stack([half - base for half in halves]).sum(0)
+    if subblocks is not None:
+        summed = torch.stack([subblock - base for subblock in subblocks]).sum(0)
         beyond = added - summed[:count]
         estimate = summed.mean(0) + beyond.mean(0)
         # A divergence is positive, and by chance an estimate of a small one is not.

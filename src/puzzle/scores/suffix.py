@@ -1,4 +1,4 @@
-"""Blocks of one layer scored by suffix recomputation: their own halves, the parent's layers after them, and the head.
+"""Blocks of one layer scored by suffix recomputation: their subblocks, the parent's layers after them, and the head.
 
 What enters a layer is on disk for all scoring text (`ParentPasses`), so a candidate costs its own block and the layers
 after it, not the whole model (law 9: the same as a full forward). A parent that does not fit in memory has the layers
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from puzzle.blocks import HALVES, BlockVariant, Variant, build_subblock, split_state
 from puzzle.data import TokenData
 from puzzle.library import Library
 from puzzle.metrics import TokenMetrics, compare
 from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.parents import ParentPasses
 from puzzle.runs import Run
+from puzzle.variants import SUBBLOCKS, BlockVariant, Variant, build_subblock, split_state
 
 METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
 """Per-sequence means, the columns of [n, M]."""
@@ -66,7 +66,7 @@ class ScoringText:
 
 
 class LayerBlocks:
-    """The blocks of one layer as modules; blocks share the modules of their halves, and what these compute.
+    """The blocks of one layer as modules; blocks share the modules of their subblocks, and what these compute.
 
     Blocks that the library has trained as a whole have their own.
     """
@@ -75,11 +75,15 @@ class LayerBlocks:
         self.layer = layer
         self._model = model
         own = {block for block in blocks if library.index.find(layer, "block", block.name) is not None}
-        halves = {
+        subblocks = {
             variant: self._module(variant, library.state(layer, variant))
-            for variant in dict.fromkeys(block.half(half) for half in HALVES for block in blocks if block not in own)
+            for variant in dict.fromkeys(
+                block.subblock(subblock) for subblock in SUBBLOCKS for block in blocks if block not in own
+            )
         }
-        self._modules = {block: (halves[block.attention], halves[block.ffn]) for block in blocks if block not in own}
+        self._modules = {
+            block: (subblocks[block.attention], subblocks[block.ffn]) for block in blocks if block not in own
+        }
         for block in own:
             state = library.block_state(layer, block)
             attention = self._module(block.attention, split_state(state, "attention"))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import SupportsFloat
 
-from puzzle.blocks import Architecture, BlockVariant, State
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish
+from puzzle.variants import Architecture, BlockVariant, State
 
 Task = Callable[[PuzzleForCausalLM], float]
 

@@ -100,21 +100,23 @@ def _matching(
 
 
 def _matcher(pattern: str, parent: str) -> Callable[[str], bool]:
-    """Whether a block is meant: by its name or one half's, or by both halves', `*` for any and `parent` for its own."""
+    """Whether a block is meant: by its name or one subblock's, or by both, `*` for any and `parent` for its own."""
     if pattern == "parent":
         return lambda block: block == parent
     if "+" not in pattern:
         return lambda block: pattern in (block, *block.split("+"))
-    own, halves = parent.split("+"), pattern.split("+")
-    wanted = [own[side] if half == "parent" and len(own) == 2 else half for side, half in enumerate(halves[:2])]
+    own, subblocks = parent.split("+"), pattern.split("+")
+    wanted = [
+        own[side] if subblock == "parent" and len(own) == 2 else subblock for side, subblock in enumerate(subblocks[:2])
+    ]
     return lambda block: (
-        len(found := block.split("+")) == len(halves)
-        and all(half in ("*", name) for half, name in zip(wanted, found, strict=True))
+        len(found := block.split("+")) == len(subblocks)
+        and all(subblock in ("*", name) for subblock, name in zip(wanted, found, strict=True))
     )
 
 
 def _two_meanings(pattern: str, names: set[str]) -> bool:
-    """Whether one half's name is the attention of some blocks and the FFN of others."""
+    """Whether one subblock's name is the attention of some blocks and the FFN of others."""
     if "+" in pattern or pattern == "parent" or pattern in names:
         return False
     return len({name.split("+").index(pattern) for name in names}) > 1

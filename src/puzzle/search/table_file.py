@@ -117,7 +117,7 @@ def read_table(path: Path) -> tuple[ScoreTable, CostTable, Further]:
 
 
 def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl", further: Further = ()) -> str:
-    """The tables as the text of such a file: a row for each block's score, and for each half's costs, one a line."""
+    """The tables as the text of such a file: a row for each block's score, and each subblock's costs, one a line."""
     scores = scores.having(score)
     tables = [costs, *(other for other, _ in further)]
     main, *others = [asdict(table.scenario) | {"batch_sizes": list(table.batch_sizes)} for table in tables]
@@ -300,7 +300,7 @@ class _Reader:
                 costs.block(layer, block, batch_size)
             except KeyError as error:
                 _, part, name, _ = error.args[0]
-                lacking = f"its {part} {name!r} has none" if "+" in block else "it has no halves"
+                lacking = f"its {part} {name!r} has none" if "+" in block else "it has no subblocks"
                 raise PuzzleError(
                     f"{self.path}: layer {layer} block {block} has no costs at batch size "
                     f"{batch_size}{self._of(place)}, and {lacking}; give a row of them"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.blocks.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
+from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 from torch import Tensor
 from torch.nn.functional import linear
 
-from puzzle.blocks import (
+from puzzle.variants import (
     GatedFFN,
     GroupedQuery,
     LinearAttention,
@@ -23,7 +23,7 @@ from puzzle.blocks import (
     Start,
     build_subblock,
 )
-from puzzle.blocks.linear import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
+from puzzle.variants.linear import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
 
 _NORM = "post_attention_layernorm."
 
@@ -107,17 +107,17 @@ def test_linear_maps_are_damped_least_squares(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("variant", [LinearAttention(), LinearFFN()], ids=lambda variant: variant.half)
+@pytest.mark.parametrize("variant", [LinearAttention(), LinearFFN()], ids=lambda variant: variant.subblock)
 def test_linear_variants_recover_a_linear_subblock(variant: LinearAttention | LinearFFN, bias: bool) -> None:
     """Within the damping; as a module, norm included."""
     model = pico_parent(attention_bias=bias, mlp_bias=bias)
     input_ND = torch.randn(4000, 32, dtype=torch.float64) + 0.5
     true_weight = torch.randn(32, 32, dtype=torch.float64)
     offset = 1.0 if bias else 0.0
-    parent = subblock(model, variant.half, moments(input_ND, input_ND @ true_weight.T + offset))
+    parent = subblock(model, variant.subblock, moments(input_ND, input_ND @ true_weight.T + offset))
     layer = build_subblock(variant, model.config, variant.initialise(parent))
     hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
-    norm = layer.input_layernorm if variant.half == "attention" else layer.post_attention_layernorm
+    norm = layer.input_layernorm if variant.subblock == "attention" else layer.post_attention_layernorm
     expected_BTD = hidden_BTD + norm(hidden_BTD) @ true_weight.T + offset
     error = (layer(hidden_BTD) - expected_BTD).norm() / (expected_BTD - hidden_BTD).norm()
     assert error < 5 * RIDGE

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.blocks.test_variants import ATTENTION, FFN
 from tests.conftest import pico_puzzle, random_tokens
+from tests.variants.test_variants import ATTENTION, FFN
 
-from puzzle.blocks import Architecture, BlockVariant
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.variants import Architecture, BlockVariant
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 

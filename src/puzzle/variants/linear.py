@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # variants use this module
-    from puzzle.blocks.variants import ParentSubblock, State
+    from puzzle.variants.base import ParentSubblock, State
 
 RIDGE = 1e-3
 """Of a trained 5M Llama, held-out errors are the same within 0.3 % from 1e-5 to 1e-2 at 25 k tokens (2026-11-21)."""
@@ -83,7 +83,7 @@ def linear_loss(statistics: "State", weight: Tensor, bias: Tensor | None) -> flo
 
 
 def output_power(statistics: "State") -> Tensor:
-    """E||y||^2 of a half's contribution. []"""
+    """E||y||^2 of a subblock's contribution. []"""
     return statistics["output_power"].double() * len(statistics["output_mean"])
 
 

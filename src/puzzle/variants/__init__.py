@@ -1,28 +1,27 @@
 """Blocks: the variants, one block's choice, the space, and modules built from them."""
 
-from puzzle.blocks.attention import GroupedQuery, LinearAttention, NoAttention
-from puzzle.blocks.ffn import GatedFFN, LinearFFN, LowRankFFN, NoFFN
-from puzzle.blocks.linear import damping
-from puzzle.blocks.modules import (
+from puzzle.variants.attention import GroupedQuery, LinearAttention, NoAttention
+from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Unsized, Variant
+from puzzle.variants.ffn import GatedFFN, LinearFFN, LowRankFFN, NoFFN
+from puzzle.variants.linear import damping
+from puzzle.variants.modules import (
     build_subblock,
     contribution,
     num_params,
     split_state,
     weight_bytes,
 )
-from puzzle.blocks.prune import expected_losses, prune_space
-from puzzle.blocks.registry import REGISTRY, parse_variant, register, variant_from_config
-from puzzle.blocks.space import Architecture, BlockVariant, LayerSpace, Space, derive_space, hardware_multiple
-from puzzle.blocks.variants import HALVES, Half, ParentSubblock, Start, State, Unsized, Variant
+from puzzle.variants.prune import expected_losses, prune_space
+from puzzle.variants.registry import REGISTRY, parse_variant, register, variant_from_config
+from puzzle.variants.space import Architecture, BlockVariant, LayerSpace, Space, derive_space, hardware_multiple
 
 __all__ = [
-    "HALVES",
     "REGISTRY",
+    "SUBBLOCKS",
     "Architecture",
     "BlockVariant",
     "GatedFFN",
     "GroupedQuery",
-    "Half",
     "LayerSpace",
     "LinearAttention",
     "LinearFFN",
@@ -33,6 +32,7 @@ __all__ = [
     "Space",
     "Start",
     "State",
+    "Subblock",
     "Unsized",
     "Variant",
     "build_subblock",

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from puzzle.blocks.linear import linear_loss, linear_start
-from puzzle.blocks.variants import Half, Nothing, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants.base import Nothing, ParentSubblock, State, Subblock, Unsized, Variant
+from puzzle.variants.linear import linear_loss, linear_start
 
 _NORM = "input_layernorm."
 _LINEAR = "self_attn.linear_attn"
@@ -24,7 +24,7 @@ class GroupedQuery(Variant):
         sinks: how many of the sequence's first tokens it attends to besides (Xiao et al. 2024).
     """
 
-    half: ClassVar[Half] = "attention"
+    subblock: ClassVar[Subblock] = "attention"
     kind: ClassVar[str] = "gqa"
     closed_form: ClassVar[bool] = False
     output_projection: ClassVar[str | None] = "self_attn.o_proj"
@@ -120,7 +120,7 @@ class GroupedQuery(Variant):
 class LinearAttention(Unsized):
     """One linear map instead of attention: each token attends to itself alone."""
 
-    half: ClassVar[Half] = "attention"
+    subblock: ClassVar[Subblock] = "attention"
     kind: ClassVar[str] = "linear"
     closed_form: ClassVar[bool] = True
 
@@ -143,7 +143,7 @@ class LinearAttention(Unsized):
 class NoAttention(Nothing):
     """No KV cache either."""
 
-    half: ClassVar[Half] = "attention"
+    subblock: ClassVar[Subblock] = "attention"
 
 
 def _kv_tensors(state: State) -> set[str]:

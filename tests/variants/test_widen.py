@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.blocks.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
+from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 
-from puzzle.blocks import (
+from puzzle.variants import (
     GatedFFN,
     GroupedQuery,
     LinearAttention,
@@ -28,7 +28,7 @@ PAIRS = [
 def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: bool) -> None:
     model = pico_parent(attention_bias=bias, mlp_bias=bias)
     statistics = activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32, dtype=torch.float64))
-    start = narrow.initialise(subblock(model, narrow.half, statistics))
+    start = narrow.initialise(subblock(model, narrow.subblock, statistics))
     before = {name: tensor.clone() for name, tensor in start.items()}
     widened = narrow.widen(start, wide, model.config)
     assert widened is not None

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.blocks.conftest import activation_moments, moments, pico_parent, subblock
 from tests.conftest import pico_puzzle
+from tests.variants.conftest import activation_moments, moments, pico_parent, subblock
 from torch import Tensor
 
-from puzzle.blocks import (
+from puzzle.variants import (
     GatedFFN,
-    Half,
     LinearFFN,
     LowRankFFN,
     NoFFN,
     ParentSubblock,
     Space,
     Start,
+    Subblock,
     Variant,
     build_subblock,
     derive_space,
@@ -90,19 +90,19 @@ def test_it_falls_with_the_size(channels: Any) -> None:
 def test_every_variant_of_every_layer_is_asked_with_one_half_held_at_a_time() -> None:
     parent, _, _ = calibrated(bias=False)
     space = derive_space(parent.config, kv_heads=[], ffn_widths=[20], attention=["none"], ffn=["none", "rank6"])
-    asked: list[tuple[int, Half]] = []
+    asked: list[tuple[int, Subblock]] = []
 
-    def read(layer: int, half: Half) -> ParentSubblock:
-        asked.append((layer, half))
-        return parent if half == "ffn" else subblock(pico_parent(), "attention", {})
+    def read(layer: int, which: Subblock) -> ParentSubblock:
+        asked.append((layer, which))
+        return parent if which == "ffn" else subblock(pico_parent(), "attention", {})
 
     losses = expected_losses(read, space)
     assert asked == list(product(range(2), ("attention", "ffn")))
     assert list(losses) == [
-        (index, half, variant.name)
+        (index, subblock, variant.name)
         for index, layer in enumerate(space.layers)
-        for half in ("attention", "ffn")
-        for variant in layer.half(half)  # type: ignore[arg-type]
+        for subblock in ("attention", "ffn")
+        for variant in layer.subblock(subblock)  # type: ignore[arg-type]
     ]
     narrow = GatedFFN(20)
     assert losses[1, "ffn", "w20"] == narrow.expected_loss(parent, narrow.initialise(parent))
@@ -113,11 +113,11 @@ def pruned(ffn: dict[str, float | None], attention: dict[str, float | None], rat
     """What is left of a layer of `kv4+w48` with these variants and losses; a second layer loses nothing."""
     config = pico_puzzle("kv4+w48", "kv4+w48").config
     space = derive_space(config, kv_heads=[], ffn_widths=[], attention=list(attention), ffn=list(ffn))
-    tables: dict[Half, dict[str, float | None]] = {"attention": {"kv4": 0.0} | attention, "ffn": {"w48": 0.0} | ffn}
+    tables: dict[Subblock, dict[str, float | None]] = {"attention": {"kv4": 0.0} | attention, "ffn": {"w48": 0.0} | ffn}
     losses = {
-        (layer, half, name): loss if layer == 0 else None
+        (layer, subblock, name): loss if layer == 0 else None
         for layer in range(2)
-        for half, table in tables.items()
+        for subblock, table in tables.items()
         for name, loss in table.items()
     }
     left: Space = prune_space(space, losses, config, ratio)

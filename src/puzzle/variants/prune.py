@@ -2,43 +2,43 @@
 
 from collections.abc import Callable, Mapping
 
-from puzzle.blocks.modules import num_params
-from puzzle.blocks.space import LayerSpace, Space
-from puzzle.blocks.variants import HALVES, Half, ParentSubblock, Variant
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Subblock, Variant
+from puzzle.variants.modules import num_params
+from puzzle.variants.space import LayerSpace, Space
 
-ExpectedLosses = Mapping[tuple[int, Half, str], float | None]
-"""By layer, half and name of the variant."""
+ExpectedLosses = Mapping[tuple[int, Subblock, str], float | None]
+"""By layer, subblock and name of the variant."""
 
 
 def expected_losses(
-    subblock: Callable[[int, Half], ParentSubblock], space: Space
-) -> dict[tuple[int, Half, str], float | None]:
+    read: Callable[[int, Subblock], ParentSubblock], space: Space
+) -> dict[tuple[int, Subblock, str], float | None]:
     """What every variant's start loses on the calibration text, by its moments alone; None where these do not tell.
 
     Args:
-        subblock: reads a half of a layer of the parent; one is held at a time.
+        read: reads a subblock of a layer of the parent; one is held at a time.
     """
-    losses: dict[tuple[int, Half, str], float | None] = {}
+    losses: dict[tuple[int, Subblock, str], float | None] = {}
     for index, layer in enumerate(space.layers):
-        for half in HALVES:
-            parent = subblock(index, half)
-            for variant in layer.half(half):
-                losses[index, half, variant.name] = variant.expected_loss(parent, variant.initialise(parent))
+        for subblock in SUBBLOCKS:
+            parent = read(index, subblock)
+            for variant in layer.subblock(subblock):
+                losses[index, subblock, variant.name] = variant.expected_loss(parent, variant.initialise(parent))
     return losses
 
 
 def prune_space(space: Space, losses: ExpectedLosses, config: PuzzleConfig, ratio: float) -> Space:
-    """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their half.
+    """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their subblock.
 
     Smaller means: no more parameters and no larger KV cache; so `none`, which has neither, stays. So do the parent's
     own and what has no expected loss.
     """
 
-    def kept(layer: int, half: Half) -> tuple[Variant, ...]:
-        own, *others = space.layers[layer].half(half)
+    def kept(layer: int, subblock: Subblock) -> tuple[Variant, ...]:
+        own, *others = space.layers[layer].subblock(subblock)
         sizes = {variant: _sizes(variant, config) for variant in (own, *others)}
-        known = {variant: losses[layer, half, variant.name] for variant in (own, *others)}
+        known = {variant: losses[layer, subblock, variant.name] for variant in (own, *others)}
 
         def hopeless(variant: Variant) -> bool:
             loss = known[variant]
@@ -52,7 +52,7 @@ def prune_space(space: Space, losses: ExpectedLosses, config: PuzzleConfig, rati
         return (own, *(variant for variant in others if not hopeless(variant)))
 
     layers = range(len(space.layers))
-    return Space(tuple(LayerSpace(*(kept(layer, half) for half in HALVES)) for layer in layers))
+    return Space(tuple(LayerSpace(*(kept(layer, subblock) for subblock in SUBBLOCKS)) for layer in layers))
 
 
 def _sizes(variant: Variant, config: PuzzleConfig) -> tuple[int, int]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from puzzle.blocks.attention import GroupedQuery
-from puzzle.blocks.ffn import GatedFFN
-from puzzle.blocks.registry import parse_variant, variant_from_config
-from puzzle.blocks.variants import HALVES, Half, Unsized, Variant
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
+from puzzle.variants.attention import GroupedQuery
+from puzzle.variants.base import SUBBLOCKS, Subblock, Unsized, Variant
+from puzzle.variants.ffn import GatedFFN
+from puzzle.variants.registry import parse_variant, variant_from_config
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 """Widths below the parent's own (paper section 2.1)."""
@@ -28,8 +28,8 @@ class BlockVariant:
     def name(self) -> str:
         return f"{self.attention.name}+{self.ffn.name}"
 
-    def half(self, half: Half) -> Variant:
-        return self.attention if half == "attention" else self.ffn
+    def subblock(self, subblock: Subblock) -> Variant:
+        return self.attention if subblock == "attention" else self.ffn
 
     def module_config(self) -> Block:
         return {"attention": self.attention.module_config(), "ffn": self.ffn.module_config()}
@@ -113,8 +113,8 @@ class LayerSpace:
     def parent(self) -> BlockVariant:
         return BlockVariant(self.attention[0], self.ffn[0])
 
-    def half(self, half: Half) -> tuple[Variant, ...]:
-        return self.attention if half == "attention" else self.ffn
+    def subblock(self, subblock: Subblock) -> tuple[Variant, ...]:
+        return self.attention if subblock == "attention" else self.ffn
 
     def blocks(self) -> list[BlockVariant]:
         """Every composed block, the parent's own first."""
@@ -151,21 +151,23 @@ def derive_space(
     parent = Architecture.of(config)
     _check_kv_heads(kv_heads or (), parent)
     _check_ffn_widths(ffn_widths or (), parent)
-    named: dict[Half, list[Variant]] = {
+    named: dict[Subblock, list[Variant]] = {
         "attention": _named("attention", attention, parent, config),
         "ffn": _named("ffn", ffn, parent, config),
     }
     layers = []
     for block in parent.blocks:
-        sized: dict[Half, list[Variant]] = {"attention": [], "ffn": []}
+        sized: dict[Subblock, list[Variant]] = {"attention": [], "ffn": []}
         if isinstance(own := block.attention, GroupedQuery):
             counts = kv_heads if kv_heads is not None else _default_kv_heads(own.num_kv_heads)
             sized["attention"] = [replace(own, num_kv_heads=count) for count in sorted(counts, reverse=True)]
         if isinstance(block.ffn, GatedFFN):
             widths = ffn_widths if ffn_widths is not None else _default_widths(block.ffn.intermediate_size)
             sized["ffn"] = [GatedFFN(width) for width in sorted(widths, reverse=True)]
-        halves = (_fitting(block.half(half), sized[half] + named[half], config) for half in HALVES)
-        layers.append(LayerSpace(*halves))
+        subblocks = (
+            _fitting(block.subblock(subblock), sized[subblock] + named[subblock], config) for subblock in SUBBLOCKS
+        )
+        layers.append(LayerSpace(*subblocks))
     return Space(tuple(layers))
 
 
@@ -197,18 +199,19 @@ def _check_ffn_widths(widths: Sequence[int], parent: Architecture) -> None:
             raise PuzzleError(f"space.ffn_widths: {width} is not within any layer's width {own}; use smaller ones")
 
 
-def _named(half: Half, names: Sequence[str], parent: Architecture, config: PuzzleConfig) -> list[Variant]:
+def _named(subblock: Subblock, names: Sequence[str], parent: Architecture, config: PuzzleConfig) -> list[Variant]:
     """The variants of these names; each with a size must fit a layer."""
     variants = []
     for name in names:
         try:
-            variant = parse_variant(half, name)
+            variant = parse_variant(subblock, name)
         except PuzzleError as error:
-            raise PuzzleError(f"space.{half}: {error}") from None
-        owns = dict.fromkeys(block.half(half) for block in parent.blocks)
+            raise PuzzleError(f"space.{subblock}: {error}") from None
+        owns = dict.fromkeys(block.subblock(subblock) for block in parent.blocks)
         if not isinstance(variant, Unsized) and not any(_is_or_fits(variant, own, config) for own in owns):
             raise PuzzleError(
-                f"space.{half}: {name} is smaller than no layer's own ({', '.join(map(str, owns))}); use smaller sizes"
+                f"space.{subblock}: {name} is smaller than no layer's own ({', '.join(map(str, owns))}); "
+                "use smaller sizes"
             )
         variants.append(variant)
     return variants

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from puzzle.blocks.channels import rank_channels
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants.channels import rank_channels
 
-Half = Literal["attention", "ffn"]
-HALVES: tuple[Half, Half] = ("attention", "ffn")
+Subblock = Literal["attention", "ffn"]
+SUBBLOCKS: tuple[Subblock, Subblock] = ("attention", "ffn")
 State = dict[str, Tensor]
 """A subblock's tensors by their names in the layer, e.g. `self_attn.q_proj.weight`, its norm included."""
 
@@ -56,7 +56,7 @@ class ParentSubblock:
 class Variant(ABC):
     """One alternative for a subblock."""
 
-    half: ClassVar[Half]
+    subblock: ClassVar[Subblock]
     kind: ClassVar[str]
     closed_form: ClassVar[bool]
     """Whether its closed-form start is the optimum of the loss on its own contribution: nothing is left to train."""
@@ -66,7 +66,7 @@ class Variant(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short and unique within its half: `kv2`, `w512`, `linear`, `none`."""
+        """Short and unique within its subblock: `kv2`, `w512`, `linear`, `none`."""
 
     @abstractmethod
     def module_config(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Variant(ABC):
 
     @abstractmethod
     def fits(self, own: "Variant", config: PuzzleConfig) -> bool:
-        """Whether it is a smaller alternative to a layer's own variant of this half."""
+        """Whether it is a smaller alternative to a layer's own variant of this subblock."""
 
     @abstractmethod
     def initialise(self, parent: ParentSubblock) -> State:
@@ -135,7 +135,7 @@ class Unsized(Variant):
 
 
 class Nothing(Unsized):
-    """A half that is left out: no parameters, no norm."""
+    """A subblock that is left out: no parameters, no norm."""
 
     kind: ClassVar[str] = "none"
     closed_form: ClassVar[bool] = True

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import pico_puzzle
 
-from puzzle.blocks import GatedFFN, GroupedQuery, derive_space
-from puzzle.blocks.space import hardware_multiple
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants import GatedFFN, GroupedQuery, derive_space
+from puzzle.variants.space import hardware_multiple
 
 
 def config(heads: int = 8, kv_heads: int = 8, width: int = 512, layers: int = 2) -> PuzzleConfig:

@@ -4,8 +4,8 @@ import torch
 from tests.conftest import pico_puzzle
 from torch import Tensor
 
-from puzzle.blocks import GatedFFN, GroupedQuery, Half, ParentSubblock, State, split_state
 from puzzle.modeling import PuzzleForCausalLM
+from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, State, Subblock, split_state
 
 TOKENS = 200
 
@@ -42,8 +42,8 @@ def pico_parent(**overrides: object) -> PuzzleForCausalLM:
     return pico_puzzle("kv4+w48", "kv4+w48", **overrides).double()
 
 
-def subblock(model: PuzzleForCausalLM, half: Half, statistics: State) -> ParentSubblock:
+def subblock(model: PuzzleForCausalLM, subblock: Subblock, statistics: State) -> ParentSubblock:
     """The given half of layer 1, in float64."""
-    state = split_state(model.model.layers[1].state_dict(), half)
-    own = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}[half]
+    state = split_state(model.model.layers[1].state_dict(), subblock)
+    own = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}[subblock]
     return ParentSubblock(config=model.config, variant=own, state=state, statistics=statistics)

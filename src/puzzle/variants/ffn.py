@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from puzzle.blocks.linear import linear_loss, linear_start, output_power, reduced_rank, refit
-from puzzle.blocks.modules import num_params
-from puzzle.blocks.variants import Half, Nothing, ParentSubblock, State, Unsized, Variant
 from puzzle.modeling import PuzzleConfig
+from puzzle.variants.base import Nothing, ParentSubblock, State, Subblock, Unsized, Variant
+from puzzle.variants.linear import linear_loss, linear_start, output_power, reduced_rank, refit
+from puzzle.variants.modules import num_params
 
 _NORM = "post_attention_layernorm."
 
@@ -19,7 +19,7 @@ _NORM = "post_attention_layernorm."
 class GatedFFN(Variant):
     """The family's gated FFN with `intermediate_size` channels; with the parent's number, the parent's own FFN."""
 
-    half: ClassVar[Half] = "ffn"
+    subblock: ClassVar[Subblock] = "ffn"
     kind: ClassVar[str] = "gated"
     closed_form: ClassVar[bool] = False
     output_projection: ClassVar[str | None] = "mlp.down_proj"
@@ -49,7 +49,7 @@ class GatedFFN(Variant):
         return isinstance(own, GatedFFN) and self.intermediate_size < own.intermediate_size
 
     def initialise(self, parent: ParentSubblock) -> State:
-        """Keep the first channels of the ranking (`puzzle.blocks.channels`); refit the down projection to them.
+        """Keep the first channels of the ranking (`puzzle.variants.channels`); refit the down projection to them.
 
         The refit is the least-squares optimum of the BLD loss for the kept channels; a bias stays the parent's. The
         start of the paper keeps the down projection's own columns.
@@ -105,7 +105,7 @@ class GatedFFN(Variant):
 class LowRankFFN(Variant):
     """Two linear maps through `rank` channels instead of the FFN."""
 
-    half: ClassVar[Half] = "ffn"
+    subblock: ClassVar[Subblock] = "ffn"
     kind: ClassVar[str] = "low_rank"
     closed_form: ClassVar[bool] = True
     output_projection: ClassVar[str | None] = "mlp.expand_proj"
@@ -171,7 +171,7 @@ class LowRankFFN(Variant):
 class LinearFFN(Unsized):
     """One linear map instead of the FFN."""
 
-    half: ClassVar[Half] = "ffn"
+    subblock: ClassVar[Subblock] = "ffn"
     kind: ClassVar[str] = "linear"
     closed_form: ClassVar[bool] = True
 
@@ -196,7 +196,7 @@ class LinearFFN(Unsized):
 class NoFFN(Nothing):
     """Nothing: no parameters, no norm."""
 
-    half: ClassVar[Half] = "ffn"
+    subblock: ClassVar[Subblock] = "ffn"
 
 
 def _without_gate(state: State) -> tuple[Tensor, Tensor | None]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.blocks.conftest import moments, pico_parent
 from tests.conftest import pico_puzzle
+from tests.variants.conftest import moments, pico_parent
 from torch import Tensor
 
-from puzzle.blocks import (
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.variants import (
     GroupedQuery,
     LinearAttention,
     NoAttention,
@@ -22,8 +24,6 @@ from puzzle.blocks import (
     split_state,
     variant_from_config,
 )
-from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleForCausalLM
 
 IMPORTANCE = Start(kv_heads="importance")
 PAPER = Start(method="paper")

@@ -9,19 +9,21 @@ from hypothesis import strategies as st
 from tests.conftest import pico_llama, pico_puzzle
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from puzzle.blocks import (
-    HALVES,
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.variants import (
     REGISTRY,
+    SUBBLOCKS,
     Architecture,
     BlockVariant,
     GatedFFN,
     GroupedQuery,
-    Half,
     LinearAttention,
     LinearFFN,
     LowRankFFN,
     NoAttention,
     NoFFN,
+    Subblock,
     Variant,
     build_subblock,
     num_params,
@@ -31,8 +33,6 @@ from puzzle.blocks import (
     variant_from_config,
     weight_bytes,
 )
-from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 
 ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))
 FFN = st.one_of(
@@ -44,22 +44,22 @@ FFN = st.one_of(
 
 @given(st.one_of(ATTENTION, FFN))
 def test_a_variant_from_its_name_and_from_its_entry(variant: Variant) -> None:
-    assert parse_variant(variant.half, variant.name) == variant
-    assert variant_from_config(variant.half, variant.module_config()) == variant
+    assert parse_variant(variant.subblock, variant.name) == variant
+    assert variant_from_config(variant.subblock, variant.module_config()) == variant
     assert str(variant) == variant.name
 
 
 @given(st.builds(BlockVariant, ATTENTION, FFN))
 def test_a_block_from_its_name(block: BlockVariant) -> None:
     assert BlockVariant.parse(block.name) == block
-    assert (block.half("attention"), block.half("ffn")) == (block.attention, block.ffn)
+    assert (block.subblock("attention"), block.subblock("ffn")) == (block.attention, block.ffn)
 
 
 @given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvwins0123456789linearonek+ -", max_size=12))
-def test_no_other_name_is_taken(half: Half, name: str) -> None:
+def test_no_other_name_is_taken(subblock: Subblock, name: str) -> None:
     """What is accepted is written just so."""
     with suppress(PuzzleError):
-        assert parse_variant(half, name).name == name
+        assert parse_variant(subblock, name).name == name
 
 
 @pytest.mark.parametrize("name", ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²"])
@@ -78,9 +78,9 @@ def test_a_kind_that_nobody_registered() -> None:
     with pytest.raises(PuzzleError, match=r"blocks: ffn kind 'moe' is unknown; use gated, .*, or import the module"):
         variant_from_config("ffn", {"kind": "moe"})
     config = pico_puzzle("kv4+w48").config
-    for half in HALVES:
-        blocks = [{"attention": {"kind": "none"}, "ffn": {"kind": "none"}} | {half: {"kind": "moe"}}]
-        with pytest.raises(ValueError, match=rf"blocks: {half} kind 'moe' is unknown; .* import the module"):
+    for subblock in SUBBLOCKS:
+        blocks = [{"attention": {"kind": "none"}, "ffn": {"kind": "none"}} | {subblock: {"kind": "moe"}}]
+        with pytest.raises(ValueError, match=rf"blocks: {subblock} kind 'moe' is unknown; .* import the module"):
             PuzzleForCausalLM(PuzzleConfig(**config.to_dict() | {"blocks": blocks}))
 
 
@@ -96,8 +96,8 @@ def test_a_block_needs_both_halves(name: str) -> None:
 
 
 def test_kinds_are_registered_by_their_names() -> None:
-    for half, kinds in REGISTRY.items():
-        assert all(kind.half == half and kind.kind == name for name, kind in kinds.items())
+    for subblock, kinds in REGISTRY.items():
+        assert all(kind.subblock == subblock and kind.kind == name for name, kind in kinds.items())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_kinds_are_registered_by_their_names() -> None:
     ids=str,
 )
 def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> None:
-    """The halves of a model and what lies outside its layers are the whole, and a layer is Llama's own."""
+    """The subblocks of a model and what lies outside its layers are the whole, and a layer is Llama's own."""
     model = pico_puzzle("kv2+w48", "kv1+w5", "linear+linear", "none+rank3", "none+none", **overrides)
     architecture = Architecture.of(model.config)
     counts = [
@@ -119,10 +119,10 @@ def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> 
     ]
     for layer, block in zip(model.model.layers, architecture.blocks, strict=True):
         state = layer.state_dict()
-        for half in ("attention", "ffn"):
-            expected = sum(tensor.numel() for tensor in split_state(state, half).values())
-            assert num_params(block.half(half), model.config) == expected
-            assert weight_bytes(block.half(half), model.config, torch.bfloat16) == 2 * expected
+        for subblock in ("attention", "ffn"):
+            expected = sum(tensor.numel() for tensor in split_state(state, subblock).values())
+            assert num_params(block.subblock(subblock), model.config) == expected
+            assert weight_bytes(block.subblock(subblock), model.config, torch.bfloat16) == 2 * expected
     outer = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
     outer += 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
     assert sum(counts) + outer == model.num_parameters()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.blocks.conftest import activation_moments, spread_activations
+from tests.variants.conftest import activation_moments, spread_activations
 from torch import Tensor
 
-from puzzle.blocks.channels import rank_channels
-from puzzle.blocks.linear import damping, refit
+from puzzle.variants.channels import rank_channels
+from puzzle.variants.linear import damping, refit
 
 RANKINGS = [(False, True), (True, False), (True, True)]
 
@@ -94,7 +94,7 @@ def test_batches_cost_little() -> None:
     independent = ranked(down_DI, activation_NI, False, True)
     batched = ranked(down_DI, activation_NI, True, True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("puzzle.blocks.channels._BATCH_SHARE", 0.0)
+        patch.setattr("puzzle.variants.channels._BATCH_SHARE", 0.0)
         single = ranked(down_DI, activation_NI, True, True)
     assert single != batched
     for width in (40, 80, 120):
