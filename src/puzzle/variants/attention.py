@@ -96,6 +96,17 @@ class GroupedQuery(Variant):
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return 0.0 if parent.variant == self else None
 
+    @property
+    def cell(self) -> str:
+        if self.window is None:
+            return "fewer KV heads"
+        return "window with sinks" if self.sinks else "window"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
+        if self.window is not None:
+            return None
+        return {"n_heads_in_group": config.num_attention_heads // self.num_kv_heads}
+
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, GroupedQuery) or wider.num_kv_heads % self.num_kv_heads:
             return None
@@ -138,12 +149,23 @@ class LinearAttention(Unsized):
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return linear_loss(parent.statistics, state[f"{_LINEAR}.weight"], state.get(f"{_LINEAR}.bias"))
 
+    @property
+    def cell(self) -> str:
+        return "linear attention"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+        return {"replace_with_linear": True}
+
 
 @dataclass(frozen=True)
 class NoAttention(Nothing):
     """No KV cache either."""
 
     subblock: ClassVar[Subblock] = "attention"
+
+    @property
+    def cell(self) -> str:
+        return "no attention"
 
 
 def _kv_tensors(state: State) -> set[str]:

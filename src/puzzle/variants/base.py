@@ -103,6 +103,15 @@ class Variant(ABC):
         """Keys and values cached for a sequence of `tokens`."""
         return 0
 
+    @property
+    def cell(self) -> str:
+        """Its row in the table of what engines can run (`puzzle.engines.capability`, docs/engines.md)."""
+        return "other kinds"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
+        """Its half of an entry of DeciLM's `block_configs`, without the keys that are false; None: not expressible."""
+        return None
+
     def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
         """`state` as weights of the larger variant `wider` that computes the same; None where there is no such form."""
         return None
@@ -148,3 +157,6 @@ class Nothing(Unsized):
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return 1.0
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+        return {"no_op": True}

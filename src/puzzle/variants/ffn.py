@@ -82,6 +82,13 @@ class GatedFFN(Variant):
         moment_II = parent.statistics["activation_second_moment"].double()
         return float((left_DI @ moment_II * left_DI).sum() / output_power(parent.statistics))
 
+    @property
+    def cell(self) -> str:
+        return "narrower FFN"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+        return {"intermediate_size": self.intermediate_size}
+
     def _kept(self, parent: ParentSubblock) -> Tensor:
         """The parent's channels that it has, in their order. [I']"""
         assert isinstance(parent.variant, GatedFFN)
@@ -157,6 +164,10 @@ class LowRankFFN(Variant):
         weight_DD = state["mlp.expand_proj.weight"].double() @ state["mlp.reduce_proj.weight"].double()
         return linear_loss(parent.statistics, weight_DD, state.get("mlp.expand_proj.bias"))
 
+    @property
+    def cell(self) -> str:
+        return "low-rank FFN"
+
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, LowRankFFN) or wider.rank < self.rank:
             return None
@@ -191,12 +202,23 @@ class LinearFFN(Unsized):
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return linear_loss(parent.statistics, state["mlp.linear_mlp.weight"], state.get("mlp.linear_mlp.bias"))
 
+    @property
+    def cell(self) -> str:
+        return "linear FFN"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+        return {"replace_with_linear": True}
+
 
 @dataclass(frozen=True)
 class NoFFN(Nothing):
     """Nothing: no parameters, no norm."""
 
     subblock: ClassVar[Subblock] = "ffn"
+
+    @property
+    def cell(self) -> str:
+        return "no FFN"
 
 
 def _without_gate(state: State) -> tuple[Tensor, Tensor | None]:
