@@ -12,7 +12,8 @@ from typing import Any
 
 from setting import opened, recipe
 
-from puzzle import CostTable, Pipeline, Recipe, evaluate, realise, refine, solve
+from puzzle import CostTable, Pipeline, Recipe, realise, refine, solve
+from puzzle.evaluate import evaluate
 
 SPEEDS = ("1.5x", "2x", "3x")
 SPACE = {"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]}

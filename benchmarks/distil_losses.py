@@ -16,7 +16,8 @@ from ablations import BASE
 from setting import CHILD, opened, recipe
 
 import puzzle.distill.trainer
-from puzzle import Child, Pipeline, Quality, distil, evaluate, realise
+from puzzle import Child, Pipeline, Quality, distil, realise
+from puzzle.evaluate import evaluate
 
 TOKENS = 65_536
 LOSSES = {

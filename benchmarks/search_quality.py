@@ -16,9 +16,10 @@ from typing import Any
 
 from setting import opened, recipe
 
-from puzzle import CostTable, Pipeline, Recipe, distil, evaluate, realise, solve
+from puzzle import CostTable, Pipeline, Recipe, distil, realise, solve
 from puzzle.correct import correct
 from puzzle.errors import PuzzleError
+from puzzle.evaluate import evaluate
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run
 from puzzle.search import BASELINES, solve_baseline

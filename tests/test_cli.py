@@ -424,17 +424,6 @@ def test_init_for_a_parent_whose_layers_differ(tmp_path: Path, capsys: pytest.Ca
     assert "4 layers, each of its own sizes, " in capsys.readouterr().out
 
 
-def test_a_program_of_ones_own_is_not_the_command_line(tmp_path: Path) -> None:
-    """Which imports little; a package that is run with -m, and a file that is called puzzle, get all of it."""
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "__init__.py").write_text("from puzzle import Recipe\n")
-    for place in (tmp_path / "own" / "__main__.py", tmp_path / "puzzle"):
-        place.write_text("from puzzle import Recipe\nprint(Recipe.__name__)\n")
-    script = f"import os, sys; os.chdir({str(tmp_path)!r}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    for arguments in (["-m", "own"], ["puzzle"]):
-        assert python("-c", script, *arguments).stdout == "Recipe\n"
-
-
 def test_a_version_or_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["--version"])
     shown = capsys.readouterr()

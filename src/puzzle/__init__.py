@@ -1,22 +1,18 @@
 """Puzzle: from a trained language model, a machine, an engine and a target, a child that is cheaper to serve.
 
-Importing it also registers the child's model class with transformers.
+Names are imported when they are first used, so that `import puzzle` takes no time. It also makes transformers know the
+child's model class: at once if transformers is imported already, and otherwise as soon as it is.
 """
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-
-def _is_command_line() -> bool:
-    """Whether this is `puzzle` or `python -m puzzle`, and not a program of a user's own."""
-    program, given = Path(sys.argv[0]), sys.orig_argv
-    if program.name == "-m":
-        return "-m" in given and given[given.index("-m") + 1] == "puzzle"
-    return program.name == "puzzle" and program.parent == Path(sys.executable).parent
-
-
-# The command line starts in a fraction of a second and imports what each command needs.
-if not _is_command_line():
+if TYPE_CHECKING:
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.child import Child, realise, refine
     from puzzle.correct import TrueScore
@@ -24,61 +20,85 @@ if not _is_command_line():
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
     from puzzle.errors import PuzzleError
-    from puzzle.evaluate import Quality, evaluate, measure_speed
+    from puzzle.evaluate import Quality, measure_speed
     from puzzle.export import export_hf
     from puzzle.library import Library, Statistics, build_library, calibrate
     from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
     from puzzle.parents import Parent, open_parent
-    from puzzle.pipeline import Pipeline, plan, run_stage
+    from puzzle.pipeline import Pipeline, run_stage
     from puzzle.recipe import Recipe
     from puzzle.runs import Run, create_folder, open_run
     from puzzle.scores import score
     from puzzle.search import frontier, solve
     from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
-    __all__ = [
-        "Architecture",
-        "BlockVariant",
-        "Bounds",
-        "Child",
-        "Cost",
-        "CostTable",
-        "Library",
-        "LibraryIndex",
-        "Parent",
-        "Pipeline",
-        "PuzzleConfig",
-        "PuzzleError",
-        "PuzzleForCausalLM",
-        "Quality",
-        "Recipe",
-        "Run",
-        "Scenario",
-        "ScoreTable",
-        "Solution",
-        "Space",
-        "Statistics",
-        "TokenData",
-        "Totals",
-        "TrueScore",
-        "build_library",
-        "calibrate",
-        "create_folder",
-        "derive_space",
-        "distil",
-        "evaluate",
-        "export_hf",
-        "frontier",
-        "measure_costs",
-        "measure_speed",
-        "open_parent",
-        "open_run",
-        "plan",
-        "prepare_data",
-        "realise",
-        "refine",
-        "run_stage",
-        "score",
-        "solve",
-        "time_checkpoints",
-    ]
+# fmt: off
+__all__ = [
+    "Architecture", "BlockVariant", "Bounds", "Child", "Cost", "CostTable", "Library", "LibraryIndex", "Parent",
+    "Pipeline", "PuzzleConfig", "PuzzleError", "PuzzleForCausalLM", "Quality", "Recipe", "Run", "Scenario",
+    "ScoreTable", "Solution", "Space", "Statistics", "TokenData", "Totals", "TrueScore", "build_library", "calibrate",
+    "create_folder", "derive_space", "distil", "export_hf", "frontier", "measure_costs", "measure_speed", "open_parent",
+    "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve", "time_checkpoints",
+]
+# fmt: on
+
+_HOMES = {
+    "artefacts": "Bounds Cost CostTable LibraryIndex Scenario ScoreTable Solution Totals",
+    "child": "Child realise refine",
+    "correct": "TrueScore",
+    "costs": "measure_costs time_checkpoints",
+    "data": "TokenData prepare_data",
+    "distill": "distil",
+    "errors": "PuzzleError",
+    "evaluate": "Quality measure_speed",
+    "export": "export_hf",
+    "library": "Library Statistics build_library calibrate",
+    "modeling": "PuzzleConfig PuzzleForCausalLM",
+    "parents": "Parent open_parent",
+    "pipeline": "Pipeline run_stage",
+    "recipe": "Recipe",
+    "runs": "Run create_folder open_run",
+    "scores": "score",
+    "search": "frontier solve",
+    "variants": "Architecture BlockVariant Space derive_space",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"puzzle.{room}"), name)
+    raise AttributeError(f"module 'puzzle' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Registration(MetaPathFinder):
+    """Has `puzzle.modeling`, which registers the model class, imported right after transformers itself."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "transformers":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:  # only once
+                    sys.meta_path.remove(self)
+                    import_module("puzzle.modeling")
+
+            setattr(spec.loader, "exec_module", execute_and_register)  # noqa: B010
+        return spec
+
+
+if "transformers" in sys.modules:
+    import_module("puzzle.modeling")
+else:
+    sys.meta_path.insert(0, _Registration())
