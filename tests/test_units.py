@@ -1,5 +1,7 @@
 """Quantities as people write them."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,9 @@ from puzzle.units import (
     Milliseconds,
     Speed,
     format_bytes,
+    format_number,
+    format_percent,
+    format_ratio,
     format_seconds,
     parse_count,
     parse_fraction,
@@ -97,15 +102,29 @@ def test_one_amount_written_in_two_ways_is_kept_as_one_text() -> None:
     assert texts == {"2x"}
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (24e9, "24.0 GB"), (3.2e15, "3200.0 TB")]
-)
-def test_bytes_to_read(count: float, text: str) -> None:
-    assert format_bytes(count) == text
+@given(st.floats(1e-12, 1e15), st.integers(2, 6))
+def test_numbers_keep_their_significant_digits(value: float, digits: int) -> None:
+    shown = float(format_number(value, digits).replace(",", ""))
+    assert shown == pytest.approx(value, rel=0.5001 * 10 ** (1 - digits))
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+    ("shown", "wanted"),
+    [
+        (format_number(999.6), "1,000"),
+        (format_number(math.inf), "-"),
+        (format_bytes(0), "0 B"),
+        (format_bytes(999), "999 B"),
+        (format_bytes(24e9), "24.0 GB"),
+        (format_bytes(3.2e15), "3200.0 TB"),
+        (format_percent(0.913), "91.3 %"),
+        (format_ratio(1.969), "1.97x"),
+        (format_seconds(0.2), "0 s"),
+        (format_seconds(59.4), "59 s"),
+        (format_seconds(59.6), "1 min 0 s"),
+        (format_seconds(200), "3 min 20 s"),
+        (format_seconds(7500), "2 h 5 min"),
+    ],
 )
-def test_times_to_read(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
+def test_numbers_read_well(shown: str, wanted: str) -> None:
+    assert shown == wanted

@@ -96,6 +96,28 @@ Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(lambda count:
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]
 
 
+def format_number(value: float, digits: int = 3) -> str:
+    """`value` to `digits` significant digits: `0.0123`, `4,890`; in exponent form below 1e-5; `-` if not finite."""
+    if not math.isfinite(value):
+        return "-"
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-5:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+
+
+def format_percent(fraction: float) -> str:
+    """`91.3 %`."""
+    return f"{format_number(100 * fraction)} %"
+
+
+def format_ratio(value: float) -> str:
+    """A multiple as recipes write it: `1.97x`."""
+    return f"{format_number(value)}x"
+
+
 def format_bytes(count: float) -> str:
     """`24.0 GB`, in powers of 1000 as disks and engines are sold."""
     for unit in ("B", "kB", "MB", "GB"):
