@@ -22,6 +22,7 @@ from puzzle.confirm import checked, confirmed_search, first_confirmed
 from puzzle.correct import TrueScore, correct
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
+from puzzle.device import choose_device
 from puzzle.distill import distil, distillation_curve
 from puzzle.evaluate import evaluate, measure_speed, table_row
 from puzzle.export import deployable, export_hf
@@ -32,7 +33,7 @@ from puzzle.plan import check_installed, check_recipe, estimate, plan_devices
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
-from puzzle.runs import Run, choose_device, write_json, write_text
+from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
 from puzzle.variants import Space, derive_space

@@ -28,8 +28,8 @@ from puzzle.distill.spikes import MAX_SKIPS, SpikeGuard
 from puzzle.distill.teachers import Lesson
 from puzzle.distill.trackers import Tracker, open_trackers
 from puzzle.distributed.group import Group
+from puzzle.distributed.old_state import ShardedState, remove_states
 from puzzle.distributed.sharding import collect, release, whole
-from puzzle.distributed.state import ShardedState, remove_states
 from puzzle.distributed.stop import stop_when_asked
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM

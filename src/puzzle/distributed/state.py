@@ -9,13 +9,15 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -23,47 +25,93 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from puzzle.distributed.group import Group
+from puzzle.errors import PuzzleError
+
+CHECKPOINT_INTERVAL_S = 30.0
+"""Work lost at most when a training is killed, unless saving takes long."""
+
+_PAUSE_PER_SAVE = 20
+"""Times that a save took must pass before the next one: saving takes a twentieth of the time at most."""
+
+_ASSUMED_BYTES_PER_S = 5e8
+"""Speed of the first save, before one was measured."""
 
 _NAME = "training{}"
 _PART = ".part"
 """Ends the name of a folder that is not whole yet."""
 
 
-class ShardedState:
-    """Parameters, optimiser moments and the number of steps done.
+class SaveTimer:
+    """Says when to save again: every `CHECKPOINT_INTERVAL_S`, or so rarely that it costs a twentieth of the time.
 
     Args:
-        parameters: all that is saved, whether an optimiser has it or not; shares of tensors, or whole ones that are the
+        num_bytes: what a save writes.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._save_seconds, self._last = num_bytes / _ASSUMED_BYTES_PER_S, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= max(CHECKPOINT_INTERVAL_S, _PAUSE_PER_SAVE * self._save_seconds)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around each save."""
+        began = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._save_seconds = self._last - began
+
+
+class TrainingState:
+    """Parameters, optimizer moments and the number of steps done.
+
+    Args:
+        parameters: all that is saved, whether an optimizer has it or not; shares of tensors, or whole ones that are the
             same in all processes.
     """
 
-    def __init__(self, folder: Path, parameters: Mapping[str, Tensor], *optimizers: Optimizer) -> None:
-        self._folder, self._parameters, self._optimizers = folder, parameters, optimizers
-        self._group = Group.current()
-        self._last_save, self._saved_steps = time.monotonic(), 0
+    def __init__(self, folder: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
+        self._folder, self._parameters, self._group = folder, parameters, Group.current()
+        self._owners = {
+            parameter: (optimizer, group)
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        copies = 1 + 2 * len(self._owners) / max(1, len(parameters))
+        self._timer = SaveTimer(int(copies * sum(value.numel() * value.itemsize for value in parameters.values())))
+        self._saved_steps = 0
 
-    def age(self) -> float:
-        """Seconds since it was saved."""
-        return time.monotonic() - self._last_save
+    def due(self) -> bool:
+        """Whether to save now, as far as the clock of this process says."""
+        return self._timer.due()
 
     def restore(self) -> int:
-        """Put the newest saved state back, if there is one; returns the number of steps done."""
-        steps = self._group.first(self._newest)
+        """Load the newest saved state, if it has all of these parameters; returns the number of steps done, or 0.
+
+        It may have others, which are left alone: of students that were trained together some may be finished.
+
+        Raises:
+            PuzzleError: it is damaged.
+        """
+        steps = self._group.first(lambda: _newest(self._folder))
         if not steps:
             return 0
-        reader = HuggingFaceStorageReader(str(self._path(steps)))
-        stored = reader.read_metadata().state_dict_metadata
-        tensors = {key: self._place(key, facts) for key, facts in stored.items()}
-        with _quiet():
+        reader, stored = _read(self._folder, steps)
+        if not self._parameters.keys() <= _names(stored):
+            return 0
+        wanted = {key: facts for key, facts in stored.items() if key.partition(".")[2] in self._parameters}
+        tensors = {key: self._place(key, facts) for key, facts in wanted.items()}
+        with _quiet(), _explained(self._folder, steps):
             load(tensors, storage_reader=reader, no_dist=self._group.size == 1)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter] = {}
-        for full_name, value in tensors.items():
-            key, _, name = full_name.partition(".")
-            if key not in ("steps", "parameter"):
-                self._state(self._parameters[name])[key] = value
+        for parameter, (optimizer, _) in self._owners.items():
+            optimizer.state[parameter] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind != "parameter":
+                optimizer, _ = self._owners[self._parameters[name]]
+                optimizer.state[self._parameters[name]][kind] = value
         self._saved_steps = steps
         return steps
 
@@ -71,18 +119,20 @@ class ShardedState:
         """Write it; all processes call this together, and one state is on disk at any time."""
         if steps == self._saved_steps:
             return
-        tensors: dict[str, Any] = {"steps": torch.tensor(steps)}
+        tensors = {}
         for name, parameter in self._parameters.items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            for key, value in self._state(parameter).items():
-                tensors[f"{key}.{name}"] = value
-        part = self._path(steps).with_suffix(_PART)
+            if parameter in self._owners:
+                for kind, value in self._owners[parameter][0].state[parameter].items():
+                    tensors[f"{kind}.{name}"] = value
+        path = _folder_of(self._folder, steps)
+        part = path.with_suffix(_PART)
         self._group.first(lambda: shutil.rmtree(part, ignore_errors=True))
-        with _quiet():
+        with self._timer.saving(), _quiet():
             writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
             save(tensors, storage_writer=writer, no_dist=self._group.size == 1)
-        self._group.first(lambda: self._finish(part, self._path(steps)))
-        self._last_save, self._saved_steps = time.monotonic(), steps
+        self._group.first(lambda: self._finish(part, path))
+        self._saved_steps = steps
 
     def _finish(self, part: Path, path: Path) -> None:
         _flush(part)
@@ -92,41 +142,58 @@ class ShardedState:
             if other != path:
                 shutil.rmtree(other)
 
-    def _newest(self) -> int:
-        found = [path for path in self._folder.glob(_NAME.format("*")) if path.suffix != _PART]
-        return max((int(path.name.removeprefix(_NAME.format(""))) for path in found), default=0)
-
-    def _path(self, steps: int) -> Path:
-        return self._folder / _NAME.format(f"{steps:06d}")
-
-    def _place(self, full_name: str, stored: Any) -> Tensor:
+    def _place(self, key: str, stored: Any) -> Tensor:
         """Where a stored tensor is read to: the parameter itself, or memory for a moment, shared out as it is."""
-        key, _, name = full_name.partition(".")
-        if key == "steps":
-            return torch.zeros((), dtype=torch.int64)
+        kind, _, name = key.partition(".")
         parameter = self._parameters[name].detach()
-        if key == "parameter":
+        if kind == "parameter":
             return parameter
         if isinstance(parameter, DTensor) and stored.size == parameter.shape:
             return torch.zeros_like(parameter, dtype=stored.properties.dtype)
-        # Step counters stay on the CPU but for fused optimisers, whose kernels read them where the weights are.
-        moved = key != "step" or self._is_fused(name)
+        # Step counters stay on the CPU but for fused optimizers, whose kernels read them where the weights are.
+        moved = kind != "step" or self._owners[self._parameters[name]][1].get("fused")
         return torch.zeros(stored.size, dtype=stored.properties.dtype, device=parameter.device if moved else "cpu")
 
-    def _is_fused(self, name: str) -> bool:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        held = [group for group in groups if any(value is self._parameters[name] for value in group["params"])]
-        return bool(held and held[0].get("fused"))
 
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Moments and step counter; empty of a parameter that was never stepped."""
-        return next((optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state), {})
+def saved_names(folder: Path) -> set[str]:
+    """Names of the parameters in the newest state that is saved in `folder`; none if there is no state."""
+    steps = _newest(folder)
+    return _names(_read(folder, steps)[1]) if steps else set()
 
 
 def remove_states(folder: Path) -> None:
     """Delete what only a training that goes on would need."""
     for path in folder.glob(_NAME.format("*")):
         shutil.rmtree(path)
+
+
+def _newest(folder: Path) -> int:
+    found = [path for path in folder.glob(_NAME.format("*")) if path.suffix != _PART]
+    return max((int(path.name.removeprefix(_NAME.format(""))) for path in found), default=0)
+
+
+def _folder_of(folder: Path, steps: int) -> Path:
+    return folder / _NAME.format(f"{steps:06d}")
+
+
+def _read(folder: Path, steps: int) -> tuple[HuggingFaceStorageReader, dict[str, Any]]:
+    """The reader of a saved state, and what is in it."""
+    with _explained(folder, steps):
+        reader = HuggingFaceStorageReader(str(_folder_of(folder, steps)))
+        return reader, dict(reader.read_metadata().state_dict_metadata)
+
+
+def _names(stored: Mapping[str, Any]) -> set[str]:
+    return {key.partition(".")[2] for key in stored if key.startswith("parameter.")}
+
+
+@contextmanager
+def _explained(folder: Path, steps: int) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+        path = _folder_of(folder, steps)
+        raise PuzzleError(f"{path} is damaged ({error}); delete it, and run the same command again") from None
 
 
 @contextmanager

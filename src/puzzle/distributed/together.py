@@ -7,10 +7,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from puzzle.device import choose_device
 from puzzle.distributed.group import Group, is_lost_peer, start
 from puzzle.errors import PuzzleError, one_line
 from puzzle.recipe import Recipe
-from puzzle.runs import Run, check_folder, choose_device, open_run
+from puzzle.runs import Run, check_folder, open_run
 
 TOGETHER = ("teacher", "distil")
 """The stages that several processes work on as one."""

@@ -10,7 +10,7 @@ from puzzle.runs.files import (
     write_text,
 )
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, check_folder, check_new, choose_device, create_folder, is_run_folder, open_run
+from puzzle.runs.run import Run, check_folder, check_new, create_folder, is_run_folder, open_run
 from puzzle.runs.stage import Stage, digest
 from puzzle.runs.status import status
 
@@ -20,7 +20,6 @@ __all__ = [
     "Stage",
     "check_folder",
     "check_new",
-    "choose_device",
     "create_folder",
     "digest",
     "is_run_folder",

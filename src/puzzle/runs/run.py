@@ -12,7 +12,6 @@ of its inputs.
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +85,8 @@ class Run:
     @property
     def device(self) -> "torch.device":
         """`execution.device`; `auto` is the GPU if there is one."""
+        from puzzle.device import choose_device
+
         return choose_device(self.recipe.execution.device)
 
     def apply_threads(self) -> None:
@@ -97,22 +98,17 @@ class Run:
 
     @property
     def memory_bytes(self) -> int:
-        """`execution.memory`, or half of the device's free memory."""
-        if self.recipe.execution.memory is not None:
-            return self.recipe.execution.memory
-        if self.device.type == "cuda":
-            import torch
+        """`execution.memory`, or a share of the device's free memory."""
+        from puzzle.device import memory_bytes
 
-            kept_by_torch = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            return (torch.cuda.mem_get_info(self.device)[0] + kept_by_torch) // 2
-        return _available_bytes() // 2
+        return memory_bytes(self.device, self.recipe.execution.memory)
 
     @property
     def disk_bytes(self) -> int:
         """`execution.disk`, or half of what is free where the run folder is."""
-        if self.recipe.execution.disk is not None:
-            return self.recipe.execution.disk
-        return shutil.disk_usage(self.path).free // 2
+        from puzzle.device import disk_bytes
+
+        return disk_bytes(self.path, self.recipe.execution.disk)
 
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""
@@ -124,21 +120,6 @@ class Run:
 
     def log_warning(self, line: str) -> None:
         self.log(f"warning: {line}")
-
-
-def choose_device(wanted: str) -> "torch.device":
-    """The device that `execution.device` names; a `PuzzleError` if torch cannot use it here."""
-    import torch
-
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
-    return device
 
 
 def is_run_folder(path: Path) -> bool:
@@ -198,15 +179,6 @@ def process_in(path: Path) -> int | None:
     except PermissionError:
         pass  # another user's, so it lives
     return process
-
-
-def _available_bytes() -> int:
-    """What Linux would give without swapping, file caches included; on other systems, all there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

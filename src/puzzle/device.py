@@ -1,0 +1,158 @@
+"""Everything that depends on the device that computes: nobody else asks what kind of device it is.
+
+float32 stays float32 (no TF32), since laws compare bits; bfloat16, `precision` in the recipe, is the fast way. Nothing
+is compiled yet: once a measurement says what `torch.compile` of GKD's layers brings on a GPU, it is decided here. The
+attention kernel is SDPA's choice, made in `modeling`.
+"""
+
+import gc
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from puzzle.errors import PuzzleError
+
+_GPU_SHARE, _CPU_SHARE = 0.8, 0.5
+"""Of free memory, for weights and training states. A GPU is ours alone: what is left over holds a batch's activations
+(5 GB for 16k tokens in an FFN of 14336 channels) and fragments. A computer runs other programs and caches files."""
+
+_MAX_STEPS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS = 16, 10.0
+"""A training asks the device for numbers this rarely, as each time the device runs out of work; but often enough that
+being asked to stop is noticed."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that `execution.device` names; `auto` is the GPU if there is one.
+
+    Raises:
+        PuzzleError: torch cannot use it here.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
+    return device
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether work is queued and done later, in memory of its own; for what is not covered by a function below."""
+    return device.type != "cpu"
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or of the processor."""
+    if is_gpu(device):
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Matrix products in bfloat16 if that is the precision asked for; weights and moments stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which a product with this tensor is computed: autocast's, or its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this computer's processor has instructions for it; elsewhere it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def memory_bytes(device: torch.device, allowed: int | None = None) -> int:
+    """`execution.memory`, or 80 % of a GPU's free memory, or half of the computer's.
+
+    Args:
+        allowed: `execution.memory`.
+    """
+    if allowed is not None:
+        return allowed
+    if not is_gpu(device):
+        return int(_CPU_SHARE * _available_bytes())
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept_by_torch))
+
+
+def disk_bytes(folder: Path, allowed: int | None = None) -> int:
+    """`execution.disk`, or half of what is free where `folder` is."""
+    return shutil.disk_usage(folder).free // 2 if allowed is None else allowed
+
+
+def release_memory() -> None:
+    """Give the driver back what torch keeps for later, before another process uses the GPU (vLLM, llama.cpp)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def seconds(device: torch.device) -> float:
+    """The clock for work on this device, read when all work given to it is done; only differences mean anything.
+
+    With one CPU thread it is the processor's time of this process, which leaves out what other programs take.
+    """
+    if not is_gpu(device):
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def times_ms(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
+    """How long each of several calls takes, in milliseconds: on a GPU between events, waiting once at the end."""
+    if not is_gpu(device):
+        marks = [seconds(device)]
+        for _ in range(repeats):
+            work()
+            marks.append(seconds(device))
+        return [1e3 * (end - begin) for begin, end in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+
+
+def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Speed of one large matrix product."""
+    size = 4096 if is_gpu(device) else 1024
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    _, *times = times_ms(device, lambda: matrix @ matrix, 4)
+    return 2.0 * size**3 / (1e-3 * statistics.fmean(times))
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens that fill the device where their number is free: a GPU's units, or a processor's cache."""
+    return 16_384 if is_gpu(device) else 512
+
+
+def steps_between_looks(step_seconds: float) -> int:
+    """Training steps until the next look at losses and at whether to save or stop, which waits for the device."""
+    return max(1, min(_MAX_STEPS_BETWEEN_LOOKS, int(_SECONDS_BETWEEN_LOOKS / max(step_seconds, 1e-9))))
+
+
+def _available_bytes() -> int:
+    """What Linux would give without swapping, file caches included; on other systems, all there is."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
