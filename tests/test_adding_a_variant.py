@@ -11,7 +11,7 @@ import torch
 from tests.conftest import random_tokens
 
 from puzzle.child import realise
-from puzzle.modeling import FFN_MODULES
+from puzzle.modeling import MODULES
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
@@ -39,7 +39,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.syspath_prepend(file.parent)
         __import__("mean_ffn")
         yield file
-    del sys.modules["mean_ffn"], REGISTRY["ffn"]["mean"], FFN_MODULES["mean"]
+    del sys.modules["mean_ffn"], REGISTRY["ffn"]["mean"], MODULES["ffn", "mean"]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: 
     assert [block.name for block in Architecture.of(model.config).blocks] == list(blocks)
     assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.subblock(2, "ffn")["output_mean"])
     assert model(random_tokens(1, 5)).logits.isfinite().all()
-    monkeypatch.delitem(FFN_MODULES, "mean")
-    with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; .*import the module that registers it first"):
+    monkeypatch.delitem(MODULES, ("ffn", "mean"))
+    with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; import the module that registers it first"):
         child.load()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from puzzle.parents import open_parent
 from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
-from puzzle.variants.attention import keep_groups, merge_heads
+from puzzle.variants.kinds.grouped_query import keep_groups, merge_heads
 from puzzle.variants.linear import refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}

@@ -33,7 +33,7 @@ from puzzle.variants import (
     State,
     parse_variant,
 )
-from puzzle.variants.attention import merge_heads
+from puzzle.variants.kinds.grouped_query import merge_heads
 
 Build = Callable[..., Library]
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import pico_llama, pico_puzzle
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from puzzle.errors import PuzzleError
@@ -30,7 +31,7 @@ from puzzle.variants import (
     parse_variant,
     register,
     split_state,
-    variant_from_config,
+    variant_from_entry,
     weight_bytes,
 )
 
@@ -45,7 +46,7 @@ FFN = st.one_of(
 @given(st.one_of(ATTENTION, FFN))
 def test_a_variant_from_its_name_and_from_its_entry(variant: Variant) -> None:
     assert parse_variant(variant.subblock, variant.name) == variant
-    assert variant_from_config(variant.subblock, variant.module_config()) == variant
+    assert variant_from_entry(variant.subblock, variant.entry()) == variant
     assert str(variant) == variant.name
 
 
@@ -70,27 +71,62 @@ def test_a_wrong_name_says_what_is_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["w0", "w", "w08", "rank0", "rank", "kv2", "gated", "low_rank", "W8", "rank-1"])
 def test_a_wrong_ffn_name_says_what_is_right(name: str) -> None:
-    with pytest.raises(PuzzleError, match=r"use w<number>, rank<number>, linear, none"):
+    with pytest.raises(PuzzleError, match=r"use w<number>, linear, rank<number>, none"):
         parse_variant("ffn", name)
 
 
 def test_a_kind_that_nobody_registered() -> None:
     with pytest.raises(PuzzleError, match=r"blocks: ffn kind 'moe' is unknown; use gated, .*, or import the module"):
-        variant_from_config("ffn", {"kind": "moe"})
+        variant_from_entry("ffn", {"kind": "moe"})
     config = pico_puzzle("kv4+w48").config
     for subblock in SUBBLOCKS:
         blocks = [{"attention": {"kind": "none"}, "ffn": {"kind": "none"}} | {subblock: {"kind": "moe"}}]
-        with pytest.raises(ValueError, match=rf"blocks: {subblock} kind 'moe' is unknown; .* import the module"):
+        with pytest.raises(ValueError, match=rf"blocks: {subblock} kind 'moe' is unknown; import the module"):
             PuzzleForCausalLM(PuzzleConfig(**config.to_dict() | {"blocks": blocks}))
 
 
-def test_a_built_in_kind_is_not_replaced() -> None:
-    with pytest.raises(PuzzleError, match=r"register: ffn kind 'gated' is built in; name yours differently"):
-        register(GatedFFN, lambda config, entry: torch.nn.Identity())
+def test_a_kind_of_another_class_is_not_replaced() -> None:
+    class Mine(LinearFFN):
+        kind = "gated"
+
+    with pytest.raises(PuzzleError, match=r"register: ffn kind 'gated' is taken; name yours differently"):
+        register(Mine)
+    assert REGISTRY["ffn"]["gated"] is GatedFFN
+
+
+class UsesMore(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        kept = [2 * part for part in hidden_states.unbind()]
+        return torch.stack(kept).mul(len(SUBBLOCKS))
+
+
+class SomeAttention(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            UsesMore,
+            "UsesMore uses SUBBLOCKS, but a checkpoint carries the class alone; use Any",
+        ),
+        (SomeAttention, "SomeAttention says Attention in its name"),
+        (type("Unwritten", (nn.Module,), {}), "the source of Unwritten is not to be found"),
+    ],
+)
+def test_a_module_that_a_checkpoint_cannot_carry(module: type[nn.Module], message: str) -> None:
+    class Mine(LinearFFN):
+        kind = "mine"
+
+    Mine.module = module
+    with pytest.raises(PuzzleError, match=message):
+        register(Mine)
+    assert "mine" not in REGISTRY["ffn"]
 
 
 @pytest.mark.parametrize("name", ["kv2", "kv2-w8", "", "kv2w8"])
-def test_a_block_needs_both_halves(name: str) -> None:
+def test_a_block_needs_both_subblocks(name: str) -> None:
     with pytest.raises(PuzzleError, match="not of the form attention"):
         BlockVariant.parse(name)
 

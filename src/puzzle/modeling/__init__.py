@@ -6,16 +6,16 @@ child without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.checkpoint import REMOTE_CODE, empty_model, finish, save_checkpoint, save_configuration
+from puzzle.modeling.checkpoint import empty_model, finish, save_checkpoint, save_configuration
 from puzzle.modeling.configuration_puzzle import Block, PuzzleConfig
 from puzzle.modeling.modeling_puzzle import (
-    ATTENTION_MODULES,
     FAMILIES,
-    FFN_MODULES,
-    ModuleBuilder,
+    MODULE_NAMES,
+    MODULES,
     PuzzleDecoderLayer,
     PuzzleForCausalLM,
     PuzzleModel,
+    norm_name,
 )
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
@@ -23,18 +23,17 @@ AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)
 AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)
 
 __all__ = [
-    "ATTENTION_MODULES",
     "FAMILIES",
-    "FFN_MODULES",
-    "REMOTE_CODE",
+    "MODULES",
+    "MODULE_NAMES",
     "Block",
-    "ModuleBuilder",
     "PuzzleConfig",
     "PuzzleDecoderLayer",
     "PuzzleForCausalLM",
     "PuzzleModel",
     "empty_model",
     "finish",
+    "norm_name",
     "save_checkpoint",
     "save_configuration",
 ]

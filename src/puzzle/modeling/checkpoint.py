@@ -1,21 +1,17 @@
 """Models made without memory first, and checkpoints that also load where this package is not installed."""
 
 import copy
+import inspect
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
 from puzzle.modeling.configuration_puzzle import PuzzleConfig
-from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM
-
-REMOTE_CODE = (
-    Path(__file__).with_name("configuration_puzzle.py"),
-    Path(__file__).with_name("modeling_puzzle.py"),
-)
-"""What a checkpoint carries so that it loads without this package."""
+from puzzle.modeling.modeling_puzzle import MODULES, PuzzleForCausalLM
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Of a file with weights, as hubs like it."""
@@ -83,12 +79,19 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
 
 
 def save_configuration(config: PuzzleConfig, path: Path) -> None:
-    """Write config.json and the model's code: a checkpoint but for its weights."""
+    """Write config.json and the model's code, that of the kinds in its blocks included: all but the weights."""
+    here, blocks = Path(__file__).parent, config.blocks or []
     config = copy.deepcopy(config)
     config.auto_map, config.architectures = dict(_AUTO_MAP), ["PuzzleForCausalLM"]
     config.save_pretrained(path)
-    for file in REMOTE_CODE:
-        shutil.copyfile(file, path / file.name)
+    shutil.copyfile(here / "configuration_puzzle.py", path / "configuration_puzzle.py")
+    code = (here / "modeling_puzzle.py").read_text(encoding="utf-8")
+    used = {(which, entry["kind"]) for block in blocks for which, entry in block.items()}
+    for which, kind in sorted(used & MODULES.keys()):
+        module = MODULES[which, kind]
+        source = textwrap.dedent(inspect.getsource(module))
+        code += f'\n\n{source}\n\nMODULES["{which}", "{kind}"] = {module.__name__}\n'
+    (path / "modeling_puzzle.py").write_text(code, encoding="utf-8")
 
 
 def _extra_files(folder: Path) -> list[Path]:

@@ -15,9 +15,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 Block = dict[str, dict[str, Any]]
-"""`{"attention": {"kind": "gqa", "num_key_value_heads": 2}, "ffn": {"kind": "gated", "intermediate_size": 512}}`;
-the other kinds of both are `linear` and `none`, and of FFNs `low_rank` with its `rank`. Attention that sees only the
-last tokens has a `window`, their number with the token itself, and `sinks`, how many first tokens stay visible."""
+"""`{"attention": {"kind": "gqa", "num_key_value_heads": 2}, "ffn": {"kind": "gated", "intermediate_size": 512}}`.
+
+`gqa` and `gated` are the family's own attention and FFN in these sizes, `none` is a subblock left out, and other kinds
+are in `modeling_puzzle.MODULES`. An attention with a sliding `window` (its number of tokens, the token itself included)
+may have `sinks`: how many of the first tokens stay visible."""
+
+
+def has_cache(attention: dict[str, Any]) -> bool:
+    """Whether an attention's entry is of a kind that keeps keys and values."""
+    return attention["kind"] == "gqa"
 
 
 class PuzzleConfig(PreTrainedConfig):
@@ -66,7 +73,7 @@ class PuzzleConfig(PreTrainedConfig):
                 }
                 for _ in range(self.num_hidden_layers)
             ]
-        attentions = [block["attention"] for block in self.blocks if block["attention"]["kind"] == "gqa"]
+        attentions = [block["attention"] for block in self.blocks if has_cache(block["attention"])]
         self.num_hidden_layers = len(attentions)
         # Derived from the blocks: what a configuration with other blocks may have carried is gone.
         for derived in ("layer_types", "sliding_window"):
@@ -80,3 +87,8 @@ class PuzzleConfig(PreTrainedConfig):
                 layer["sliding_window"] = window or kwargs["sliding_window"]
         kwargs["per_layer_config"] = dict(enumerate(overrides))
         super().__post_init__(**kwargs)
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers, with a KV cache or not."""
+        return len(self.blocks or [])

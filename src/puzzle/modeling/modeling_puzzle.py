@@ -7,8 +7,8 @@ Parameter names are the family's own; a subblock that is `none` has no parameter
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
 
-import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,60 +26,52 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from .configuration_puzzle import Block, PuzzleConfig
+from .configuration_puzzle import Block, PuzzleConfig, has_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """The modules of one Hugging Face model family."""
+    """The modules of one Hugging Face model family, and what it calls the norm before each subblock."""
 
     attention: type[nn.Module]
     mlp: type[nn.Module]
     norm: type[nn.Module]
     rotary: type[nn.Module]
+    norm_names: dict[str, str]
 
 
 FAMILIES = {
-    "llama": Family(attention=LlamaAttention, mlp=LlamaMLP, norm=LlamaRMSNorm, rotary=LlamaRotaryEmbedding),
+    "llama": Family(
+        attention=LlamaAttention,
+        mlp=LlamaMLP,
+        norm=LlamaRMSNorm,
+        rotary=LlamaRotaryEmbedding,
+        norm_names={"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
+    ),
 }
+MODULE_NAMES = {"attention": "self_attn", "ffn": "mlp"}
+"""What a layer calls its subblocks' modules, of whatever kind."""
 
 
-class PuzzleLinearMixer(nn.Module):
-    """One linear map in place of attention: each token attends to itself alone.
+MODULES: dict[tuple[str, str], type[nn.Module]] = {}
+"""Classes of the kinds that are not the family's own, by subblock and kind, built as `cls(config, entry)` from an entry
+of `config.blocks`. Such attention takes `hidden_states` and keywords, returns a pair `(output, None)`, and has no KV
+cache. A checkpoint carries those that it uses at the end of this file."""
 
-    Its name must not say attention: transformers takes a file with an attention class that does not call the attention
-    interface itself for one whose implementation cannot be set.
+
+class LayerConfig:
+    """One layer's view of the configuration: its own sizes, and otherwise the model's, as it is when it is asked.
+
+    So an attention implementation that is set on the model holds for every layer.
     """
 
-    def __init__(self, config: PuzzleConfig) -> None:
-        super().__init__()
-        self.linear_attn = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+    def __init__(self, config: PuzzleConfig, **sizes: Any) -> None:
+        self.__dict__.update(sizes, _of_model=config, per_layer_config=None)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        return self.linear_attn(hidden_states), None
-
-
-class PuzzleLinearMLP(nn.Module):
-    """One linear map in place of the FFN."""
-
-    def __init__(self, config: PuzzleConfig) -> None:
-        super().__init__()
-        self.linear_mlp = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear_mlp(hidden_states)
-
-
-class PuzzleLowRankMLP(nn.Module):
-    """Two linear maps through `rank` channels, with nothing between them, in place of the FFN."""
-
-    def __init__(self, config: PuzzleConfig, rank: int) -> None:
-        super().__init__()
-        self.reduce_proj = nn.Linear(config.hidden_size, rank, bias=False)
-        self.expand_proj = nn.Linear(rank, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.expand_proj(self.reduce_proj(hidden_states))
+    def __getattr__(self, name: str) -> Any:
+        if name == "_of_model" or name.startswith("__"):  # asked for while it is copied
+            raise AttributeError(name)
+        return getattr(self._of_model, name)
 
 
 class PuzzleSinkCacheLayer(DynamicLayer):
@@ -173,7 +165,7 @@ class PuzzleMasks:
         if sinks and (self._padding is None or self._padding.ndim == 2):
             return self._make_with_sinks(window, sinks, cache_index)
         return create_sliding_window_causal_mask(
-            config=_sized(self._config, sliding_window=window),
+            config=LayerConfig(self._config, sliding_window=window),
             attention_mask=self._padding,
             layer_idx=cache_index,
             **self._arguments,
@@ -229,40 +221,64 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:
         super().__init__()
-        norm = FAMILIES[config.base_model_type].norm
-        attention, ffn = block["attention"], block["ffn"]
-        self.has_attention = attention["kind"] != "none"
-        self.has_ffn = ffn["kind"] != "none"
-        has_cache = attention["kind"] == "gqa"
-        self.window: int | None = attention.get("window") if has_cache else None
-        self.sinks: int = attention.get("sinks", 0) if has_cache else 0
+        family, attention = FAMILIES[config.base_model_type], block["attention"]
+        self.window: int | None = attention.get("window") if has_cache(attention) else None
+        self.sinks: int = attention.get("sinks", 0)
         self.cache_index = cache_index
-        if self.has_attention:
-            self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
-            self.self_attn = _build_attention(config, attention, cache_index)
-        if self.has_ffn:
-            self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
-            self.mlp = _build_ffn(config, ffn)
+        self._norm_names = {which: family.norm_names[which] for which in MODULE_NAMES if block[which]["kind"] != "none"}
+        for which, norm_name in self._norm_names.items():
+            setattr(self, norm_name, family.norm(config.hidden_size, eps=config.rms_norm_eps))
+            setattr(self, MODULE_NAMES[which], _build(config, which, block[which], cache_index))
+        self._gives_window = self.window is not None and not _gives_window_itself(self.self_attn)
 
-    def attention_contribution(self, hidden_BTD: Tensor, masks: "PuzzleMasks | None" = None, **context: Any) -> Tensor:
-        """What the attention subblock adds to the residual stream, [B, T, D]; call only if `has_attention`."""
+    def has(self, which: str) -> bool:
+        """Whether the layer has this subblock, `attention` or `ffn`."""
+        return which in self._norm_names
+
+    def norm_of(self, which: str) -> nn.Module | None:
+        """The norm before a subblock; None where it is left out."""
+        return self.get_submodule(self._norm_names[which]) if self.has(which) else None
+
+    def subblock_output(
+        self, which: str, hidden_BTD: Tensor, masks: "PuzzleMasks | None" = None, **context: Any
+    ) -> Tensor:
+        """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out.
+
+        Args:
+            context: as `PuzzleModel.context` gives it; an FFN needs none of it.
+        """
+        norm = self.norm_of(which)
+        if norm is None:
+            return torch.zeros_like(hidden_BTD)
+        if which == "ffn":
+            return self.mlp(norm(hidden_BTD))
         if self.window is not None:
             if masks is None:
                 raise ValueError("masks: a layer with a window needs the whole of `PuzzleModel.context`")
             context["attention_mask"] = masks.of(self.window, self.sinks, self.cache_index)
+        if self._gives_window:
             context["sliding_window"] = self.window  # read by implementations that take no such masks
-        output_BTD, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_BTD), **context)
+        output_BTD, _ = self.self_attn(hidden_states=norm(hidden_BTD), **context)
         return output_BTD
 
+    # The names from before `has` and `subblock_output`, until nobody uses them.
+    @property
+    def has_attention(self) -> bool:
+        return self.has("attention")
+
+    @property
+    def has_ffn(self) -> bool:
+        return self.has("ffn")
+
+    def attention_contribution(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
+        return self.subblock_output("attention", hidden_BTD, **context)
+
     def ffn_contribution(self, hidden_BTD: Tensor) -> Tensor:
-        """What the FFN subblock adds to the residual stream, [B, T, D]; call only if `has_ffn`."""
-        return self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return self.subblock_output("ffn", hidden_BTD)
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        if self.has_attention:
-            hidden_states = hidden_states + self.attention_contribution(hidden_states, **context)
-        if self.has_ffn:
-            hidden_states = hidden_states + self.ffn_contribution(hidden_states)
+        for which in self._norm_names:
+            hidden_states = hidden_states + self.subblock_output(which, hidden_states, **context)
         return hidden_states
 
 
@@ -299,10 +315,14 @@ class PuzzleModel(PuzzlePreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> dict[str, Any]:
-        """What every layer is called with beside the hidden states: masks, positions, cache."""
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
+        """What every layer is called with beside the hidden states: masks, positions, cache.
+
+        Without positions, padding and cache nothing is read back from the device. With positions it is asked whether
+        they start anew within a sequence (packed documents), which needs a mask.
+
+        Args:
+            attention_mask: of padding, [B, tokens seen and T]; or masks made before, see `PuzzleMasks`.
+        """
         masks = PuzzleMasks(
             self.config,
             hidden_BTD,
@@ -310,6 +330,9 @@ class PuzzleModel(PuzzlePreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
         )
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
         return {
             "masks": masks,
             "attention_mask": masks.of(None),
@@ -387,6 +410,22 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """What enters the first layer, [B, T, D]."""
+        return self.model.embed_tokens(tokens_BT)
+
+    def final_norm(self, hidden_BTD: Tensor) -> Tensor:
+        """What enters the head, from what leaves the last layer."""
+        return self.model.norm(hidden_BTD)
+
+    def head(self, normed_BTD: Tensor) -> Tensor:
+        """Logits from the output of the final norm, [B, T, V]."""
+        return self.lm_head(normed_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits from what leaves the last layer, [B, T, V]."""
+        return self.head(self.final_norm(hidden_BTD))
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -413,7 +452,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits_BTV = self.head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -448,56 +487,31 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         return masks.made
 
 
-ModuleBuilder = Callable[[PuzzleConfig, dict[str, Any]], nn.Module]
-"""From the configuration and one half of an entry of its `blocks` to the module."""
-ATTENTION_MODULES: dict[str, ModuleBuilder] = {}
-FFN_MODULES: dict[str, ModuleBuilder] = {}
-"""Builders of the kinds that others add, see `puzzle.variants.register`; such attention has no KV cache."""
+def norm_name(config: PuzzleConfig, which: str) -> str:
+    """What the family calls the norm before a subblock, `attention` or `ffn`."""
+    return FAMILIES[config.base_model_type].norm_names[which]
 
 
-def _build_attention(config: PuzzleConfig, entry: dict[str, Any], cache_index: int) -> nn.Module:
-    match entry["kind"]:
-        case "gqa":
-            sized = _sized(config, num_key_value_heads=entry["num_key_value_heads"])
-            attention = FAMILIES[config.base_model_type].attention(sized, cache_index)
-            # From here on only the attention implementation is read, and that is set on the whole model.
-            attention.config = config
-            return attention
-        case "linear":
-            return PuzzleLinearMixer(config)
-        case kind if kind in ATTENTION_MODULES:
-            return ATTENTION_MODULES[kind](config, entry)
-        case kind:
-            raise ValueError(
-                f"blocks: attention kind {kind!r} is unknown; use gqa, linear or none, "
-                "or import the module that registers it first"
-            )
+def _build(config: PuzzleConfig, which: str, entry: dict[str, Any], cache_index: int) -> nn.Module:
+    family, kind = FAMILIES[config.base_model_type], entry["kind"]
+    if (which, kind) in MODULES:
+        return MODULES[which, kind](config, entry)
+    sizes = {name: value for name, value in entry.items() if name not in ("kind", "window", "sinks")}
+    if (which, kind) == ("attention", "gqa"):
+        window = entry.get("window")
+        attention = family.attention(LayerConfig(config, sliding_window=window, **sizes), cache_index)
+        if hasattr(attention, "sliding_window"):
+            setattr(attention, "sliding_window", window)  # noqa: B010 (a module's attributes have no types)
+        return attention
+    if (which, kind) == ("ffn", "gated"):
+        return family.mlp(LayerConfig(config, **sizes))
+    raise ValueError(f"blocks: {which} kind {kind!r} is unknown; import the module that registers it first")
 
 
-def _build_ffn(config: PuzzleConfig, entry: dict[str, Any]) -> nn.Module:
-    match entry["kind"]:
-        case "gated":
-            return FAMILIES[config.base_model_type].mlp(_sized(config, intermediate_size=entry["intermediate_size"]))
-        case "linear":
-            return PuzzleLinearMLP(config)
-        case "low_rank":
-            return PuzzleLowRankMLP(config, entry["rank"])
-        case kind if kind in FFN_MODULES:
-            return FFN_MODULES[kind](config, entry)
-        case kind:
-            raise ValueError(
-                f"blocks: ffn kind {kind!r} is unknown; use gated, linear, low_rank or none, "
-                "or import the module that registers it first"
-            )
-
-
-def _sized(config: PuzzleConfig, **sizes: int) -> PuzzleConfig:
-    """A copy of the configuration with one layer's own sizes, for a family module to read."""
-    layer_config = copy.copy(config)
-    layer_config.per_layer_config = None
-    for name, value in sizes.items():
-        setattr(layer_config, name, value)
-    return layer_config
+def _gives_window_itself(attention: nn.Module) -> bool:
+    """Whether an attention's own code hands `sliding_window` to the attention function, which takes it only once."""
+    code = inspect.unwrap(type(attention).forward).__code__
+    return any("sliding_window" in names for names in code.co_consts if isinstance(names, tuple))
 
 
 def _wants_dict(asked: bool | None, config: PuzzleConfig) -> bool:
@@ -509,12 +523,12 @@ def _numbered(blocks: list[Block]) -> Iterator[tuple[Block, int]]:
     cache_index = 0
     for block in blocks:
         yield block, cache_index
-        cache_index += block["attention"]["kind"] == "gqa"
+        cache_index += has_cache(block["attention"])
 
 
 def _windows(config: PuzzleConfig) -> Iterator[tuple[int, int, int]]:
     """Window, sinks and KV cache index of each layer that has a window."""
     for block, cache_index in _numbered(config.blocks or []):
         attention = block["attention"]
-        if attention["kind"] == "gqa" and attention.get("window") is not None:
+        if has_cache(attention) and attention.get("window") is not None:
             yield attention["window"], attention.get("sinks", 0), cache_index

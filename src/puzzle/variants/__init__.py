@@ -1,8 +1,10 @@
-"""Blocks: the variants, one block's choice, the space, and modules built from them."""
+"""Variants, one block's choice, an architecture, and the space of them."""
 
-from puzzle.variants.attention import GroupedQuery, LinearAttention, NoAttention
-from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Unsized, Variant
-from puzzle.variants.ffn import GatedFFN, LinearFFN, LowRankFFN, NoFFN
+import importlib
+import pkgutil
+
+from puzzle.variants import kinds
+from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum
 from puzzle.variants.linear import damping
 from puzzle.variants.modules import (
     build_subblock,
@@ -12,8 +14,18 @@ from puzzle.variants.modules import (
     weight_bytes,
 )
 from puzzle.variants.prune import expected_losses, prune_space
-from puzzle.variants.registry import REGISTRY, parse_variant, register, variant_from_config
-from puzzle.variants.space import Architecture, BlockVariant, LayerSpace, Space, derive_space, hardware_multiple
+from puzzle.variants.registry import REGISTRY, parse_variant, register, variant_from_entry
+from puzzle.variants.space import Architecture, BlockVariant, LayerSpace, Space, derive_space
+
+for _module in pkgutil.iter_modules(kinds.__path__):
+    importlib.import_module(f"{kinds.__name__}.{_module.name}")
+# The classes by name, until nobody uses them.
+from puzzle.variants.kinds.gated import GatedFFN, hardware_multiple  # noqa: E402
+from puzzle.variants.kinds.grouped_query import GroupedQuery  # noqa: E402
+from puzzle.variants.kinds.linear_attention import LinearAttention  # noqa: E402
+from puzzle.variants.kinds.linear_ffn import LinearFFN  # noqa: E402
+from puzzle.variants.kinds.low_rank import LowRankFFN  # noqa: E402
+from puzzle.variants.kinds.none import NoAttention, NoFFN  # noqa: E402
 
 __all__ = [
     "REGISTRY",
@@ -33,8 +45,8 @@ __all__ = [
     "Start",
     "State",
     "Subblock",
-    "Unsized",
     "Variant",
+    "add_sum",
     "build_subblock",
     "contribution",
     "damping",
@@ -46,6 +58,6 @@ __all__ = [
     "prune_space",
     "register",
     "split_state",
-    "variant_from_config",
+    "variant_from_entry",
     "weight_bytes",
 ]

@@ -1,23 +1,26 @@
 """Variants: the alternatives of a subblock, as small frozen values.
 
-A variant knows its name, the entry it writes into `PuzzleConfig.blocks`, and how its weights start from the parent's
-(`initialise`). How one is added: docs/adding-a-variant.md.
+A kind of variant says everything that Puzzle asks of it, and is one file: docs/adding-a-variant.md.
 """
 
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from puzzle.modeling import PuzzleConfig
+from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer, norm_name
 from puzzle.variants.channels import rank_channels
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, Subblock] = ("attention", "ffn")
 State = dict[str, Tensor]
 """A subblock's tensors by their names in the layer, e.g. `self_attn.q_proj.weight`, its norm included."""
+_NONE = {"kind": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class ParentSubblock:
-    """What a variant starts from: one half of one layer of the parent, and what calibration saw of it."""
+    """What a variant starts from: one subblock of one layer of the parent, and what calibration recorded of it."""
 
     config: PuzzleConfig
     variant: "Variant"
@@ -41,9 +44,19 @@ class ParentSubblock:
     """Moments from calibration, see `puzzle.library.statistics`."""
     start: Start = Start()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.state.values())).dtype
+
+    @property
+    def norm(self) -> State:
+        """The tensors of the norm before the subblock."""
+        prefix = f"{norm_name(self.config, self.variant.subblock)}."
+        return {name: tensor for name, tensor in self.state.items() if name.startswith(prefix)}
+
     @cached_property
     def channels(self) -> Tensor:
-        """Of a gated FFN, its channels, those that narrower ones keep first: one ranking, so widths nest. [I]"""
+        """An FFN's channels, those that narrower ones keep first: one ranking, so widths nest. [I]"""
         return rank_channels(
             self.state["mlp.down_proj.weight"],
             self.statistics["activation_mean_abs"],
@@ -53,55 +66,152 @@ class ParentSubblock:
         )
 
 
+@dataclass(frozen=True)
 class Variant(ABC):
-    """One alternative for a subblock."""
+    """One alternative for a subblock. A kind is a frozen dataclass; its fields, if any, are its sizes."""
 
     subblock: ClassVar[Subblock]
     kind: ClassVar[str]
-    closed_form: ClassVar[bool]
-    """Whether its closed-form start is the optimum of the loss on its own contribution: nothing is left to train."""
+    """What `PuzzleConfig.blocks` calls it."""
+    grammar: ClassVar[str]
+    """Of its names: `kv{num_kv_heads}[win{window}[s{sinks}]]`. What is in brackets is left out at its default."""
+    module: ClassVar[type[nn.Module] | None] = None
+    """The class of its module, where that is not the family's own: built as `module(config, entry)`, and copied into
+    checkpoints, so it may use nothing but torch, nn, Tensor and Any."""
+    closed_form: ClassVar[bool] = False
+    """Whether its closed-form start minimises the loss on its own output: nothing is left to train."""
+    absent: ClassVar[bool] = False
+    """Whether it is a subblock left out."""
     output_projection: ClassVar[str | None] = None
     """The linear module it ends with, such as `mlp.down_proj`: refitted by least squares; None: has none."""
+    recorded: ClassVar[str | None] = None
+    """The module whose inputs calibration gives to `record`; None: smaller forms need no such moments."""
+    setting: ClassVar[str | None] = None
+    """The setting of the recipe's section `space` that lists its sizes; None: there is none."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """Short and unique within its subblock: `kv2`, `w512`, `linear`, `none`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
 
-    @abstractmethod
-    def module_config(self) -> dict[str, Any]:
-        """This variant's entry in `PuzzleConfig.blocks`."""
+        def optional(part: re.Match[str]) -> str:
+            return part[1] if any(values[name] != defaults[name] for name in re.findall(r"\{(\w+)", part[1])) else ""
+
+        text = self.grammar
+        while "[" in text:
+            text = re.sub(r"\[([^\[\]]*)\]", optional, text)
+        return text.format(**values)
 
     @classmethod
-    @abstractmethod
     def form(cls) -> str:
         """What its names look like, for error messages: `w<number>`."""
+        return re.sub(r"\{\w+\}", "<number>", cls.grammar)
 
     @classmethod
-    @abstractmethod
     def parse(cls, name: str) -> Self | None:
         """The variant that `name` names; None if that is no name of this kind."""
+        pattern = cls.grammar.replace("[", "(?:").replace("]", ")?")
+        match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[1-9][0-9]*)", pattern), name)
+        if match is None:
+            return None
+        try:
+            return cls(**{field: int(value) for field, value in match.groupdict().items() if value})
+        except ValueError:
+            return None
+
+    def entry(self) -> dict[str, Any]:
+        """Its entry in `PuzzleConfig.blocks`: its kind, and its sizes but for those at their defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"kind": self.kind} | {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
-    @abstractmethod
-    def from_config(cls, entry: dict[str, Any]) -> Self:
-        """Back from `module_config`."""
+    def from_entry(cls, entry: Mapping[str, Any]) -> Self:
+        """Back from `entry`."""
+        return cls(**{name: value for name, value in entry.items() if name != "kind"})
+
+    @property
+    def size(self) -> int | None:
+        """Its main size: KV heads, width, rank; None for a kind without sizes."""
+        sizes = fields(self)
+        return getattr(self, sizes[0].name) if sizes else None
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """By which variants are listed: the largest first, then those without sizes, by name."""
+        return -(self.size or 0), self.name
+
+    @property
+    def description(self) -> str:
+        """For legends and tables: `2 KV heads`, `width 512`, `linear map`."""
+        return self.name
+
+    # Sizes and work, all of one subblock with its norm and biases.
+
+    def build(
+        self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None, cache_index: int = 0
+    ) -> PuzzleDecoderLayer:
+        """A decoder layer of this subblock alone, with the weights of `state` (shared, not copied), or on `meta`.
+
+        Args:
+            config: of a model that was built, so that the attention implementation is the one its masks are made for.
+        """
+        assert state is None or config._attn_implementation is not None, "build a model with this configuration first"
+        with torch.device("meta"):
+            block = {"attention": _NONE, "ffn": _NONE} | {self.subblock: self.entry()}
+            layer = PuzzleDecoderLayer(config, block, cache_index)
+        if state is not None:
+            layer.load_state_dict(dict(state), assign=True)
+        return layer.eval()
+
+    def shapes(self, config: PuzzleConfig) -> dict[str, torch.Size]:
+        """Of its parameters, by their names in the layer."""
+        return {name: parameter.shape for name, parameter in self.build(config).named_parameters()}
+
+    def num_params(self, config: PuzzleConfig) -> int:
+        return sum(shape.numel() for shape in self.shapes(config).values())
+
+    def weight_bytes(self, config: PuzzleConfig, dtype: torch.dtype) -> int:
+        """Bytes of its parameters when the model is held in `dtype`."""
+        return self.num_params(config) * dtype.itemsize
+
+    def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
+        """Keys and values cached for one sequence of `tokens`."""
+        return 0
+
+    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of the cache of one sequence of `tokens`."""
+        return self.kv_values(config, tokens) * dtype.itemsize
+
+    def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
+        """Floating-point operations for the last `new` of a sequence's `context` tokens: two for each multiply-add."""
+        return 2.0 * self.num_params(config) * new
+
+    def activation_values(self, config: PuzzleConfig) -> int:
+        """Values a token that are kept between its modules for the backward pass."""
+        return 0
+
+    def problem(self, config: PuzzleConfig) -> str | None:
+        """Why no model with this configuration can have it; None if one can."""
+        return None
+
+    # Its place among the alternatives.
 
     @abstractmethod
     def fits(self, own: "Variant", config: PuzzleConfig) -> bool:
-        """Whether it is a smaller alternative to a layer's own variant of this subblock."""
+        """Whether it is a smaller alternative to a layer's parent variant."""
 
-    @abstractmethod
-    def initialise(self, parent: ParentSubblock) -> State:
-        """The variant's weights before any training, in the parent's dtype."""
+    def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> "list[Variant]":
+        """Of a parent variant, the same kind in other sizes, the largest first; by default those that `space` derives.
 
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text, where its moments alone tell."""
-        return None
+        Args:
+            sizes: in place of the default ones.
+        """
+        return []
 
-    def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
-        """Keys and values cached for a sequence of `tokens`."""
-        return 0
+    def share(self, parent: "Variant") -> float | None:
+        """For drawings: which part of the parent variant's size is left; None: something else takes its place."""
+        return 1.0 if self == parent else None
 
     @property
     def cell(self) -> str:
@@ -109,54 +219,48 @@ class Variant(ABC):
         return "other kinds"
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
-        """Its half of an entry of DeciLM's `block_configs`, without the keys that are false; None: not expressible."""
+        """Its part of an entry of DeciLM's `block_configs`, without the keys that are false; None: not expressible."""
+        return None
+
+    # Its weights.
+
+    @abstractmethod
+    def initialise(self, parent: ParentSubblock) -> State:
+        """The variant's weights before any training, in the parent's dtype."""
+
+    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
+        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text, if its moments tell; else None."""
         return None
 
     def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
         """`state` as weights of the larger variant `wider` that computes the same; None where there is no such form."""
         return None
 
+    # What others learn from it as the parent's variant.
+
+    def linear_map(self, state: State) -> tuple[Tensor, Tensor | None] | None:
+        """One linear map [D, D] in its place, and its bias [D], by weights alone and in float64 (paper appendix A)."""
+        return None
+
+    def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:  # noqa: B027 (most record nothing)
+        """Add what smaller forms are to know of one batch to `sums` over tokens.
+
+        Args:
+            layer: the parent's. inputs: of its module `recorded`.
+        """
+
+    def recorded_values(self, config: PuzzleConfig) -> int:
+        """How many float32 values `record` sums up; each takes one multiply-add a token."""
+        return 0
+
     def __str__(self) -> str:
         return self.name
 
-
-class Unsized(Variant):
-    """A variant without sizes: its kind is its name."""
-
-    @property
-    def name(self) -> str:
-        return self.kind
-
+    # The names from before `entry` and `from_entry`, until nobody uses them.
     def module_config(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
-    @classmethod
-    def form(cls) -> str:
-        return cls.kind
-
-    @classmethod
-    def parse(cls, name: str) -> Self | None:
-        return cls() if name == cls.kind else None
-
-    @classmethod
-    def from_config(cls, entry: dict[str, Any]) -> Self:
-        return cls()
+        return self.entry()
 
 
-class Nothing(Unsized):
-    """A subblock that is left out: no parameters, no norm."""
-
-    kind: ClassVar[str] = "none"
-    closed_form: ClassVar[bool] = True
-
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return own != self
-
-    def initialise(self, parent: ParentSubblock) -> State:
-        return {}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return 1.0
-
-    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
-        return {"no_op": True}
+def add_sum(sums: State, name: str, value: Tensor) -> None:
+    """Add to a sum that is kept in float64."""
+    sums[name] = sums[name] + value if name in sums else value.double()

@@ -11,26 +11,33 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # variants use this module
-    from puzzle.variants.base import ParentSubblock, State
+    from puzzle.variants.base import ParentSubblock, State, Variant
 
 RIDGE = 1e-3
 """Of a trained 5M Llama, held-out errors are the same within 0.3 % from 1e-5 to 1e-2 at 25 k tokens (2026-11-21)."""
 
 
-def linear_start(parent: "ParentSubblock", norm: str, linear: str, *, bias: bool) -> "State":
-    """A linear variant's weights: the parent's own norm, and the ridge regression from its output to the contribution.
+def linear_start(variant: "Variant", parent: "ParentSubblock", linear: str) -> "State":
+    """The weights of a kind that is one linear map: the ridge regression of the subblock's output on its normed input.
+
+    With the paper's starts: the linear map that the parent's weights make.
 
     Args:
-        norm: what the names of the norm's tensors begin with.
-        linear: name of the linear module.
+        linear: name of the linear module in the layer.
     """
-    kept = {name: tensor for name, tensor in parent.state.items() if name.startswith(norm)}
-    dtype = next(iter(parent.state.values())).dtype
-    return kept | ridge(parent.statistics, linear, bias=bias, dtype=dtype)
+    if parent.variant == variant:
+        return dict(parent.state)
+    made = parent.variant.linear_map(parent.state) if parent.start.method == "paper" else None
+    if made is None:
+        bias = f"{linear}.bias" in variant.shapes(parent.config)
+        return parent.norm | ridge(parent.statistics, linear, bias=bias, dtype=parent.dtype)
+    weight, offset = made
+    state = {f"{linear}.weight": weight.to(parent.dtype).contiguous()}
+    return parent.norm | (state if offset is None else state | {f"{linear}.bias": offset.to(parent.dtype)})
 
 
 def ridge(statistics: "State", name: str, *, bias: bool, dtype: torch.dtype) -> "State":
-    """The linear map from the normed input h to the contribution y that minimises E||y - W h - b||^2.
+    """The linear map from the normed input h to the subblock's output y that minimises E||y - W h - b||^2.
 
     Args:
         statistics: `input_mean` [D], `input_second_moment` [D, D] = E[h h^T], `output_mean` [D],
@@ -67,7 +74,7 @@ def reduced_rank(statistics: "State", rank: int, *, bias: bool) -> tuple[Tensor,
 
 
 def linear_loss(statistics: "State", weight: Tensor, bias: Tensor | None) -> float:
-    """E||y - W h - b||^2 / E||y||^2 of any linear map from the normed input h to the contribution y, by their moments.
+    """E||y - W h - b||^2 / E||y||^2 of any linear map from the normed input h to the output y, by their moments.
 
     Args:
         weight: [D, D]. bias: [D].
@@ -83,7 +90,7 @@ def linear_loss(statistics: "State", weight: Tensor, bias: Tensor | None) -> flo
 
 
 def output_power(statistics: "State") -> Tensor:
-    """E||y||^2 of a subblock's contribution. []"""
+    """E||y||^2 of a subblock's output. []"""
     return statistics["output_power"].double() * len(statistics["output_mean"])
 
 
@@ -123,3 +130,10 @@ def damping(second_moment: Tensor) -> Tensor:
     """What is added to the diagonal of `second_moment` before it is inverted. [I]"""
     never_active = torch.finfo(second_moment.dtype).tiny  # any positive number makes its weight 0
     return (RIDGE * second_moment.diagonal()).clamp_min(never_active)
+
+
+def padded(tensor: Tensor, *, dim: int, count: int) -> Tensor:
+    """With `count` zeros after the others along `dim`."""
+    shape = list(tensor.shape)
+    shape[dim] = count
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

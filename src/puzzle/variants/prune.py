@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Subblock, Variant
-from puzzle.variants.modules import num_params
 from puzzle.variants.space import LayerSpace, Space
 
 ExpectedLosses = Mapping[tuple[int, Subblock, str], float | None]
@@ -57,4 +56,4 @@ def prune_space(space: Space, losses: ExpectedLosses, config: PuzzleConfig, rati
 
 def _sizes(variant: Variant, config: PuzzleConfig) -> tuple[int, int]:
     """Parameters, and the KV cache of the longest sequence."""
-    return num_params(variant, config), variant.kv_values(config, config.max_position_embeddings)
+    return variant.num_params(config), variant.kv_values(config, config.max_position_embeddings)

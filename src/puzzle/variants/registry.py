@@ -1,35 +1,39 @@
 """Every kind of variant; from a name or a configuration entry back to a variant."""
 
-from typing import Any
+import builtins
+import dis
+import inspect
+import textwrap
+from collections.abc import Mapping
+from types import CodeType
+from typing import Any, TypeVar
+
+from torch import nn
 
 from puzzle.errors import PuzzleError
-from puzzle.modeling import ATTENTION_MODULES, FFN_MODULES, ModuleBuilder
-from puzzle.variants.attention import GroupedQuery, LinearAttention, NoAttention
+from puzzle.modeling import MODULES
 from puzzle.variants.base import Subblock, Variant
-from puzzle.variants.ffn import GatedFFN, LinearFFN, LowRankFFN, NoFFN
 
-_BUILT_IN: dict[Subblock, tuple[type[Variant], ...]] = {
-    "attention": (GroupedQuery, LinearAttention, NoAttention),
-    "ffn": (GatedFFN, LowRankFFN, LinearFFN, NoFFN),
-}
-REGISTRY: dict[Subblock, dict[str, type[Variant]]] = {
-    subblock: {variant.kind: variant for variant in variants} for subblock, variants in _BUILT_IN.items()
-}
+V = TypeVar("V", bound=Variant)
+REGISTRY: dict[Subblock, dict[str, type[Variant]]] = {"attention": {}, "ffn": {}}
+_CARRIED = {"torch", "nn", "Tensor", "Any"}
+"""Names that a module's class may use: those that `modeling_puzzle.py` imports in every checkpoint."""
 
 
-def register(variant: type[Variant], module: ModuleBuilder) -> None:
-    """Add a kind of variant from outside this package; an own kind of the same name is replaced.
+def register(variant: type[V]) -> type[V]:
+    """Add a kind of variant; a decorator. The same kind from an earlier import of its module is replaced.
 
-    Args:
-        variant: its `kind` is what `PuzzleConfig.blocks` calls it; its names must be no other kind's.
-        module: from the configuration and the variant's `module_config` to the module in place of the family's
-            attention or FFN. Attention added this way has no KV cache.
+    Raises:
+        PuzzleError: another class has its kind, or its module's class cannot be copied into checkpoints.
     """
-    if variant.kind in (built_in.kind for built_in in _BUILT_IN[variant.subblock]):
-        raise PuzzleError(f"register: {variant.subblock} kind {variant.kind!r} is built in; name yours differently")
+    known = REGISTRY[variant.subblock].get(variant.kind)
+    if known is not None and known.__qualname__ != variant.__qualname__:
+        raise PuzzleError(f"register: {variant.subblock} kind {variant.kind!r} is taken; name yours differently")
+    if variant.module is not None:
+        _check_module(variant.module)
+        MODULES[variant.subblock, variant.kind] = variant.module
     REGISTRY[variant.subblock][variant.kind] = variant
-    modules = ATTENTION_MODULES if variant.subblock == "attention" else FFN_MODULES
-    modules[variant.kind] = module
+    return variant
 
 
 def parse_variant(subblock: Subblock, name: str) -> Variant:
@@ -41,12 +45,46 @@ def parse_variant(subblock: Subblock, name: str) -> Variant:
     raise PuzzleError(f"{subblock} variant {name!r} is unknown; use {forms}")
 
 
-def variant_from_config(subblock: Subblock, entry: dict[str, Any]) -> Variant:
-    """The variant that `entry`, one half of an entry of `PuzzleConfig.blocks`, describes."""
+def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
+    """The variant that an entry of `PuzzleConfig.blocks` has for this subblock."""
     kind = entry["kind"]
     if kind not in REGISTRY[subblock]:
         raise PuzzleError(
             f"blocks: {subblock} kind {kind!r} is unknown; use {', '.join(REGISTRY[subblock])}, "
             "or import the module that registers it first"
         )
-    return REGISTRY[subblock][kind].from_config(entry)
+    return REGISTRY[subblock][kind].from_entry(entry)
+
+
+def _check_module(module: type[nn.Module]) -> None:
+    """A `PuzzleError` unless the class can stand in another file that imports `_CARRIED` alone."""
+    try:
+        source = textwrap.dedent(inspect.getsource(module))
+    except (OSError, TypeError):
+        raise PuzzleError(
+            f"register: the source of {module.__name__} is not to be found, which checkpoints carry; write it to a file"
+        ) from None
+    used, defined = _names(compile(source, module.__name__, "exec"))
+    foreign = sorted(used - defined - _CARRIED - set(dir(builtins)))
+    if foreign:
+        raise PuzzleError(
+            f"register: {module.__name__} uses {', '.join(foreign)}, but a checkpoint carries the class alone; "
+            f"use {', '.join(sorted(_CARRIED))} only"
+        )
+    if "Attention" in module.__name__:
+        raise PuzzleError(
+            f"register: {module.__name__} says Attention in its name, by which transformers takes the whole model for "
+            "one whose attention implementation cannot be set; name it differently"
+        )
+
+
+def _names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The global names that code uses, and the names that its scopes define."""
+    instructions = list(dis.get_instructions(code))
+    used = {str(i.argval) for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    defined = {str(i.argval) for i in instructions if i.opname == "STORE_NAME"}
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            inner_used, inner_defined = _names(inner)
+            used, defined = used | inner_used, defined | inner_defined
+    return used, defined

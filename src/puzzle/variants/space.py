@@ -2,19 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
-from puzzle.variants.attention import GroupedQuery
-from puzzle.variants.base import SUBBLOCKS, Subblock, Unsized, Variant
-from puzzle.variants.ffn import GatedFFN
-from puzzle.variants.registry import parse_variant, variant_from_config
-
-FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
-"""Widths below the parent's own (paper section 2.1)."""
+from puzzle.variants.base import SUBBLOCKS, Subblock, Variant
+from puzzle.variants.registry import parse_variant, variant_from_entry
 
 
 @dataclass(frozen=True)
@@ -28,11 +23,30 @@ class BlockVariant:
     def name(self) -> str:
         return f"{self.attention.name}+{self.ffn.name}"
 
+    @property
+    def subblocks(self) -> tuple[Variant, Variant]:
+        return self.attention, self.ffn
+
     def subblock(self, subblock: Subblock) -> Variant:
         return self.attention if subblock == "attention" else self.ffn
 
-    def module_config(self) -> Block:
-        return {"attention": self.attention.module_config(), "ffn": self.ffn.module_config()}
+    def num_params(self, config: PuzzleConfig) -> int:
+        return self.attention.num_params(config) + self.ffn.num_params(config)
+
+    def entry(self) -> Block:
+        """Its entry in `PuzzleConfig.blocks`."""
+        return {"attention": self.attention.entry(), "ffn": self.ffn.entry()}
+
+    @classmethod
+    def empty(cls) -> "BlockVariant":
+        """The block without subblocks: the identity."""
+        return cls.parse("none+none")
+
+    @classmethod
+    def alone(cls, variant: Variant) -> "BlockVariant":
+        """The block of this one variant, its other subblock left out."""
+        empty = cls.empty()
+        return cls(variant, empty.ffn) if variant.subblock == "attention" else cls(empty.attention, variant)
 
     @classmethod
     def parse(cls, name: str) -> "BlockVariant":
@@ -55,25 +69,26 @@ class Architecture:
     @classmethod
     def of(cls, config: PuzzleConfig) -> "Architecture":
         """The architecture a model has."""
-        return cls(
-            tuple(
-                BlockVariant(
-                    variant_from_config("attention", block["attention"]), variant_from_config("ffn", block["ffn"])
-                )
-                for block in config.blocks or []
-            )
-        )
+        blocks = config.blocks or []
+        parts = ([variant_from_entry(subblock, block[subblock]) for subblock in SUBBLOCKS] for block in blocks)
+        return cls(tuple(BlockVariant(attention, ffn) for attention, ffn in parts))
+
+    @classmethod
+    def parse(cls, names: Iterable[str]) -> "Architecture":
+        """From the names of its blocks, such as `kv2+w512`."""
+        return cls(tuple(map(BlockVariant.parse, names)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(block.name for block in self.blocks)
 
     def configure(self, parent: PuzzleConfig) -> PuzzleConfig:
-        """The parent's configuration with these blocks; a `PuzzleError` if its heads cannot share the KV heads."""
+        """The parent's configuration with these blocks; a `PuzzleError` if one of them cannot be built with it."""
         for layer, block in enumerate(self.blocks):
-            if isinstance(block.attention, GroupedQuery) and parent.num_attention_heads % block.attention.num_kv_heads:
-                raise PuzzleError(
-                    f"architecture: layer {layer} has {block.attention}, which does not divide the parent's "
-                    f"{parent.num_attention_heads} attention heads; use a divisor"
-                )
-        blocks = [block.module_config() for block in self.blocks]
-        config = PuzzleConfig(**parent.to_dict() | {"blocks": blocks})
+            for variant in block.subblocks:
+                if (problem := variant.problem(parent)) is not None:
+                    raise PuzzleError(f"architecture: layer {layer} has {problem}")
+        config = PuzzleConfig(**parent.to_dict() | {"blocks": [block.entry() for block in self.blocks]})
         config._attn_implementation = parent._attn_implementation
         return config
 
@@ -135,45 +150,52 @@ class Space:
 def derive_space(
     config: PuzzleConfig,
     *,
-    kv_heads: Sequence[int] | None = None,
-    ffn_widths: Sequence[int] | None = None,
     attention: Sequence[str] = ("linear", "none"),
     ffn: Sequence[str] = ("linear", "none"),
+    **sizes: Sequence[int] | None,
 ) -> Space:
-    """The space of a model: KV heads halved down to 1 and the paper's widths unless given, then variants by name.
+    """The space of a model: its own kinds in the sizes that they derive unless these are given, then variants by name.
 
     A layer gets its own first, and of the others those that fit it. A size or a sized variant that fits no layer, and
     an unknown name, is a `PuzzleError`.
 
     Args:
         attention: further variants, such as `linear`, `none`, `kv2win1024s4`. ffn: such as `linear`, `none`, `rank64`.
+        sizes: by a kind's `Variant.setting`: `kv_heads` and `ffn_widths`.
     """
     parent = Architecture.of(config)
-    _check_kv_heads(kv_heads or (), parent)
-    _check_ffn_widths(ffn_widths or (), parent)
-    named: dict[Subblock, list[Variant]] = {
-        "attention": _named("attention", attention, parent, config),
-        "ffn": _named("ffn", ffn, parent, config),
-    }
-    layers = []
-    for block in parent.blocks:
-        sized: dict[Subblock, list[Variant]] = {"attention": [], "ffn": []}
-        if isinstance(own := block.attention, GroupedQuery):
-            counts = kv_heads if kv_heads is not None else _default_kv_heads(own.num_kv_heads)
-            sized["attention"] = [replace(own, num_kv_heads=count) for count in sorted(counts, reverse=True)]
-        if isinstance(block.ffn, GatedFFN):
-            widths = ffn_widths if ffn_widths is not None else _default_widths(block.ffn.intermediate_size)
-            sized["ffn"] = [GatedFFN(width) for width in sorted(widths, reverse=True)]
-        subblocks = (
-            _fitting(block.subblock(subblock), sized[subblock] + named[subblock], config) for subblock in SUBBLOCKS
+    named = {"attention": _named("attention", attention), "ffn": _named("ffn", ffn)}
+    fitting: set[Variant] = set()
+
+    def alternatives(own: Variant) -> tuple[Variant, ...]:
+        """The layer's own, then what fits it, each once."""
+        sized = own.alternatives(config, sizes.get(own.setting or ""))
+        kept = [own, *(variant for variant in sized + named[own.subblock] if variant.fits(own, config))]
+        fitting.update(kept)
+        return tuple(dict.fromkeys(kept))
+
+    layers = tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in parent.blocks)
+    owns = dict.fromkeys(variant for block in parent.blocks for variant in block.subblocks)
+    for setting, given in sizes.items():
+        for size in given or ():
+            of_size = [v for own in owns if own.setting == setting for v in own.alternatives(config, [size])]
+            _check(setting, str(size), of_size, fitting, owns)
+    for variant in (*named["attention"], *named["ffn"]):
+        if variant.size is not None:
+            _check(variant.subblock, variant.name, [variant], fitting, owns)
+    return Space(layers)
+
+
+def _check(
+    setting: str, given: str, variants: Sequence[Variant], fitting: set[Variant], owns: Iterable[Variant]
+) -> None:
+    """A `PuzzleError` if what a setting gives fits no layer."""
+    if not fitting.intersection(variants):
+        found = ", ".join(str(own) for own in owns if setting in (own.setting, own.subblock))
+        raise PuzzleError(
+            f"space.{setting}: {given} is no smaller form of any layer's own ({found}); use smaller sizes "
+            "(of KV heads, divisors)"
         )
-        layers.append(LayerSpace(*subblocks))
-    return Space(tuple(layers))
-
-
-def hardware_multiple(width: int) -> int:
-    """What FFN widths are rounded to: 256 for real models (engines and tensor cores want it), less for small ones."""
-    return min(256, max(1, 2 ** (width.bit_length() - 5)))
 
 
 def _parse_row(layer: int, row: dict[str, Any]) -> BlockVariant:
@@ -185,57 +207,8 @@ def _parse_row(layer: int, row: dict[str, Any]) -> BlockVariant:
         raise PuzzleError(f"architecture: layer {layer}: {error}") from None
 
 
-def _check_kv_heads(counts: Sequence[int], parent: Architecture) -> None:
-    own = sorted({block.attention.num_kv_heads for block in parent.blocks if isinstance(block.attention, GroupedQuery)})
-    for count in counts:
-        if count < 1 or not any(heads % count == 0 for heads in own):
-            raise PuzzleError(f"space.kv_heads: {count} divides no layer's number of KV heads {own}; use divisors")
-
-
-def _check_ffn_widths(widths: Sequence[int], parent: Architecture) -> None:
-    own = sorted({block.ffn.intermediate_size for block in parent.blocks if isinstance(block.ffn, GatedFFN)})
-    for width in widths:
-        if width < 1 or not any(width <= parent_width for parent_width in own):
-            raise PuzzleError(f"space.ffn_widths: {width} is not within any layer's width {own}; use smaller ones")
-
-
-def _named(subblock: Subblock, names: Sequence[str], parent: Architecture, config: PuzzleConfig) -> list[Variant]:
-    """The variants of these names; each with a size must fit a layer."""
-    variants = []
-    for name in names:
-        try:
-            variant = parse_variant(subblock, name)
-        except PuzzleError as error:
-            raise PuzzleError(f"space.{subblock}: {error}") from None
-        owns = dict.fromkeys(block.subblock(subblock) for block in parent.blocks)
-        if not isinstance(variant, Unsized) and not any(_is_or_fits(variant, own, config) for own in owns):
-            raise PuzzleError(
-                f"space.{subblock}: {name} is smaller than no layer's own ({', '.join(map(str, owns))}); "
-                "use smaller sizes"
-            )
-        variants.append(variant)
-    return variants
-
-
-def _fitting(own: Variant, variants: Sequence[Variant], config: PuzzleConfig) -> tuple[Variant, ...]:
-    """The layer's own, then what fits it, each once."""
-    return tuple(dict.fromkeys((own, *(variant for variant in variants if variant.fits(own, config)))))
-
-
-def _is_or_fits(variant: Variant, own: Variant, config: PuzzleConfig) -> bool:
-    return variant == own or variant.fits(own, config)
-
-
-def _default_kv_heads(count: int) -> list[int]:
-    """Halved while it can be, then divided by its smallest factor: 8 gives 4, 2, 1, and 6 gives 3, 1."""
-    counts = []
-    while count > 1:
-        count //= next(factor for factor in range(2, count + 1) if count % factor == 0)
-        counts.append(count)
-    return counts
-
-
-def _default_widths(parent_width: int) -> list[int]:
-    multiple = hardware_multiple(parent_width)
-    rounded = {max(multiple, round(fraction * parent_width / multiple) * multiple) for fraction in FFN_FRACTIONS}
-    return sorted(rounded, reverse=True)
+def _named(subblock: Subblock, names: Sequence[str]) -> list[Variant]:
+    try:
+        return [parse_variant(subblock, name) for name in names]
+    except PuzzleError as error:
+        raise PuzzleError(f"space.{subblock}: {error}") from None

@@ -1,0 +1,134 @@
+"""The gated FFN: the parent's own, and narrower (paper section 2.1 and appendix A)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
+from puzzle.variants.base import ParentSubblock, State, Subblock, Variant, add_sum
+from puzzle.variants.linear import output_power, padded, refit
+from puzzle.variants.registry import register
+
+FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
+"""Widths below the parent's own (paper section 2.1)."""
+
+
+@register
+@dataclass(frozen=True)
+class GatedFFN(Variant):
+    """The family's gated FFN with `intermediate_size` channels; with the parent's number, the parent's own FFN."""
+
+    subblock: ClassVar[Subblock] = "ffn"
+    kind: ClassVar[str] = "gated"
+    grammar: ClassVar[str] = "w{intermediate_size}"
+    output_projection: ClassVar[str | None] = "mlp.down_proj"
+    recorded: ClassVar[str | None] = "mlp.down_proj"
+    setting: ClassVar[str | None] = "ffn_widths"
+    intermediate_size: int
+
+    @property
+    def description(self) -> str:
+        return f"width {self.intermediate_size}"
+
+    def activation_values(self, config: PuzzleConfig) -> int:
+        """Gate, up, and their product."""
+        return 3 * self.intermediate_size
+
+    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
+        return isinstance(own, GatedFFN) and self.intermediate_size < own.intermediate_size
+
+    def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> list[Variant]:
+        """The paper's fractions of the width, rounded."""
+        width = self.intermediate_size
+        multiple = hardware_multiple(width)
+        default = {max(multiple, round(fraction * width / multiple) * multiple) for fraction in FFN_FRACTIONS}
+        return [GatedFFN(width) for width in sorted(default if sizes is None else sizes, reverse=True)]
+
+    def share(self, parent: Variant) -> float | None:
+        return self.intermediate_size / parent.intermediate_size if isinstance(parent, GatedFFN) else None
+
+    @property
+    def cell(self) -> str:
+        return "narrower FFN"
+
+    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+        return {"intermediate_size": self.intermediate_size}
+
+    def initialise(self, parent: ParentSubblock) -> State:
+        """Keep the first channels of the ranking (`puzzle.variants.channels`); refit the down projection to them.
+
+        The refit is the least-squares optimum of the BLD loss for the kept channels; a bias stays the parent's. The
+        start of the paper keeps the down projection's own columns.
+        """
+        assert isinstance(parent.variant, GatedFFN)
+        state = dict(parent.state)
+        if parent.variant == self:
+            return state
+        kept = self._kept(parent)
+        for name, tensor in state.items():
+            if name.split(".")[1] in ("gate_proj", "up_proj"):
+                state[name] = tensor[kept].clone()
+        down = state["mlp.down_proj.weight"]
+        if parent.start.method == "paper":
+            state["mlp.down_proj.weight"] = down[:, kept].clone()
+        else:
+            refitted = refit(down.double(), parent.statistics["activation_second_moment"].double(), kept)
+            state["mlp.down_proj.weight"] = refitted.to(down.dtype)
+        return state
+
+    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
+        """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
+
+        Only of weights as they start: gate and up projection are taken to be the parent's own.
+        """
+        if parent.variant == self:
+            return 0.0
+        left_DI = parent.state["mlp.down_proj.weight"].to(torch.float64, copy=True)
+        left_DI[:, self._kept(parent)] -= state["mlp.down_proj.weight"].double()
+        moment_II = parent.statistics["activation_second_moment"].double()
+        return float((left_DI @ moment_II * left_DI).sum() / output_power(parent.statistics))
+
+    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
+        if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
+            return None
+        missing = wider.intermediate_size - self.intermediate_size
+        widened = dict(state)
+        for name, tensor in state.items():
+            if name.split(".")[1] in ("gate_proj", "up_proj"):
+                widened[name] = padded(tensor, dim=0, count=missing)
+            elif name == "mlp.down_proj.weight":
+                widened[name] = padded(tensor, dim=1, count=missing)
+        return widened
+
+    def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
+        """W_down W_up: the gate is ignored."""
+        down_DI, bias = state["mlp.down_proj.weight"].double(), state.get("mlp.down_proj.bias")
+        if (up_bias := state.get("mlp.up_proj.bias")) is not None:
+            bias = down_DI @ up_bias.double() + (0 if bias is None else bias.double())
+        return down_DI @ state["mlp.up_proj.weight"].double(), bias
+
+    def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:
+        """`activation_mean_abs` [I] and, summed in float32, `activation_second_moment` [I, I]."""
+        activation_NI = inputs[0].float().flatten(0, -2)
+        add_sum(sums, "activation_mean_abs", activation_NI.abs().sum(0))
+        name, channels = "activation_second_moment", activation_NI.shape[1]
+        if name not in sums:
+            sums[name] = activation_NI.new_zeros(channels, channels)
+        sums[name].addmm_(activation_NI.T, activation_NI)
+
+    def recorded_values(self, config: PuzzleConfig) -> int:
+        return self.intermediate_size**2
+
+    def _kept(self, parent: ParentSubblock) -> Tensor:
+        """The parent's channels that it has, in their order. [I']"""
+        assert isinstance(parent.variant, GatedFFN)
+        assert self.intermediate_size <= parent.variant.intermediate_size
+        return parent.channels[: self.intermediate_size].sort().values
+
+
+def hardware_multiple(width: int) -> int:
+    """What FFN widths are rounded to: 256 for real models (engines and tensor cores want it), less for small ones."""
+    return min(256, max(1, 2 ** (width.bit_length() - 5)))
