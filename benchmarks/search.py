@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ import numpy as np
 from puzzle.artefacts import Bounds, CostRow, CostTable, PairTerm, Scenario, ScoreRow, ScoreTable
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import frontier, pool
+from puzzle.search.bounds import without
 from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value
 from puzzle.search.problem import Choices, bound_rows
@@ -163,13 +163,13 @@ def make(kind: str, seed: int) -> tuple[Instance, Bounds]:
             choices.costs[name][choices.layers == layer].min() for layer in range(choices.num_layers)
         )
         reached = min(solution.predicted[name], smallest + 0.85 * (instance.parent[name] - smallest))
-        share = rng.uniform(0.4, 0.98) if bounds.given() else rng.uniform(0.25, 0.85)
-        bounds = replace(bounds, **{name: float(smallest + share * (reached - smallest))})
+        share = rng.uniform(0.4, 0.98) if bounds else rng.uniform(0.25, 0.85)
+        bounds = bounds | {name: float(smallest + share * (reached - smallest))}
         solution = best_architecture(instance, bounds, SETTINGS)
     if case == "INF":
-        fastest = best_value(instance, "request_ms", replace(bounds, request_ms=None), SETTINGS)
+        fastest = best_value(instance, "request_ms", without(bounds, "request_ms"), SETTINGS)
         assert fastest is not None
-        bounds = replace(bounds, request_ms=0.99 * fastest)
+        bounds = bounds | {"request_ms": 0.99 * fastest}
     return instance, bounds
 
 
@@ -278,7 +278,7 @@ def _summary(answers: Sequence[Answer]) -> dict[str, float]:
 def run_frontier(points: int, beside: Sequence[str]) -> Iterator[dict[str, object]]:
     """70B with a bound on memory; the others solve the same programs."""
     instance, bounds = make("70B-A2", 0)
-    target = TargetSettings(memory=f"{bounds.memory_bytes:.0f}B")
+    target = TargetSettings(memory=f"{bounds['memory_bytes']:.0f}B")
     start = time.process_time()
     solutions = frontier(instance.scores, instance.costs, target, SETTINGS, "throughput_tok_s", points)
     result: dict[str, object] = {"frontier": len(solutions), "ours": time.process_time() - start}
@@ -296,7 +296,7 @@ def run_frontier(points: int, beside: Sequence[str]) -> Iterator[dict[str, objec
 def run_pool(differing: int, beside: Sequence[str]) -> Iterator[dict[str, object]]:
     """Ten of 70B-A2; each solver goes on from its own solutions."""
     instance, bounds = make("70B-A2", 0)
-    target = TargetSettings(memory=f"{bounds.memory_bytes:.0f}B", latency=f"{bounds.request_ms!r}ms")
+    target = TargetSettings(memory=f"{bounds['memory_bytes']:.0f}B", latency=f"{bounds['request_ms']!r}ms")
     start = time.process_time()
     solutions = pool(instance.scores, instance.costs, target, SETTINGS, 10, differing)
     spread = solutions[-1].score / solutions[0].score - 1

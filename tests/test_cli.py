@@ -155,7 +155,7 @@ def test_a_table_file_is_searched(pipeline: Pipeline, capsys: pytest.CaptureFixt
     assert re.search(r"^ +1 +kv2\+w1024 +kv8\+w4096 *$", printed, re.MULTILINE)
     assert re.search(r"^Parameters +5.80 M +3.65 M +0.629x *$", printed, re.MULTILINE)
     assert "summed score: 0.05000 at batch size 8\nproof: optimal within " in printed
-    assert "asked: memory at most 44.4 MB, throughput at least 2,793" in printed
+    assert "asked: throughput at least 2,793 tok/s, memory at most 44.4 MB" in printed
     solution = Solution.from_json(Path("solution.json").read_text())
     assert solution.blocks == ("kv8+w4096", "kv2+w1024", "small")
 
@@ -193,7 +193,7 @@ def test_a_pool_lists_solutions_that_differ(capsys: pytest.CaptureFixture[str], 
 def test_a_run_is_searched_for_other_targets(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", "recipe.yaml", "--out", "out"])
     assert main(["search", "out"]) == 0
-    assert "asked: memory at most 44.4 MB, throughput at least 2,793" in capsys.readouterr().out
+    assert "asked: throughput at least 2,793 tok/s, memory at most 44.4 MB" in capsys.readouterr().out
     assert main(["search", "out", "--target", "memory=null"]) == 0
     assert "asked: throughput at least 2,793" in capsys.readouterr().out
     assert main(["search", "out", "--table", "out.json"]) == 0

@@ -56,7 +56,7 @@ def uniform_architecture(
     settings = {
         "influence": list(influence),
         "child": list(child.blocks),
-        "bounds": child.bounds.given(),
+        "bounds": child.bounds,
     }
     inputs = (digest(scores.to_json()), digest(costs.to_json()))
     stage = run.stage("uniform", version=1, settings=settings, inputs=inputs)
@@ -119,7 +119,7 @@ class _Search:
         points = [(heads, width) for heads in self._common(GroupedQuery) for width in self._common(GatedFFN)]
         architectures = {point: self._architecture(*point, dropped) for point in points}
         relative = dict.fromkeys(points, 0.0)
-        if set(self.child.bounds.given()) - {"memory_bytes", "params"}:
+        if set(self.child.bounds) - {"memory_bytes", "params"}:
             own = self._predicted(self.child.blocks)
             relative = {
                 point: self._predicted([block.name for block in architecture.blocks]) / own
@@ -170,7 +170,9 @@ class _Search:
                 cost = cost + subblock_memory(variant, config, dtype, scenario.total_tokens)
         totals = Totals(batch_size=self.child.batch_size, generated_tokens=scenario.generated_tokens, cost=cost)
         bounds = self.child.bounds
-        return totals.memory_bytes <= (bounds.memory_bytes or np.inf) and cost.params <= (bounds.params or np.inf)
+        return totals.memory_bytes <= (bounds.get("memory_bytes", np.inf)) and cost.params <= (
+            bounds.get("params", np.inf)
+        )
 
     def _score(self, heads: int, width: int, dropped: frozenset[int]) -> float:
         """Sum of the layers' scores, between the table's widths interpolated.

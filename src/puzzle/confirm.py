@@ -14,9 +14,10 @@ from puzzle.artefacts import Bounds, CostTable, ScoreTable, Serving, Solution, T
 from puzzle.costs import Sample, Timed, Times, doubt, fitted, sample_architectures, summarise
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
+from puzzle.quantities import COSTS, QUANTITIES, SETTINGS
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run, digest
-from puzzle.search import QUANTITIES, quantity_of, resolve_bounds, search
+from puzzle.search import resolve_bounds, search
 from puzzle.variants import Architecture, BlockVariant
 
 _SEARCHES = 4
@@ -102,8 +103,8 @@ def confirmed_search(
 def _better(one: Solution, other: Solution, objective: str) -> bool:
     if objective == "score":
         return one.score < other.score
-    name = quantity_of(objective)
-    return QUANTITIES[name].best([one.predicted[name], other.predicted[name]]) != other.predicted[name]
+    quantity = SETTINGS[objective]
+    return quantity.better(one.predicted[quantity.key], other.predicted[quantity.key])
 
 
 def _as_asked(checks: Sequence[_Check], margin: float) -> bool:
@@ -162,7 +163,7 @@ def _check(
     serving: Solution | Serving,
 ) -> _Check:
     """The parent, the child, and a child of every second layer of it, timed in turns."""
-    if not _times_only(serving.asked).given():
+    if not _times_only(serving.asked):
         return _Check()
     batch_sizes = (int(serving.parent["batch_size"]), *(serving.batch_size,) * 2)
     settings = {
@@ -214,8 +215,9 @@ def _load(
 def _share(target: TargetSettings, predicted: Sequence[Totals], times: Sequence[Sample | Times]) -> float:
     """Of the scarcest, with sizes as counted and these times of parent and child."""
     parent, child, *_ = (_with_times(totals, each) for totals, each in zip(predicted, times, strict=True))
-    bounds = _times_only(resolve_bounds(target, parent.as_dict())).given()
-    return max(QUANTITIES[name].load(child, bound) for name, bound in bounds.items())
+    bounds = _times_only(resolve_bounds(target, parent.as_dict()))
+    values = child.as_dict()
+    return max(QUANTITIES[name].utilisation(values[name], bound) for name, bound in bounds.items())
 
 
 def _timed(predicted: Totals, rounds: Sequence[Sample]) -> Timed:
@@ -233,4 +235,4 @@ def _with_times(totals: Totals, times: Sample | Times) -> Totals:
 
 
 def _times_only(bounds: Bounds) -> Bounds:
-    return replace(bounds, memory_bytes=None, params=None, weight_bytes=None, score=None)
+    return {key: bound for key, bound in bounds.items() if key in COSTS and not COSTS[key].exact}

@@ -12,17 +12,16 @@ from rich.console import Console, RenderableType
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
+from puzzle.quantities import COSTS, SETTINGS
 from puzzle.recipe import SearchSettings, SectionT, TargetSettings, parse_overrides, validate
 from puzzle.report import frontier_figure, solution_table, solutions_table
 from puzzle.runs import write_text
 from puzzle.search import (
-    QUANTITIES,
     Evaluator,
     Further,
     frontier,
     parent_totals,
     pool,
-    quantity_of,
     read_table,
     solve,
     solve_baseline,
@@ -65,7 +64,7 @@ class Tables:
     def known_of(self, costs: CostTable) -> dict[str, str]:
         """The same in one of the scenarios."""
         totals = parent_totals(self.scores, costs)
-        given = {name: quantity for name, quantity in QUANTITIES.items() if costs.unknown.isdisjoint(quantity.columns)}
+        given = {name: quantity for name, quantity in COSTS.items() if costs.unknown.isdisjoint(quantity.columns)}
         return {quantity.setting: name for name, quantity in given.items() if totals[name]}
 
 
@@ -185,7 +184,7 @@ def _check_known(tables: Tables, target: TargetSettings, settings: SearchSetting
     for place, costs, setting in places:
         known = tables.known_of(costs)
         if setting != "score" and setting not in known:
-            lacking = [name for name in QUANTITIES[quantity_of(setting)].columns if name in costs.unknown]
+            lacking = [name for name in SETTINGS[setting].columns if name in costs.unknown]
             reason = (
                 f"no row has {' or '.join(lacking)}" if lacking else f"all of the table's costs for {setting} are 0"
             )

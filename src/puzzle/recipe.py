@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
-from puzzle.units import Bytes, Count, CountAmount, Fraction, Milliseconds, Size, Speed
+from puzzle.quantities import SETTINGS, check_setting
+from puzzle.units import Count, Fraction, Size
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveCount = Annotated[Count, Field(ge=1)]
@@ -177,25 +187,15 @@ class CostSettings(Section):
     """Interleaved rounds over all variants."""
 
 
-class TargetSettings(Section):
-    """Bounds on the child: absolute (`24GB`, `200ms`) or relative to the parent (`2x`, `80%`)."""
+_bounds: dict[str, Any] = {
+    name: (each.amount | None, Field(None, description=f"{each.direction.capitalize()}: {each.meaning}."))
+    for name, each in SETTINGS.items()
+}
+_Bounds: Any = create_model("_Bounds", __base__=Section, **_bounds)
 
-    throughput: Speed | None = None
-    """At least: generated tokens per second."""
-    memory: Bytes | None = None
-    """At most: weights and KV cache."""
-    latency: Milliseconds | None = None
-    """At most: a whole request."""
-    time_to_first_token: Milliseconds | None = None
-    """At most: the prefill."""
-    time_per_output_token: Milliseconds | None = None
-    """At most: one decode step."""
-    parameters: CountAmount | None = None
-    """At most: parameters of the whole model."""
-    disk: Bytes | None = None
-    """At most: weights alone, as a checkpoint of the scenario's dtype."""
-    score: PositiveFloat | None = None
-    """At most: the sum of the blocks' scores, with `search.objective` for what is to be best then."""
+
+class TargetSettings(_Bounds, Section):
+    """Bounds on the child: absolute (`24GB`, `200ms`) or relative to the parent (`2x`, `80%`)."""
 
 
 class FurtherScenarioSettings(Section):
@@ -205,17 +205,12 @@ class FurtherScenarioSettings(Section):
     target: TargetSettings
 
 
-Objective = Literal[
-    "score", "throughput", "latency", "time_to_first_token", "time_per_output_token", "memory", "parameters", "disk"
-]
-
-
 class SearchSettings(Section):
     """The mixed-integer program."""
 
     score: Literal["kl", "lm_loss", "cosine", "task"] = "kl"
     """Which of the blocks' scores to add up."""
-    objective: Objective = "score"
+    objective: Annotated[str, AfterValidator(check_setting)] = "score"
     """What is best within the bounds: the lowest `score`, or another quantity where the target bounds the score."""
     fix: dict[NumberedLayers, Blocks] = {}
     """What layers must take, as `{first:4: parent, 7: kv2+w512, last:2: kv4}`: blocks, subblocks, lists of them."""

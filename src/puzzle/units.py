@@ -69,11 +69,13 @@ def parse_fraction(text: object) -> float:
     return _parse(text, {"%": 0.01, "": 1.0}, "80% or 0.8")[0]
 
 
-def _parse_amount(units: dict[str, float], example: str) -> Any:
+def _parse_amount(units: dict[str, float], example: str, *, relative: bool) -> Any:
+    units, example = (units | _RELATIVE, f"{example}, or 2x or 80% of the parent's") if relative else (units, example)
+
     def parse(text: object) -> Amount:
         if isinstance(text, Amount):
             return text
-        value, number, unit = _parse(text, units | _RELATIVE, f"{example}, or 2x or 80% of the parent's")
+        value, number, unit = _parse(text, units, example)
         if value <= 0:
             raise ValueError(f"expected more than nothing, such as {example}, found {text!r}")
         return Amount(value, unit in _RELATIVE, number + unit)
@@ -81,16 +83,16 @@ def _parse_amount(units: dict[str, float], example: str) -> Any:
     return parse
 
 
-def _amount_type(units: dict[str, float], example: str) -> Any:
-    return Annotated[
-        Amount, BeforeValidator(_parse_amount(units, example)), PlainSerializer(lambda amount: amount.text)
-    ]
+def _amount_type(units: dict[str, float], example: str, *, relative: bool = True) -> Any:
+    parse = _parse_amount(units, example, relative=relative)
+    return Annotated[Amount, BeforeValidator(parse), PlainSerializer(lambda amount: amount.text)]
 
 
 Bytes = _amount_type(_BYTES, "24GB")
 Milliseconds = _amount_type(_MILLISECONDS, "200ms")
 Speed = _amount_type(_SPEEDS, "5500")
 CountAmount = _amount_type(_COUNTS, "7B")
+Score = _amount_type({"": 1}, "0.35", relative=False)
 Count = Annotated[int, BeforeValidator(parse_count)]
 Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(lambda count: f"{count}B")]
 Fraction = Annotated[float, BeforeValidator(parse_fraction)]

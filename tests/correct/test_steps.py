@@ -97,7 +97,7 @@ def test_never_worse_than_the_search_and_always_within_the_bounds(
         totals = toy_costs.totals(solution.blocks, solution.batch_size)
         assert not excesses(totals, ranked[-1].bounds)
         assert dict(totals.as_dict()) == pytest.approx(solution.predicted)
-        assert solution.bounds.given() == pytest.approx(ranked[-1].bounds.given())
+        assert solution.bounds == pytest.approx(ranked[-1].bounds)
         assert solution.score == pytest.approx(toy_scores.total(solution.blocks))
         assert (solution.proof is None) == (solution is not ranked[-1])
     after = [step.after for step in steps.steps]
@@ -253,7 +253,7 @@ def test_a_solution_of_a_fitted_table_sets_the_pace_for_the_others(
     )
     found = taken(nothing, first=first, pool=4).ranked()
     pace = toy_costs.totals(first.blocks, first.batch_size).throughput_tok_s
-    assert pace > 1.1 * asked.throughput_tok_s
+    assert pace > 1.1 * asked["throughput_tok_s"]
     others = [judged.blocks for judged in taken(nothing, first=first, pool=4).judged]
     assert len(others) > 3
     assert all(toy_costs.totals(blocks, 2).throughput_tok_s >= pace * (1 - 1e-7) for blocks in others)
@@ -294,7 +294,7 @@ def test_a_bound_on_the_score_and_costs_bounded_elsewhere(
     steps.take()
     assert len(steps.judged) > 3
     for solution in steps.ranked():
-        assert solution.asked.given() == {}
+        assert "memory_bytes" not in solution.asked
         assert solution.further[0].asked == first.further[0].asked
         assert solution.further[0].bounds == first.further[0].bounds
         assert not excesses(toy_costs.totals(solution.blocks, 2), first.further[0].bounds)

@@ -70,7 +70,7 @@ def test_frontier_marks_child_uniform_parent_and_target(data: ReportData) -> Non
     assert [*line.x] == sorted(line.x)
     assert len(line.x) == len(data.frontier)
     assert (child.y[0], uniform.y[0]) == (data.solution.score, data.uniform.score)
-    asked = data.solution.asked.throughput_tok_s / data.solution.parent["throughput_tok_s"]
+    asked = data.solution.asked["throughput_tok_s"] / data.solution.parent["throughput_tok_s"]
     assert {shape.x0 for shape in figure.layout.shapes} == {1.0, asked}
     assert figure.layout.yaxis.type == "log"
 

@@ -88,9 +88,11 @@ def everything(scores: ScoreTable, costs: CostTable) -> list[tuple[float, Totals
 
 
 def within(totals: Totals, bounds: Bounds) -> bool:
-    """The meaning of bounds, written a second time; times with the stated tolerance."""
+    """The meaning of bounds on costs, written a second time; times with the stated tolerance."""
     values = totals.as_dict()
-    for name, bound in bounds.given().items():
+    for name, bound in bounds.items():
+        if name == "score":
+            continue
         if name == "throughput_tok_s":
             met = values[name] >= bound * (1 - 1e-8)
         elif name in ("memory_bytes", "params", "weight_bytes"):

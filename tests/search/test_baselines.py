@@ -15,6 +15,7 @@ from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import BASELINES, solve, solve_baseline
+from puzzle.units import Amount
 
 EXACT = SearchSettings(gap=0, margin=0)
 MAY_FAIL = {"greedy", "uniform", "depth", "noop-only"}
@@ -73,7 +74,7 @@ def test_within_bounds_and_rules_and_never_better_than_the_program(
     scores, costs, target = problem
     given, keeps = RULES[rule]
     if rule == "score":
-        target = target.model_copy(update={"score": 4.0})
+        target = target.model_copy(update={"score": Amount(4.0, relative=False, text="4")})
     chosen = EXACT.model_copy(update=given)
     arguments: Any = (name, scores, costs, target, chosen)
     try:
@@ -164,7 +165,7 @@ def test_a_further_scenario_decides() -> None:
         found = solve_baseline(name, scores, costs, _bound(8), EXACT, further=further)
         assert there.totals(found.blocks, 1).cost.prefill_ms <= 4
         assert name == "random" or there.totals(free.blocks, 1).cost.prefill_ms == 8
-        assert [str(serving.asked.prefill_ms) for serving in found.further] == ["4.0"]
+        assert [str(serving.asked["prefill_ms"]) for serving in found.further] == ["4.0"]
 
 
 def _all_alike(blocks: Sequence[str]) -> bool:

@@ -9,9 +9,9 @@ from tests.search.conftest import BOUNDS, cost_row, cost_table, everything, scor
 
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
+from puzzle.quantities import QUANTITIES
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import parent_totals, solve
-from puzzle.search.bounds import QUANTITIES
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
@@ -113,7 +113,7 @@ def test_the_nearest_target_can_be_met(
     for name in names:
         _, near = data.draw(st.sampled_from(everything(scores, costs)))
         share = near.as_dict()[name] / parent[name] * (1.01 if QUANTITIES[name].at_least else 0.99)
-        assume(share > 0.01 and (share * parent[name] >= 1 or not QUANTITIES[name].whole))
+        assume(share > 0.01 and (share * parent[name] >= 1 or not QUANTITIES[name].exact))
         target[QUANTITIES[name].setting] = f"{share:.6f}x"
     try:
         solve(scores, costs, TargetSettings(**target), SETTINGS)

@@ -10,9 +10,9 @@ from tests.search.conftest import BOUNDS, cost_row, cost_table, everything, scor
 
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
+from puzzle.quantities import QUANTITIES
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import frontier, parent_totals
-from puzzle.search.bounds import QUANTITIES
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
@@ -25,14 +25,14 @@ def test_every_point_is_the_best_at_its_bound(case: tuple[ScoreTable, CostTable]
     points = frontier(scores, costs, TargetSettings(), SETTINGS, quantity, points=4)
     values = [totals.as_dict()[quantity] for _, totals in models]
     best = max(values) if QUANTITIES[quantity].at_least else min(values)
-    assert points[-1].bounds.given()[quantity] == pytest.approx(best)
+    assert points[-1].bounds[quantity] == pytest.approx(best)
     for point in points:
         assert point.score == pytest.approx(min(score for score, totals in models if within(totals, point.bounds)))
     for easier, harder in pairwise(points):
         assert easier.score <= harder.score + 1e-9
     if best != parent_totals(scores, costs)[quantity]:
         assert len(points) == 4
-        assert points[0].bounds.given()[quantity] == parent_totals(scores, costs)[quantity]
+        assert points[0].bounds[quantity] == parent_totals(scores, costs)[quantity]
 
 
 def one_layer() -> tuple[ScoreTable, CostTable]:
@@ -50,7 +50,7 @@ def test_other_bounds_are_kept_and_the_quantitys_own_is_not() -> None:
     points = frontier(*one_layer(), TargetSettings(parameters="400", throughput="1000x"), SETTINGS, points=5)
     # kv2 takes 13/37 of the parent's time, kv4 21/37; the bounds are 1, 1.30, 1.69, 2.19 and 2.85 times its throughput.
     assert [point.blocks for point in points] == [("kv4+w64",)] * 3 + [("kv2+w64",)] * 2
-    assert {point.bounds.params for point in points} == {400}
+    assert {point.bounds["params"] for point in points} == {400}
 
 
 def test_one_point_where_other_bounds_allow_nothing_better_than_the_parent() -> None:
@@ -82,7 +82,7 @@ def test_a_quantity_that_can_be_nothing() -> None:
     rows += [cost_row(0, "attention", f"kv{k}", 1, params=k) for k in (8, 4, 0)]
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5), ("kv0+w64", 1.0)]])
     points = frontier(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS, "params", 3)
-    assert [(point.blocks, point.bounds.params) for point in points] == [
+    assert [(point.blocks, point.bounds["params"]) for point in points] == [
         (("kv8+w64",), 8),
         (("kv4+w64",), 4),
         (("kv0+w64",), 0),

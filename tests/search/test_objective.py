@@ -1,8 +1,5 @@
 """A bound on the score, what is made best under it, and what is said of bounds that do nothing; against enumeration."""
 
-from dataclasses import replace
-from typing import get_args
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,28 +8,27 @@ from tests.search.test_solve import bounded, two_batches
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
-from puzzle.recipe import Objective as Setting
+from puzzle.quantities import SETTINGS as QUANTITY_OF
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import solve
-from puzzle.search.bounds import quantity_of
 from puzzle.search.exact import Instance, Objective, best_architecture
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 @settings(max_examples=50, deadline=None)
-@given(bounded(), st.sampled_from(get_args(Setting)), st.sampled_from([0.125, 0.5, 1.0, 2.0]))
+@given(bounded(), st.sampled_from([*QUANTITY_OF]), st.sampled_from([0.125, 0.5, 1.0, 2.0]))
 def test_the_objective_is_best_within_all_bounds(
     case: tuple[ScoreTable, CostTable, Bounds], setting: str, most: float
 ) -> None:
     scores, costs, bounds = case
-    name = quantity_of(setting)
+    name = QUANTITY_OF[setting].key
     values = [
         score if name == "score" else totals.as_dict()[name]
         for score, totals in everything(scores, costs)
         if within(totals, bounds) and score <= most
     ]
-    solution = best_architecture(Instance.of(scores, costs), replace(bounds, score=most), SETTINGS, Objective(name))
+    solution = best_architecture(Instance.of(scores, costs), bounds | {"score": most}, SETTINGS, Objective(name))
     if not values:
         assert solution is None
         return
@@ -49,7 +45,7 @@ def test_the_fastest_child_that_is_good_enough() -> None:
     settings = SETTINGS.model_copy(update={"objective": "throughput"})
     for most, block in ((0.4, "kv8+w64"), (0.5, "kv4+w64")):
         solution = solve(*two_batches(), TargetSettings(score=most), settings)
-        assert (solution.blocks, solution.batch_size, solution.bounds.score) == ((block,), 4, most)
+        assert (solution.blocks, solution.batch_size, solution.bounds["score"]) == ((block,), 4, most)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +85,9 @@ def test_the_line(target: dict[str, object], settings: dict[str, object], line: 
 @given(bounded(2, 2))
 def test_a_bound_that_is_said_to_decide_nothing_decides_nothing(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
     scores, costs, bounds = case
-    names = [*bounds.given()]
+    names = [*bounds]
     units = {"memory_bytes": "B", "weight_bytes": "B", "request_ms": "ms", "prefill_ms": "ms", "decode_ms": "ms"}
-    asked = {_setting(name): f"{value:.12f}{units.get(name, '')}" for name, value in bounds.given().items()}
+    asked = {_setting(name): f"{value:.12f}{units.get(name, '')}" for name, value in bounds.items()}
     try:
         notes = solve(scores, costs, TargetSettings(**asked), SETTINGS).notes
     except PuzzleError:
@@ -99,13 +95,13 @@ def test_a_bound_that_is_said_to_decide_nothing_decides_nothing(case: tuple[Scor
     best = _best(scores, costs, bounds)
     for name in names:
         said = any(note.startswith(f"target.{_setting(name)}:") and "decides nothing" in note for note in notes)
-        without = _best(scores, costs, replace(bounds, **{name: None}))
+        without = _best(scores, costs, {key: bounds[key] for key in bounds if key != name})
         if said:
             assert without == pytest.approx(best)
 
 
 def _setting(name: str) -> str:
-    return next(setting for setting in get_args(Setting) if quantity_of(setting) == name)
+    return next(setting for setting, quantity in QUANTITY_OF.items() if quantity.key == name)
 
 
 def _best(scores: ScoreTable, costs: CostTable, bounds: Bounds) -> float:

@@ -66,7 +66,7 @@ def test_the_solution_is_the_best_with_its_pair_terms(
     assert solution.proof is not None
     assert solution.proof.status == "optimal"
     if bound_score and best > 0:
-        bounds = replace(bounds, score=best * 1.25)
+        bounds = bounds | {"score": best * 1.25}
         smallest = best_architecture(instance, bounds, rules, Objective("params"))
         params = [
             costs.totals(blocks, b).cost.params

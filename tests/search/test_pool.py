@@ -13,9 +13,9 @@ from tests.search.test_solve import bounded, two_batches
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
+from puzzle.quantities import QUANTITIES
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import pool
-from puzzle.search.bounds import QUANTITIES
 from puzzle.search.exact import best_architecture
 
 SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
@@ -43,7 +43,7 @@ def test_each_is_the_best_of_those_far_enough_from_all_before(
     differing = min(differing, scores.num_layers)
     left = _best_scores(scores, costs, bounds)
     target = TargetSettings(
-        **{QUANTITIES[name].setting: f"{value:.12f}" + _unit(name) for name, value in bounds.given().items()}
+        **{QUANTITIES[name].setting: f"{value:.12f}" + _unit(name) for name, value in bounds.items()}
     )
     try:
         found = pool(scores, costs, target, SETTINGS, count, differing)

@@ -49,7 +49,7 @@ def test_every_answer_serves_all_scenarios(tables: Tables, question: dict[str, A
         solution = Solution.from_json(json.dumps(each))
         (serving,) = solution.further
         assert solution.blocks == ("kv4+w64",)
-        assert serving.predicted["memory_bytes"] <= serving.bounds.memory_bytes < serving.parent["memory_bytes"]
+        assert serving.predicted["memory_bytes"] <= serving.bounds["memory_bytes"] < serving.parent["memory_bytes"]
     alone = replace(tables, further=[])
     ask(alone, out=tmp_path / "alone.json")
     assert Solution.from_json((tmp_path / "alone.json").read_text()).blocks == ("kv8+w64",)

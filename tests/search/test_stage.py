@@ -34,7 +34,7 @@ def test_a_search_is_written_once_and_read_back(
             search(run, scores, costs, ["a", "b"])
     create_folder(tmp_path / "run", recipe(parameters="80%"))
     with open_run(tmp_path / "run") as run:
-        assert search(run, scores, costs, ["a", "b"]).bounds.params == 88
+        assert search(run, scores, costs, ["a", "b"]).bounds["params"] == 88
 
 
 def test_further_scenarios_and_notes_are_kept_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from puzzle.quantities import COSTS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
@@ -69,27 +71,12 @@ class Totals:
 
     @property
     def throughput_tok_s(self) -> float:
-        """Generated tokens per second over the batch, prefill time included, prompt tokens not counted.
+        return self.as_dict()["throughput_tok_s"]
 
-        0 where no times are known, as in a table of sizes alone.
-        """
-        if self.request_ms == 0:
-            return 0.0
-        return 1e3 * self.batch_size * self.generated_tokens / self.request_ms
-
-    def as_dict(self) -> dict[str, float | int]:
-        """The totals by the names used in targets, tables and reports."""
-        return {
-            "batch_size": self.batch_size,
-            "params": self.cost.params,
-            "weight_bytes": self.cost.weight_bytes,
-            "kv_bytes": self.batch_size * self.cost.kv_bytes_per_sequence,
-            "memory_bytes": self.memory_bytes,
-            "prefill_ms": self.cost.prefill_ms,
-            "decode_ms": self.cost.decode_ms,
-            "request_ms": self.request_ms,
-            "throughput_tok_s": self.throughput_tok_s,
-        }
+    def as_dict(self) -> dict[str, float]:
+        """The totals by the keys of `QUANTITIES`, and `batch_size` and `kv_bytes`."""
+        counts = {"batch_size": self.batch_size, "kv_bytes": self.batch_size * self.cost.kv_bytes_per_sequence}
+        return counts | {key: quantity.value(self) for key, quantity in COSTS.items()}
 
 
 Part = Literal["attention", "ffn", "block", "fixed"]

@@ -1,37 +1,13 @@
 """What the search decided, what it predicts, and the proof."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from puzzle.artefacts.costs import Scenario
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """Absolute bounds on a model; None is no bound. Names and units are those of `Totals`, but for the score."""
-
-    memory_bytes: float | None = None
-    """At most."""
-    throughput_tok_s: float | None = None
-    """At least."""
-    request_ms: float | None = None
-    """At most."""
-    prefill_ms: float | None = None
-    """At most: the time to the first token."""
-    decode_ms: float | None = None
-    """At most: the time per output token."""
-    params: float | None = None
-    """At most."""
-    weight_bytes: float | None = None
-    """At most: what the checkpoint takes on disk."""
-    score: float | None = None
-    """At most: the sum of the blocks' scores, which is no cost."""
-
-    def given(self) -> dict[str, float]:
-        """The bounds on totals that are set, by name: all but that on the score."""
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "score"}
-        return {name: value for name, value in values.items() if value is not None}
+Bounds = dict[str, float]
+"""Absolute bounds on a model by the keys of `QUANTITIES`, in their units; what is not bounded has no entry."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from puzzle.artefacts import CostTable, PairTerm, ScoreName, ScoreTable, Solution, Totals
 from puzzle.correct.whole import Blocks
-from puzzle.search import QUANTITIES
+from puzzle.quantities import COSTS
 
 _SLACK, _LAYER_SLACK = 0.05, 0.5
 """Of the summed score, or of a layer's mean share if that is less, as in deep models: see `matter`. How many blocks it
@@ -91,5 +91,5 @@ def _share(costs: CostTable, solution: Solution, layer: int, block: str) -> floa
     cost = costs.block(layer, block, solution.batch_size)
     whole = costs.totals(solution.blocks, solution.batch_size)
     part = Totals(batch_size=solution.batch_size, generated_tokens=generated, cost=cost)
-    bounded = [QUANTITIES[name] for name in solution.bounds.given() if name in QUANTITIES]
+    bounded = [COSTS[name] for name in solution.bounds if name in COSTS]
     return sum(quantity.additive(part) / quantity.additive(whole) for quantity in bounded)

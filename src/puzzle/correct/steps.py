@@ -14,9 +14,10 @@ from puzzle.artefacts import WORTH, CostTable, Judged, PairTerm, ScoreTable, Ser
 from puzzle.correct.neighbours import Places, around, matter, pair_term, with_blocks
 from puzzle.correct.whole import Blocks, TrueScore
 from puzzle.errors import PuzzleError
+from puzzle.quantities import COSTS
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.runs import Run
-from puzzle.search import QUANTITIES, excesses, pool, with_asked
+from puzzle.search import excesses, pool, with_asked
 from puzzle.units import Amount
 
 _PROPOSALS = 4
@@ -200,7 +201,7 @@ def _as_fast(target: TargetSettings, served: Solution | Serving, blocks: Blocks,
     """
     predicted = costs.totals(blocks, served.batch_size).as_dict()
     same_table = predicted["request_ms"] == served.predicted["request_ms"]
-    kept = served.bounds.given() if same_table else predicted
-    timed = [quantity for name, quantity in QUANTITIES.items() if name in served.bounds.given() and not quantity.whole]
-    amounts = {each.setting: Amount(kept[each.name], False, f"{kept[each.name]:g}") for each in timed}
+    kept = served.bounds if same_table else predicted
+    timed = [quantity for name, quantity in COSTS.items() if name in served.bounds and not quantity.exact]
+    amounts = {each.setting: Amount(kept[each.key], False, f"{kept[each.key]:g}") for each in timed}
     return target.model_copy(update=amounts)

@@ -8,9 +8,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from puzzle.artefacts import CostRow, Solution
+from puzzle.quantities import QUANTITIES
 from puzzle.report import numbers, theme
 from puzzle.report.data import ReportData
-from puzzle.search import QUANTITIES
 from puzzle.variants import BlockVariant, GatedFFN, GroupedQuery, Subblock, Variant
 
 _SLAB = 0.15
@@ -287,7 +287,7 @@ def _point(solution: Solution, quantity: str) -> str:
 
 def _verticals(child: Solution | None, quantity: str) -> dict[str, Any]:
     lines = [("parent", 1.0, "right", theme.MODEL_COLOURS["parent"])]
-    if child and (target := getattr(child.asked, quantity)):
+    if child and (target := child.asked.get(quantity)):
         lines.append(("target", target / child.parent[quantity], "left", theme.OUTLINE))
     shapes = [
         {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": {"color": colour, "dash": "dash"}}

@@ -116,7 +116,7 @@ _COUNTED = ("memory_bytes", "params", "weight_bytes")
 
 def checks(data: ReportData) -> list[Check]:
     """The target bound by bound."""
-    bounds = data.solution.asked.given()
+    bounds = data.solution.asked
     return [_check(data, name, bounds[name]) for name in _BOUNDED if name in bounds]
 
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from puzzle.artefacts import Bounds, Solution
+from puzzle.quantities import QUANTITIES
 from puzzle.report import numbers
 from puzzle.report.table import METRICS, final_table
-from puzzle.search import QUANTITIES
 
 _PREDICTED = {
     "throughput_tok_s": "predicted_tok_s",
@@ -76,7 +76,7 @@ def _verdict(solution: Solution) -> str:
     score = f"{numbers.plain(solution.score)} at batch size {solution.batch_size}"
     lines = [f"summed score: {score}", f"proof: {proven}", f"asked: {_asked(solution.asked)}"]
     for serving in solution.further:
-        reached = [f"{_setting(name)} {_stated(name, serving.predicted[name])}" for name in serving.asked.given()]
+        reached = [f"{_setting(name)} {_stated(name, serving.predicted[name])}" for name in serving.asked]
         where = f"in {serving.scenario}, at batch size {serving.batch_size}"
         lines.append(f"asked {where}: {_asked(serving.asked)}; predicted: {', '.join(reached)}")
     return "\n".join([*lines, *(f"note: {note}" for note in solution.notes)])
@@ -85,9 +85,9 @@ def _verdict(solution: Solution) -> str:
 def _asked(bounds: Bounds) -> str:
     asked = [
         f"{_setting(name)} {'at least' if QUANTITIES[name].at_least else 'at most'} {_stated(name, bound)}"
-        for name, bound in bounds.given().items()
+        for name, bound in bounds.items()
     ]
-    return ", ".join([*asked, *([] if bounds.score is None else [f"score at most {numbers.plain(bounds.score)}"])])
+    return ", ".join(asked)
 
 
 def _setting(name: str) -> str:

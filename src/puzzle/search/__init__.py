@@ -1,7 +1,7 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
 from puzzle.search.baselines import BASELINES, Evaluator, solve_baseline
-from puzzle.search.bounds import QUANTITIES, evaluate_blocks, excesses, parent_totals, quantity_of, resolve_bounds
+from puzzle.search.bounds import evaluate_blocks, excesses, parent_totals, resolve_bounds
 from puzzle.search.constraints import check_spans
 from puzzle.search.frontier import frontier
 from puzzle.search.solve import Further, check_asked, pool, solve, with_asked
@@ -10,7 +10,6 @@ from puzzle.search.table_file import read_table, to_table_file
 
 __all__ = [
     "BASELINES",
-    "QUANTITIES",
     "Evaluator",
     "Further",
     "check_asked",
@@ -20,7 +19,6 @@ __all__ = [
     "frontier",
     "parent_totals",
     "pool",
-    "quantity_of",
     "read_table",
     "resolve_bounds",
     "search",

@@ -10,8 +10,9 @@ import numpy as np
 
 from puzzle.artefacts import Bounds, CostTable, PairTerm, Proof, ScoreName, ScoreTable, Serving, Solution, Totals
 from puzzle.errors import PuzzleError
+from puzzle.quantities import QUANTITIES, TIME_TOLERANCE
 from puzzle.recipe import SearchSettings
-from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE, excesses, parent_totals
+from puzzle.search.bounds import excesses, no_time, parent_totals
 from puzzle.search.constraints import Allowed, allowed
 from puzzle.search.core import minimise_core
 from puzzle.search.highs import Relaxation, relax, solver_name
@@ -126,7 +127,9 @@ class Objective:
         if self.name == "score":
             return candidate.score
         totals, quantity = (candidate.totals, *candidate.further)[self.place], QUANTITIES[self.name]
-        value = quantity.convert(quantity.additive(totals), totals.batch_size, totals.generated_tokens)
+        value = quantity.value(totals)
+        if quantity.at_least and value <= 0:
+            raise no_time(totals.request_ms)
         return 1 / value if quantity.at_least else value
 
     def stated(self, value: float) -> float:
@@ -180,7 +183,7 @@ class Candidate:
             blocks=self.blocks,
             batch_size=self.totals.batch_size,
             score=self.score,
-            predicted=dict(self.totals.as_dict()),
+            predicted=self.totals.as_dict(),
             parent=parent,
             asked=bounds,
             bounds=bounds,
@@ -189,7 +192,7 @@ class Candidate:
                 Serving(
                     scenario=part.costs.scenario,
                     batch_size=totals.batch_size,
-                    predicted=dict(totals.as_dict()),
+                    predicted=totals.as_dict(),
                     parent=part.parent,
                     asked=part.bounds,
                     bounds=part.bounds,
@@ -335,7 +338,7 @@ def _broken(found: Candidate, bounds: Bounds, further: Sequence[Bounds]) -> list
     """By what shares of their limits sums are above them."""
     pairs = zip((found.totals, *found.further), (bounds, *further), strict=True)
     shares = [share for totals, its in pairs for share in excesses(totals, its).values()]
-    if bounds.score is not None:
-        over = (found.score - bounds.score) / bounds.score
+    if "score" in bounds:
+        over = (found.score - bounds["score"]) / bounds["score"]
         shares += [over] if over > TIME_TOLERANCE else []
     return shares

@@ -6,8 +6,9 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
 
 from puzzle.artefacts import Bounds
 from puzzle.errors import PuzzleError
+from puzzle.quantities import QUANTITIES, TIME_TOLERANCE
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE
+from puzzle.search.bounds import without
 from puzzle.search.exact import Instance, Objective, best_architecture
 from puzzle.units import Amount
 
@@ -42,11 +43,11 @@ class Ask:
     @property
     def setting(self) -> str:
         target = f"scenarios[{self.place - 1}].target" if self.place else "target"
-        return f"{target}.{QUANTITIES[self.name].setting if self.name in QUANTITIES else self.name}"
+        return f"{target}.{QUANTITIES[self.name].setting}"
 
     @property
     def at_least(self) -> bool:
-        return self.name in QUANTITIES and QUANTITIES[self.name].at_least
+        return QUANTITIES[self.name].at_least
 
     def __str__(self) -> str:
         asked = self.amount.resolve(self.parent)
@@ -58,7 +59,7 @@ class Ask:
         bound = self.amount.resolve(self.parent)
         if self.at_least:
             return self.promised(value) * (1 + TIME_TOLERANCE) >= bound
-        exact = self.name in QUANTITIES and QUANTITIES[self.name].whole
+        exact = QUANTITIES[self.name].exact
         return self.promised(value) <= bound * (1 if exact else 1 + TIME_TOLERANCE)
 
     def has_room(self, value: float, share: float) -> bool:
@@ -69,7 +70,7 @@ class Ask:
 
     def promised(self, value: float) -> float:
         """What the target may ask for where `value` is predicted."""
-        return QUANTITIES[self.name].promised(value, self.margin) if self.name in QUANTITIES else value
+        return QUANTITIES[self.name].without_margin(value, self.margin)
 
     def range(self, best: float) -> str:
         """`2480 tok/s (parent) to 9120 tok/s (3.68x)`, the best with the margin taken off."""
@@ -99,13 +100,12 @@ class Ask:
 def asks(instance: Instance, targets: Sequence[TargetSettings], margin: float) -> list[Ask]:
     """The bounds of the main target and of those of further scenarios, each in the order in which they give way."""
     parents = [instance.parent, *(part.parent for part in instance.further)]
-    names = {name: quantity.setting for name, quantity in QUANTITIES.items()} | {"score": "score"}
+    names = {name: quantity.setting for name, quantity in QUANTITIES.items()}
     found = []
     for place, (target, parent) in enumerate(zip(targets, parents, strict=True)):
         for name, setting in names.items():
             amount = getattr(target, setting)
             if amount is not None:
-                amount = amount if isinstance(amount, Amount) else Amount(amount, False, f"{amount:g}")
                 found.append(Ask(name=name, place=place, amount=amount, parent=parent.get(name, 0.0), margin=margin))
     return found
 
@@ -169,10 +169,10 @@ def _nearest(
 def _loosened(instance: Instance, bounds: Bounds, ask: Ask) -> tuple[Instance, str, Bounds]:
     """Without one bound."""
     if ask.place == 0:
-        return instance, ask.name, replace(bounds, **{ask.name: None})
+        return instance, ask.name, without(bounds, ask.name)
     further = list(instance.further)
     part = further[ask.place - 1]
-    further[ask.place - 1] = replace(part, bounds=replace(part.bounds, **{ask.name: None}))
+    further[ask.place - 1] = replace(part, bounds=without(part.bounds, ask.name))
     return replace(instance, further=further), ask.name, bounds
 
 

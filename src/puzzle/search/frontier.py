@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
+from puzzle.quantities import QUANTITIES
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.bounds import QUANTITIES, no_time, resolve_bounds
+from puzzle.search.bounds import no_time, resolve_bounds, without
 from puzzle.search.exact import Instance, best_architecture
 from puzzle.search.explain import best_value, explain
 from puzzle.search.solve import Further, further_bounds
@@ -34,19 +35,19 @@ def frontier(
     instance = Instance.of(
         scores, costs, settings.score, constraints=settings, further=further_bounds(scores, further, settings)
     )
-    others = replace(resolve_bounds(target, instance.parent, settings.margin), **{quantity: None})
+    others = without(resolve_bounds(target, instance.parent, settings.margin), quantity)
     best, parent = best_value(instance, quantity, others, settings), instance.parent[quantity]
     if best is None:
-        without = target.model_copy(update={QUANTITIES[quantity].setting: None})
-        raise explain(instance, [without, *(its for _, its in further)], others, settings)
-    if best <= 0 and not QUANTITIES[quantity].whole:
+        unbounded = target.model_copy(update={QUANTITIES[quantity].setting: None})
+        raise explain(instance, [unbounded, *(its for _, its in further)], others, settings)
+    if best <= 0 and not QUANTITIES[quantity].exact:
         raise no_time(best)
-    better = QUANTITIES[quantity].best([best, parent]) != parent
+    better = QUANTITIES[quantity].better(best, parent)
     spaced = np.geomspace if best > 0 else np.linspace
     values = spaced(parent, best, points).tolist() if better else [best]
     solutions: list[Solution] = []
     for value in values:
-        bounds = replace(others, **{quantity: value})
+        bounds = others | {quantity: value}
         solution = _still_best(solutions, quantity, value) or best_architecture(instance, bounds, settings)
         assert solution is not None, f"{quantity} {value} was reached before"
         solutions.append(replace(solution, asked=bounds, bounds=bounds))
@@ -55,6 +56,6 @@ def frontier(
 
 def _still_best(solutions: list[Solution], quantity: str, value: float) -> Solution | None:
     """The last solution, where it meets the tighter bound too: then nothing else can be better there."""
-    if solutions and QUANTITIES[quantity].best([value, solutions[-1].predicted[quantity]]) != value:
+    if solutions and QUANTITIES[quantity].better(solutions[-1].predicted[quantity], value):
         return solutions[-1]
     return None

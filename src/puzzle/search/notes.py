@@ -1,11 +1,11 @@
 """What a person should know of a target that was met: bounds that decide nothing, and bounds that give no speed."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings
+from puzzle.search.bounds import without
 from puzzle.search.exact import Instance, Objective, best_architecture, same_sum
 from puzzle.search.explain import Ask
 
@@ -41,7 +41,7 @@ def _idle(
     if instance.pair_scores or instance.kinds is not None or not ask.has_room(reached, _CLOSE):
         return False
     try:
-        other = best_architecture(instance, replace(bounds, **{ask.name: None}), settings, objective)
+        other = best_architecture(instance, without(bounds, ask.name), settings, objective)
     except PuzzleError:
         return False  # time was over
     assert other is not None, "a bound less excludes nothing"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.artefacts import Bounds, Cost, CostTable, ScoreName, ScoreTable, Totals
-from puzzle.search.bounds import QUANTITIES, TIME_TOLERANCE
+from puzzle.quantities import COSTS, QUANTITIES, TIME_TOLERANCE
 from puzzle.search.constraints import Allowed
 
 Floats = NDArray[np.float64]
@@ -72,7 +72,7 @@ def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName, allowed: Al
     def at(batch_size: int) -> Choices:
         def terms(cost: Cost) -> list[float]:
             part = Totals(batch_size=batch_size, generated_tokens=costs.scenario.generated_tokens, cost=cost)
-            return [quantity.additive(part) for quantity in QUANTITIES.values()]
+            return [quantity.additive(part) for quantity in COSTS.values()]
 
         def cost(group: int, block: str) -> Cost:
             return sum((costs.block(layer, block, batch_size) for layer in members[group]), Cost())
@@ -86,8 +86,8 @@ def tabulate(scores: ScoreTable, costs: CostTable, score: ScoreName, allowed: Al
             layers=np.array([group for group, _ in entries], dtype=np.int64),
             blocks=tuple(block for _, block in entries),
             scores=values,
-            costs=dict(zip(QUANTITIES, table.T, strict=True)),
-            fixed=dict(zip(QUANTITIES, terms(costs.fixed(batch_size)), strict=True)),
+            costs=dict(zip(COSTS, table.T, strict=True)),
+            fixed=dict(zip(COSTS, terms(costs.fixed(batch_size)), strict=True)),
             groups=np.array(allowed.groups, dtype=np.int64),
         )
 
@@ -179,8 +179,7 @@ def build_program(
 
 def bound_rows(choices: Choices, bounds: Bounds) -> list[Row]:
     """The rows of all bounds that are set, that on the score last."""
-    given = bounds.given() if bounds.score is None else bounds.given() | {"score": bounds.score}
-    return [_row(choices, name, bound) for name, bound in given.items()]
+    return [_row(choices, name, bound) for name, bound in bounds.items()]
 
 
 def _row(choices: Choices, name: str, bound: float) -> Row:
@@ -200,7 +199,7 @@ def _largest_sum(choices: Choices, name: str, bound: float) -> float:
     """
     if name != "score":
         bound = QUANTITIES[name].convert(bound, choices.batch_size, choices.generated_tokens)
-        if QUANTITIES[name].whole:
+        if QUANTITIES[name].exact:
             return math.floor(bound) + 0.5
     return bound * (1 + TIME_TOLERANCE / 2)
 

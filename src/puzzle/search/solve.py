@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from puzzle.artefacts import Bounds, CostTable, PairTerm, ScoreTable, Solution
 from puzzle.errors import PuzzleError
+from puzzle.quantities import SETTINGS
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.bounds import QUANTITIES, parent_totals, quantity_of, resolve_bounds
+from puzzle.search.bounds import parent_totals, resolve_bounds
 from puzzle.search.exact import Instance, Objective, best_architecture
 from puzzle.search.explain import asks, explain
 from puzzle.search.notes import notes
@@ -125,7 +126,7 @@ class _Question:
             targets=[target, *(its for _, its in further)],
             bounds=resolve_bounds(target, instance.parent, settings.margin),
             settings=settings,
-            objective=Objective(quantity_of(settings.objective)),
+            objective=Objective(SETTINGS[settings.objective].key),
         )
 
     def answer(self) -> Solution:
@@ -149,7 +150,7 @@ def check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> 
         PuzzleError: not so.
     """
     if all(value is None for target in targets for _, value in target):
-        settable = ", ".join([*(quantity.setting for quantity in QUANTITIES.values()), "score"])
+        settable = ", ".join(SETTINGS)
         raise PuzzleError(f"target: nothing is set; set at least one of {settable}, for example `throughput: 2x`")
     if settings.objective == "score" and all(
         value is None for target in targets for name, value in target if name != "score"
@@ -157,7 +158,7 @@ def check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> 
         raise PuzzleError(
             "target.score: alone it is met best by the parent itself; bound a cost too, or set search.objective"
         )
-    if settings.objective != "score" and targets[0].score is None:
+    if settings.objective != "score" and dict(targets[0])["score"] is None:
         raise PuzzleError(
             f"search.objective: {settings.objective} alone would give up all quality; set target.score, the highest "
             "sum of scores that you accept"

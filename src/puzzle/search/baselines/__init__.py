@@ -13,7 +13,7 @@ from puzzle.search.baselines.max_parameters import max_parameters
 from puzzle.search.baselines.noop_only import noop_only
 from puzzle.search.baselines.random import random
 from puzzle.search.baselines.uniform import uniform
-from puzzle.search.bounds import resolve_bounds
+from puzzle.search.bounds import resolve_bounds, without
 from puzzle.search.exact import Instance
 from puzzle.search.solve import Further, further_bounds, with_asked
 
@@ -58,7 +58,7 @@ def solve_baseline(
     others = further_bounds(scores, further, settings)
     instance = Instance.of(scores, costs, settings.score, constraints=settings, further=others)
     bounds = resolve_bounds(target, instance.parent, settings.margin)
-    if not any(its.given() for its in (bounds, *(part.bounds for part in instance.further))):
+    if not any(without(its, "score") for its in (bounds, *(part.bounds for part in instance.further))):
         raise PuzzleError("target: no cost is bounded; a baseline needs that, for example `throughput: 2x`")
     problem = Problem(
         instance=instance,

@@ -1,13 +1,14 @@
 """What every baseline is given, and what it gives back."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from puzzle.artefacts import Bounds, CostTable, ScoreRow, Totals
 from puzzle.recipe import SearchSettings
-from puzzle.search.bounds import excesses
+from puzzle.search.bounds import excesses, without
 from puzzle.search.constraints import Allowed, allowed
 from puzzle.search.exact import Candidate, Instance, best_architecture
 from puzzle.search.problem import Choices, Ints, Program, Row, bound_rows, build_program
@@ -49,7 +50,7 @@ class Problem:
         if excesses(totals, self.bounds) or not self._within_rules(blocks):
             return None
         parts = self.instance.further
-        if any(its.score is not None and score > its.score for its in (self.bounds, *(part.bounds for part in parts))):
+        if any(score > its.get("score", math.inf) for its in (self.bounds, *(part.bounds for part in parts))):
             return None
         served = [_fastest(part.costs, blocks, part.bounds) for part in parts]
         further = tuple(totals for totals in served if totals is not None)
@@ -74,7 +75,7 @@ class Problem:
         """Every bound on a cost, in all scenarios."""
         bounds = [self.bounds, *(part.bounds for part in self.instance.further)]
         pairs = zip(combination, bounds, strict=True)
-        return [row for choices, its in pairs for row in bound_rows(choices, replace(its, score=None))]
+        return [row for choices, its in pairs for row in bound_rows(choices, without(its, "score"))]
 
     def program(self, combination: Combination, *, apart: Ints | None = None) -> Program:
         """The search's own without bounds on the score; `apart` as in `build_program`."""
@@ -99,9 +100,9 @@ class Problem:
         if not all(rules.blocks):
             return None
         settings = self.settings.model_copy(update={"score": "kl"})
-        further = [(part.costs, replace(part.bounds, score=None)) for part in self.instance.further]
+        further = [(part.costs, without(part.bounds, "score")) for part in self.instance.further]
         other = Instance.of(scores, self.instance.costs, constraints=settings, rules=rules, further=further)
-        found = best_architecture(other, replace(self.bounds, score=None), settings)
+        found = best_architecture(other, without(self.bounds, "score"), settings)
         return self.candidate(found.blocks, found.batch_size) if found else None
 
 
