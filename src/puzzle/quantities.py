@@ -90,10 +90,8 @@ class Quantity:
 
     def text(self, value: float) -> str:
         """For people: `2,480 tok/s`, `24.0 GB`."""
-        if not math.isfinite(value):
-            return "-"
         scale, unit = self._scale(value)
-        return f"{significant(value / scale, self.digits)} {unit}".rstrip()
+        return f"{units.format_number(value / scale, self.digits)} {unit}".rstrip()
 
     def setting_text(self, value: float, rounding: str = ROUND_HALF_EVEN) -> str:
         """As the recipe reads it, with four significant digits: `2480tok/s`, `24GB`."""
@@ -219,16 +217,6 @@ def check_setting(setting: str) -> str:
     if setting not in SETTINGS:
         raise ValueError(f"found {setting!r}; it must be one of {', '.join(SETTINGS)}")
     return setting
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """`value` rounded to `digits` significant digits, never in exponent form above 1e-5: `0.0123`, `4,890`."""
-    if value == 0:
-        return "0"
-    if abs(value) < 1e-5:
-        return f"{value:.{digits - 1}e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
 
 
 def plain_digits(value: float, rounding: str = ROUND_HALF_EVEN, digits: int = 4) -> str:
