@@ -21,13 +21,15 @@ from safetensors import SafetensorError
 from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Solution
-from puzzle.cli import STAGES, main
+from puzzle.cli import main
 from puzzle.errors import PuzzleError
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.runs import Run, is_run_folder, open_run
 from puzzle.search import solve
+from puzzle.stages import COMMANDS
 
+STAGES = [stage.name for stage in COMMANDS]
 TABLE = Path("table.json")
 RECIPE = "parent: model  # a comment\ndata: {source: text}\n"
 
@@ -145,7 +147,7 @@ def test_a_run_folders_own_recipe_goes_on_there(pipeline: Pipeline) -> None:
 def test_every_stage_has_a_command(pipeline: Pipeline, command: str) -> None:
     main(["run", "recipe.yaml", "--out", "out"])
     assert main([command, "out"]) == 0
-    assert pipeline.asked[-1] == (Path("out"), {"cost": "costs"}.get(command, command))
+    assert pipeline.asked[-1] == (Path("out"), command)
 
 
 def test_a_table_file_is_searched(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,10 +233,10 @@ def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: 
     assert "scenario.engine: found 'tarch'; must be 'torch', 'vllm', 'llama.cpp' or 'roofline'" in line
 
 
-def test_the_commands_are_the_pipelines_stages() -> None:
-    from puzzle import pipeline
+def test_every_stage_with_a_command_has_a_property_of_the_pipeline() -> None:
+    from puzzle.pipeline import Pipeline
 
-    assert tuple({"cost": "costs"}.get(command, command) for command in STAGES) == tuple(pipeline.STAGES)
+    assert all(hasattr(Pipeline, stage.result) for stage in COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -13,25 +13,8 @@ from typing import Any, NoReturn
 
 from puzzle.distributed.group import end, launched_rank, launched_size
 from puzzle.errors import PuzzleError
+from puzzle.stages import COMMANDS, REPORT
 
-STAGES = {
-    "data": "Tokenise the text, split it and pack it.",
-    "calibrate": "Collect statistics of the parent's activations.",
-    "library": "Build and train every variant of every layer (BLD).",
-    "score": "Score every block alone in the parent (replace-1-block).",
-    "cost": "Measure what every variant costs on the engine.",
-    "search": "Choose the best architecture within the target (MIP).",
-    "correct": "Compare whole architectures, and search around the best of them.",
-    "realise": "Put the chosen child together.",
-    "refine": "Train the child's blocks one after another on its own inputs, if the recipe says so.",
-    "distil": "Train the child as a whole (GKD).",
-    "evaluate": "Compare child and parent, in quality and speed.",
-    "export": "Write the child as a checkpoint for other programs.",
-    "report": "Write the report.",
-}
-"""The commands that run one stage, in order."""
-
-_PIPELINE_NAMES = {"cost": "costs"}
 _DISK_FULL = "No space left on device"
 
 
@@ -79,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         for line in plan(opened):
             opened.log(line)
-        run_stage(opened, _PIPELINE_NAMES.get(arguments.until, arguments.until))
+        run_stage(opened, arguments.until)
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -129,7 +112,7 @@ def stage(arguments: argparse.Namespace) -> None:
     with opening as opened:
         from puzzle.pipeline import run_stage
 
-        run_stage(opened, _PIPELINE_NAMES.get(arguments.command, arguments.command))
+        run_stage(opened, arguments.command)
 
 
 def search(arguments: argparse.Namespace) -> None:
@@ -189,18 +172,9 @@ def engines(arguments: argparse.Namespace) -> None:
 
 def status(arguments: argparse.Namespace) -> None:
     """Show which stages are done, where an unfinished one stands, and what is next."""
-    from puzzle.recipe import Recipe
-    from puzzle.runs import check_folder, status
+    from puzzle.runs import status
 
-    check_folder(arguments.folder)
-    left_out = {"report"}  # has no folder
-    recipe = Recipe.read(arguments.folder / "recipe.yaml")
-    if recipe.refine.tokens == 0:
-        left_out.add("refine")
-    if not recipe.corrected:
-        left_out.add("correct")
-    names = [_PIPELINE_NAMES.get(name, name) for name in STAGES if name not in left_out]
-    print("\n".join(status(arguments.folder, names)))
+    print("\n".join(status(arguments.folder)))
 
 
 def explain_recipe(arguments: argparse.Namespace) -> None:
@@ -225,11 +199,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, with the command that was probably meant."""
         if match := re.search(r"argument COMMAND: invalid choice: '(.*?)'", message):
-            near = difflib.get_close_matches(match[1], _COMMANDS | STAGES, n=1)
+            near = difflib.get_close_matches(match[1], {*_COMMANDS, *_STAGES}, n=1)
             message = f"{match[1]} is no command" + (f"; did you mean {near[0]}?" if near else "")
         sys.exit(_fail(f"{message}; `{self.prog} --help` shows what there is", 2))
 
 
+_STAGES = {stage.name: stage.help for stage in COMMANDS}
 _Command = Callable[[argparse.Namespace], None]
 _COMMANDS: dict[str, _Command] = {
     "run": run,
@@ -264,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as target.throughput=2x"
     )
     added["run"].add_argument(
-        "--until", choices=STAGES, default="report", metavar="STAGE", help="the last one to do, such as refine"
+        "--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last one to do, such as refine"
     )
     _add_on(added["run"])
     added["plan"].add_argument("recipe", type=Path, help="a YAML file; of its parent, config.json is enough")
@@ -300,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     added["engines"].add_argument("action", nargs="?", choices=["install"], help="without it: list them")
     added["engines"].add_argument("name", nargs="?", default="", help="which to install")
     added["help"].add_argument("topic", choices=["recipe"], help="what to explain")
-    for name, text in STAGES.items():
+    for name, text in _STAGES.items():
         if name in added:
             continue
         command = add(name, stage, text)

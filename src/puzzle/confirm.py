@@ -133,7 +133,7 @@ def first_confirmed(
 
 def checked(run: Run, costs: CostTable) -> list[dict[str, Timed]]:
     """What was timed in the scenario of `costs` after each search of this command, in order; by `_MODELS`."""
-    facts = [stage.facts for stage in run.used("confirm")]
+    facts = [folder.facts for folder in run.used if folder.name == "confirm" and folder.done]
     return [_models(each) for each in facts if each["scenario"] == str(costs.scenario)]
 
 

@@ -36,6 +36,7 @@ from puzzle.report import ReportData, final_table, model_card, summary, versions
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
+from puzzle.stages import COMMANDS
 from puzzle.variants import Space, derive_space
 
 
@@ -280,25 +281,6 @@ class Pipeline:
         )
 
 
-_STAGES = {
-    "data": "data",
-    "calibrate": "statistics",
-    "library": "library",
-    "score": "scores",
-    "costs": "costs",
-    "search": "searched",
-    "correct": "solution",
-    "realise": "child_before",
-    "refine": "child_refined",
-    "distil": "child",
-    "evaluate": "rows",
-    "export": "exported",
-    "report": "report",
-}
-STAGES = tuple(_STAGES)
-"""The stages by the names of their commands, in order."""
-
-
 def plan(run: Run) -> list[str]:
     """What follows from the recipe, in lines for a person: space, disk, time per stage."""
     pipeline = Pipeline(run)
@@ -334,8 +316,9 @@ def run_stage(run: Run, name: str) -> Pipeline:
         PuzzleError: before anything is done, if it is known already that a stage will refuse its settings.
     """
     pipeline = Pipeline(run)
-    reached = STAGES[: STAGES.index(name) + 1]
+    by_name = {stage.name: stage for stage in COMMANDS}
+    reached = list(by_name)[: list(by_name).index(name) + 1]
     check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached)
-    check_installed(run.recipe, timed="costs" in reached, distilled="distil" in reached)
-    getattr(pipeline, _STAGES[name])
+    check_installed(run.recipe, timed="cost" in reached, distilled="distil" in reached)
+    getattr(pipeline, by_name[name].result)
     return pipeline

@@ -179,7 +179,7 @@ def test_what_may_be_wrong_is_not_used(
 
 
 def journal(run: Run) -> Path:
-    return next(run.path.glob("stages/costs-*/measurements.jsonl"))
+    return next(run.path.glob("stages/cost-*/measurements.jsonl"))
 
 
 def log(run: Run) -> str:

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from puzzle.cli import main
-from puzzle.pipeline import STAGES, Pipeline
+from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import open_run
+from puzzle.stages import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,8 @@ def test_exported_child_runs_and_is_the_distilled_one(finished: Path) -> None:
 
 def test_nothing_runs_again_when_nothing_changed(finished: Path) -> None:
     before = _manifests(finished)
-    for name in STAGES:
-        command = {"costs": "cost"}.get(name, name)
-        assert main([command, str(finished)]) == 0
+    for stage in COMMANDS:
+        assert main([stage.name, str(finished)]) == 0
     assert _manifests(finished) == before
 
 

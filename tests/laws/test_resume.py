@@ -40,7 +40,7 @@ def test_a_killed_run_ends_like_one_left_alone(pico_run: Run, tmp_path: Path) ->
     seconds = time.monotonic() - began
     disturbed = _fresh_copy(pico_run, tmp_path / "disturbed")
     # Costs are measurements, no function of their inputs: both runs search on the same ones.
-    for costs in undisturbed.glob("stages/costs-*"):
+    for costs in undisturbed.glob("stages/cost-*"):
         shutil.copytree(costs, disturbed / "stages" / costs.name)
     kills = 0
     moments = random.Random(11)

@@ -11,6 +11,7 @@ import yaml
 
 from puzzle.cli import main
 from puzzle.runs import Run, write_tensors, write_text
+from puzzle.stages import Stage
 
 
 def test_the_old_file_stays(small_disk: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_command_goes_on_once_there_is_space(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_stage(run: Run, name: str) -> None:
-        stage = run.stage(name, version=1, settings={}, inputs=[])
+        stage = run.open(Stage(name=name, help=""))
         for index in range(4):
             file = stage.path / f"{index}.safetensors"
             if not file.exists():

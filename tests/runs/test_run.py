@@ -5,14 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from puzzle.errors import PuzzleError
-from puzzle.recipe import ExecutionSettings, Recipe
+from puzzle.recipe import ExecutionSettings, Recipe, ScoreSettings
 from puzzle.runs import Run, create_folder, digest, open_run
+from puzzle.stages import Stage
 
 _HOLD = """
 import sys, time
@@ -83,64 +85,78 @@ def test_a_newer_format_is_refused(folder: Path, recipe: Recipe) -> None:
         create_folder(folder, recipe)
 
 
+SCORE = Stage(name="score", help="", reads=("score.tokens", "data"), inputs=("library",))
+PLAIN = Stage(name="plain", help="")
+
+
 def test_a_stage_is_found_again_by_what_it_depends_on(folder: Path, recipe: Recipe) -> None:
     run = Run(folder, recipe)
-    stage = run.stage("score", version=1, settings=recipe.score, inputs=["a"])
+    stage = run.open(SCORE, library="a")
     (stage.path / "part").write_text("kept")
-    same = run.stage("score", version=1, settings=recipe.score.model_dump(mode="json"), inputs=("a",))
+    same = Run(folder, recipe.model_copy(update={"seed": 7})).open(SCORE, library="a")
     assert same == stage
     assert (same.path / "part").read_text() == "kept"
+    other = recipe.model_copy(update={"score": ScoreSettings(tokens=1)})
     others = [
-        run.stage("score", version=2, settings=recipe.score, inputs=["a"]),
-        run.stage("score", version=1, settings={"tokens": 1}, inputs=["a"]),
-        run.stage("score", version=1, settings=recipe.score, inputs=["b"]),
-        run.stage("other", version=1, settings=recipe.score, inputs=["a"]),
+        run.open(replace(SCORE, version=2), library="a"),
+        Run(folder, other).open(SCORE, library="a"),
+        run.open(SCORE, library="b"),
+        run.open(replace(SCORE, name="other"), library="a"),
     ]
     assert len({stage.path for stage in [stage, *others]}) == 5
     described = json.loads((stage.path / "stage.json").read_text())
     assert digest(described) == stage.address
+    assert described["settings"]["score.tokens"] == 65_536
+    assert run.open(SCORE, library=stage) == run.open(SCORE, library=stage.address)
 
 
 def test_facts_are_kept_and_finish_a_stage(folder: Path, recipe: Recipe) -> None:
-    stage = Run(folder, recipe).stage("score", version=1, settings={}, inputs=[])
+    stage = Run(folder, recipe).open(PLAIN)
     assert not stage.done
     stage.commit(rows=3, name="x")
-    again = Run(folder, recipe).stage("score", version=1, settings={}, inputs=[])
+    again = Run(folder, recipe).open(PLAIN)
     assert again.done
     assert again.facts == {"rows": 3, "name": "x"}
     (again.path / "manifest.json").write_text("{")
-    with pytest.raises(PuzzleError, match=r"manifest\.json is damaged; delete .*/score-[0-9a-f]{12}, and"):
+    with pytest.raises(PuzzleError, match=r"manifest\.json is damaged; delete .*/plain-[0-9a-f]{12}, and"):
         _ = again.facts
 
 
 def test_seconds_add_up_over_attempts_until_the_last_file_of_each(folder: Path, recipe: Recipe) -> None:
-    run = Run(folder, recipe)
-    stage = run.stage("library", version=1, settings={}, inputs=[])
+    stage = Run(folder, recipe).open(PLAIN)
     (stage.path / "deep").mkdir()
-    for file, age_s in ((stage.path / "a", 70), (stage.path / "deep" / "b", 40), (stage.path / "stage.json", 100)):
-        file.touch()
-        os.utime(file, (time.time() - age_s,) * 2)
-    clock = stage.path / "clock.json"
-    clock.write_text(json.dumps({"began": time.time() - 100, "spent_s": 5.0}))
-    os.utime(clock, (time.time() - 100,) * 2)
-    again = Run(folder, recipe, time.time_ns() - 10**11).stage("library", version=1, settings={}, inputs=[])
-    assert again.seconds == pytest.approx(5 + 60, abs=2)
-    again.commit()
-    finished = run.stage("library", version=1, settings={}, inputs=[])
-    assert finished.seconds == pytest.approx(5 + 60, abs=2)
-    assert finished.finished.startswith(time.strftime("%Y-"))
+    (stage.path / "clock.json").write_text(json.dumps({"began": time.time() - 100, "spent_s": 5.0}))
+    ages_s = {"a": 70, "deep/b": 40, "stage.json": 100, "clock.json": 100}
+    for file, age_s in ages_s.items():
+        (stage.path / file).touch()
+        os.utime(stage.path / file, (time.time() - age_s,) * 2)
+    Run(folder, recipe).open(PLAIN).commit()
+    manifest = Run(folder, recipe).open(PLAIN).manifest
+    assert manifest["seconds"] == pytest.approx(5 + 60, abs=2)
+    assert manifest["finished"].startswith(time.strftime("%Y-"))
 
 
 def test_seconds_of_a_run_are_those_of_its_finished_stages_by_name(folder: Path, recipe: Recipe) -> None:
-    Run(folder, recipe).stage("score", version=1, settings={}, inputs=[]).commit()
+    Run(folder, recipe).open(PLAIN).commit()
     run = Run(folder, recipe)
-    for version in (2, 3):
-        stage = run.stage("distil", version=version, settings={}, inputs=[])
+    for library in "ab":
+        stage = run.open(SCORE, library=library)
         stage.commit()
-        manifest = json.loads((stage.path / "manifest.json").read_text()) | {"seconds": float(version)}
+        manifest = json.loads((stage.path / "manifest.json").read_text()) | {"seconds": 2.5}
         (stage.path / "manifest.json").write_text(json.dumps(manifest))
-    run.stage("evaluate", version=1, settings={}, inputs=[])
-    assert run.seconds() == {"distil": 5.0}
+    run.open(replace(SCORE, name="evaluate"), library="")
+    assert run.seconds() == {"score": 5.0}
+
+
+def test_of_several_processes_only_the_first_makes_folders_and_only_for_their_stages(
+    folder: Path, recipe: Recipe
+) -> None:
+    follower = Run(folder, recipe, leads=False, only=("score",))
+    stage = follower.open(SCORE, library="")
+    assert not stage.path.exists()
+    assert Run(folder, recipe).open(SCORE, library="") == stage
+    with pytest.raises(PuzzleError, match=r"is not finished, and several processes do score alone"):
+        follower.open(PLAIN)
 
 
 def test_an_address_is_the_same_everywhere(recipe: Recipe) -> None:

@@ -48,7 +48,7 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     engine = ENGINES[settings.engine](parent.config, scenario)
     environment = dict(engine.environment)
     stage = run.stage(
-        "costs",
+        "cost",
         version=3,
         settings={
             "scenario": settings.model_dump(mode="json"),

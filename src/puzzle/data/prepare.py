@@ -11,7 +11,7 @@ from puzzle.data.tokens import RANGES, RangeCounts, RangeName, TokenData
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import DataSettings
-from puzzle.runs import Run, Stage, digest
+from puzzle.runs import Run, StageFolder, digest
 
 _VERSION = 1
 _TOKENIZER_FILES = (
@@ -65,7 +65,7 @@ def range_shares(settings: DataSettings) -> dict[RangeName, float]:
     return shares | {"training": 1 - sum(shares.values())}
 
 
-def _open(stage: Stage) -> TokenData:
+def _open(stage: StageFolder) -> TokenData:
     facts = stage.facts
     counts = {name: RangeCounts(**facts["ranges"][name]) for name in RANGES}
     return TokenData(stage.path, stage.address, facts["sequence_length"], counts)

@@ -18,7 +18,7 @@ from puzzle.data import TokenData, prepare_data
 from puzzle.demo.corpus import read_corpus, write_corpus
 from puzzle.parents import open_parent
 from puzzle.recipe import DataSettings, Recipe
-from puzzle.runs import Run, Stage, create_folder, open_run, progress, read_json, write_json
+from puzzle.runs import Run, StageFolder, create_folder, open_run, progress, read_json, write_json
 from puzzle.training import BETAS, TrainingState, autocast, learning_rate, set_learning_rate
 
 _VERSION = 1
@@ -98,7 +98,7 @@ def _save_start(folder: Path, corpus: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def _pretrain(run: Run, stage: Stage, start: Path, data: TokenData, seconds: float) -> None:
+def _pretrain(run: Run, stage: StageFolder, start: Path, data: TokenData, seconds: float) -> None:
     """Muon on the layers' matrices, AdamW on the rest; how many steps is decided once, by timing the first."""
     model = LlamaForCausalLM.from_pretrained(start)
     parameters = dict(model.named_parameters())

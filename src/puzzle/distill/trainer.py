@@ -33,7 +33,7 @@ from puzzle.distributed.sharding import collect, release, whole
 from puzzle.distributed.stop import stop_when_asked
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.runs import Run, Stage, progress, read_json, read_tensors, write_json, write_tensors
+from puzzle.runs import Run, StageFolder, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.training import learning_rate, set_learning_rate
 
 _VALIDATIONS = 10
@@ -69,7 +69,7 @@ class Training:
     def __init__(
         self,
         run: Run,
-        stage: Stage,
+        stage: StageFolder,
         lesson: Lesson,
         batches: Batches,
         parameters: Mapping[str, Tensor],

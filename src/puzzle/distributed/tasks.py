@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from puzzle.runs import Run, Stage
+from puzzle.runs import Run, StageFolder
 
 LayerTask = Callable[[range, Path], object]
 """Does a range of layers. The folder is its own, for what a restart goes on from; it is deleted when all are done."""
 
 
-def for_layers(run: Run, stage: Stage, task: LayerTask, costs: Sequence[float]) -> None:
+def for_layers(run: Run, stage: StageFolder, task: LayerTask, costs: Sequence[float]) -> None:
     """Call `task` so that each layer is in one range; on a cluster a range for each of its workers, at the same time.
 
     Args:
@@ -44,7 +44,7 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
     return [range(start, start + owners.count(owner)) for owner, start in first.items()]
 
 
-def _part(stage: Stage, layers: range) -> tuple[range, Path]:
+def _part(stage: StageFolder, layers: range) -> tuple[range, Path]:
     folder = stage.path / f"part{layers.start:03d}-{layers.stop:03d}"
     folder.mkdir(exist_ok=True)
     return layers, folder

@@ -9,15 +9,15 @@ from puzzle.runs.files import (
     write_tensors,
     write_text,
 )
+from puzzle.runs.folder import StageFolder, digest
 from puzzle.runs.progress import Progress, progress
 from puzzle.runs.run import Run, check_folder, check_new, create_folder, is_run_folder, open_run
-from puzzle.runs.stage import Stage, digest
 from puzzle.runs.status import status
 
 __all__ = [
     "Progress",
     "Run",
-    "Stage",
+    "StageFolder",
     "check_folder",
     "check_new",
     "create_folder",

@@ -3,28 +3,28 @@
     DIR/puzzle.json              the mark of a run folder
     DIR/recipe.yaml              what the person wrote; edit it and only what depends on the edit runs again
     DIR/stages/NAME-ADDRESS/     a stage's files; `manifest.json`, written last, says it is finished
+    DIR/used.json                the stage folders that the last command used
     DIR/architecture.json, summary.json, report.html, log.txt
 
-An address is the hash of the stage's name, its code version, the settings that change its meaning, and the addresses
-of its inputs.
+An address is the hash of the stage's name and version, the settings that it reads, and the addresses of its inputs.
 """
 
 import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
 from puzzle.runs.files import remove_temporary, write_json, write_text
-from puzzle.runs.stage import Stage, find_stage, open_stage
+from puzzle.runs.folder import StageFolder, find_folder, open_folder
+from puzzle.stages import Stage
 
 if TYPE_CHECKING:
     import torch
@@ -40,46 +40,56 @@ class Run:
 
     path: Path
     recipe: Recipe
-    _opened_ns: int = field(default_factory=time.time_ns, compare=False)
-    _used: dict[str, Stage] = field(default_factory=dict, compare=False)
-    """The stages that were asked for, by address."""
     on: str | None = field(default=None, compare=False)
     """The Ray cluster that tasks run on, `ray` or `ray://HOST:PORT`; None: here."""
     leads: bool = field(default=True, compare=False)
     """Whether this process writes and logs: of several that work together, the first."""
     only: tuple[str, ...] | None = field(default=None, compare=False)
     """The stages that may be worked on, all others being finished; None: all."""
+    used: list[StageFolder] = field(default_factory=list, compare=False)
+    """What this command opened, in order; `used.json` names it for `puzzle status`."""
 
-    def stage(self, name: str, *, version: int, settings: BaseModel | dict[str, Any], inputs: Sequence[str]) -> Stage:
-        """The stage's folder for these settings and inputs, made if it is not there; its clock starts.
+    def open(self, stage: Stage, **inputs: Any) -> StageFolder:
+        """The stage's folder for the recipe's settings and these inputs, made if it is not there; its clock starts.
 
         Args:
-            version: of the stage's code; raise it when the same settings would now give other results.
-            settings: those that change the result, never those that say where or how to execute.
-            inputs: addresses of the artefacts it reads.
+            inputs: what the stage declares, each an artefact with an `address`, or plain data.
         """
-        plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
-        identity = {"stage": name, "version": version, "settings": plain, "inputs": list(inputs)}
-        stage = find_stage(self.path / "stages", name, identity)
-        if self.only is not None and name not in self.only and not stage.done:
+        assert set(inputs) == set(stage.inputs), f"{stage.name}: declared inputs are {stage.inputs}, given {[*inputs]}"
+        identity = {
+            "stage": stage.name,
+            "version": stage.version,
+            "settings": {path: setting(self.recipe, path) for path in stage.reads},
+            "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
+        }
+        return self._open(identity)
+
+    def stage(self, name: str, *, version: int, settings: Any, inputs: Any) -> StageFolder:
+        """Of stages that are not declared yet."""
+        plain = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
+        return self._open({"stage": name, "version": version, "settings": plain, "inputs": list(inputs)})
+
+    def _open(self, identity: dict[str, Any]) -> StageFolder:
+        folder = find_folder(self.path / "stages", identity)
+        if self.only is not None and identity["stage"] not in self.only and not folder.done:
             raise PuzzleError(
-                f"{stage.path} is not finished, and several processes do {' and '.join(self.only)} alone; "
-                f"run `puzzle refine {self.path}` first, without torchrun"
+                f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} "
+                f"alone; run `puzzle refine {self.path}` first, without torchrun"
             )
         if self.leads:
-            stage = open_stage(self.path / "stages", name, identity, self._opened_ns)
-        return self._used.setdefault(stage.address, stage)
-
-    def used(self, name: str) -> list[Stage]:
-        """The finished stages `name` that this command used, in the order in which it asked for them."""
-        return [stage for stage in self._used.values() if stage.name == name and stage.done]
+            folder = open_folder(self.path / "stages", identity)
+        if folder not in self.used:
+            self.used.append(folder)
+            if self.leads:
+                write_json(self.path / "used.json", [each.path.name for each in self.used])
+        return folder
 
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
         spent: dict[str, float] = {}
-        for stage in self._used.values():
-            if stage.done:
-                spent[stage.name] = spent.get(stage.name, 0.0) + stage.seconds
+        for folder in self.used:
+            if folder.done:
+                spent[folder.name] = spent.get(folder.name, 0.0) + folder.manifest["seconds"]
         return spent
 
     @property
@@ -120,6 +130,11 @@ class Run:
 
     def log_warning(self, line: str) -> None:
         self.log(f"warning: {line}")
+
+
+def setting(recipe: Recipe, path: str) -> Any:
+    """A setting or section of the recipe as plain data, by a path such as `library.tokens`."""
+    return reduce(lambda section, name: section[name], path.split("."), recipe.model_dump(mode="json"))
 
 
 def is_run_folder(path: Path) -> bool:

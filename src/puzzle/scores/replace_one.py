@@ -17,7 +17,7 @@ from puzzle.library import Library
 from puzzle.parents import Parent, ParentPasses
 from puzzle.runs import (
     Run,
-    Stage,
+    StageFolder,
     progress,
     read_json,
     read_parsed,
@@ -70,7 +70,7 @@ def score(
 
 def _score_layers(
     run: Run,
-    stage: Stage,
+    stage: StageFolder,
     parent: Parent,
     data: TokenData,
     library: Library,
@@ -85,7 +85,7 @@ def _score_layers(
         _Scoring(run, stage, parent, data, library, space, task, folder).score(missing)
 
 
-def _read_table(run: Run, stage: Stage, data: TokenData, num_layers: int) -> ScoreTable:
+def _read_table(run: Run, stage: StageFolder, data: TokenData, num_layers: int) -> ScoreTable:
     sequences = _num_sequences(run, data)
     rows = [ScoreRow(**row) for layer in range(num_layers) for row in read_json(_rows_file(stage, layer))]
     if len(rounds(run.recipe.score.race, sequences)) > 1:
@@ -99,7 +99,7 @@ def _num_sequences(run: Run, data: TokenData) -> int:
     return min(math.ceil(run.recipe.score.tokens / data.sequence_length), data.num_sequences("scoring"))
 
 
-def _rows_file(stage: Stage, layer: int) -> Path:
+def _rows_file(stage: StageFolder, layer: int) -> Path:
     return stage.path / f"layer{layer:03d}.json"
 
 
@@ -109,7 +109,7 @@ class _Scoring:
     def __init__(
         self,
         run: Run,
-        stage: Stage,
+        stage: StageFolder,
         parent: Parent,
         data: TokenData,
         library: Library,

@@ -1,0 +1,266 @@
+"""Every stage of the method, declared once and in order.
+
+Addresses in the run folder (`runs/`), commands, `puzzle status`, `puzzle plan` and the times in the report follow from
+this list. A new stage is an entry here, a function that opens it, and a property of `pipeline.Pipeline`.
+
+What a stage takes is calculated from shapes: a forward pass takes two operations a parameter and token, a backward pass
+four (docs/scaling.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from puzzle.plan import Shapes  # type: ignore[attr-defined]
+    from puzzle.recipe import Recipe
+
+BLD_BYTES = 28
+"""Memory of a parameter in BLD: float32 weight, gradient, two AdamW moments, and the weights at start, best and now."""
+_GKD_BYTES = 16
+"""The same in GKD: float32 weight, gradient, two moments."""
+_KEPT_BYTES, _STATE_BYTES = 4, 12
+"""Disk of a parameter: float32 weight; and in a saved training state, weight and two moments."""
+_MEASUREMENT_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage takes, by calculation."""
+
+    operations: tuple[float, ...] = ()
+    """One entry for each task; tasks are independent, and run on as many devices as there are."""
+    kind: Literal["forward", "training", "float32"] = "forward"
+    """At which rate they run: that of a forward pass, of training, or of float32 products."""
+    shared: bool = False
+    """Whether all devices work on the one task together, as in GKD."""
+    forward: float = 0.0
+    """Operations that each device does besides: forward passes of the parent."""
+    seconds: float = 0.0
+    """Time that follows from no operations, of measurements."""
+    held_bytes: float = 0.0
+    """Memory on every device, beside a parent whose layers are read as they are needed."""
+    sharded_bytes: float = 0.0
+    """Memory that all devices share out."""
+    disk_bytes: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the method, whose result lies in a folder of its own."""
+
+    name: str
+    """Of its folder, its command and its time."""
+    help: str
+    """One line."""
+    result: str = ""
+    """The property of `Pipeline` that gives its result; empty for a part of another stage, which has no command."""
+    reads: tuple[str, ...] = ()
+    """Sections and settings of the recipe that change its result; never `execution`, which changes none."""
+    inputs: tuple[str, ...] = ()
+    """What else changes its result, by name: artefacts with an `address`, or plain values."""
+    version: int = 1
+    """Raised when its code would now give another result for the same settings and inputs."""
+    work: "Callable[[Shapes], Work]" = lambda shapes: Work()
+    """What it takes; nothing where that is too little to plan."""
+    wanted: "Callable[[Recipe], bool]" = lambda recipe: True
+    """Whether this recipe asks for it."""
+
+
+def _calibration_work(shapes: "Shapes") -> Work:
+    """A value of a moment is the sum of float32 products over all tokens."""
+    tokens = shapes.recipe.calibration.tokens
+    return Work(
+        operations=tuple(2.0 * tokens * values for values in shapes.moments),
+        kind="float32",
+        forward=tokens * shapes.forward,
+        held_bytes=8 * max(shapes.moments),
+        disk_bytes=4 * sum(shapes.moments),
+    )
+
+
+def _library_work(shapes: "Shapes") -> Work:
+    tokens = shapes.recipe.library.tokens
+    return Work(
+        operations=tuple(tokens * 6.0 * trained for trained in shapes.trained_params),
+        kind="training",
+        forward=tokens * shapes.forward,
+        held_bytes=BLD_BYTES * max(shapes.trained_params),
+        disk_bytes=_KEPT_BYTES * shapes.library_params + _STATE_BYTES * sum(shapes.trained_params),
+    )
+
+
+def _score_work(shapes: "Shapes") -> Work:
+    """Of each layer, what comes after it, for every block's share of the text."""
+    settings = shapes.recipe.score
+    tokens = [
+        settings.tokens * (1 + attention + ffn + attention * ffn * (settings.race or 1.0))
+        for attention, ffn in shapes.alternatives
+    ]
+    return Work(
+        operations=tuple(count * after for count, after in zip(tokens, shapes.suffixes[1:], strict=True)),
+        forward=settings.tokens * shapes.forward,
+    )
+
+
+def _cost_work(shapes: "Shapes") -> Work:
+    scenarios = [shapes.recipe.scenario, *(each.scenario for each in shapes.recipe.scenarios)]
+    batch_sizes = sum(len(each.batch_sizes) for each in scenarios if each.engine != "roofline")
+    return Work(seconds=_MEASUREMENT_S * shapes.num_stacks * batch_sizes * shapes.recipe.cost.repeats)
+
+
+def _pool_work(shapes: "Shapes") -> Work:
+    """Whole architectures of at most the parent's size, and the parent."""
+    settings = shapes.recipe.correct
+    return Work(operations=(settings.tokens * (1 + settings.pool) * shapes.forward,))
+
+
+def _refine_work(shapes: "Shapes") -> Work:
+    return Work(
+        operations=(shapes.recipe.refine.tokens * 4.0 * shapes.forward * shapes.children,),
+        kind="training",
+        held_bytes=BLD_BYTES * max(shapes.layer_params),
+        disk_bytes=_KEPT_BYTES * shapes.num_params * shapes.children,
+    )
+
+
+def _distil_work(shapes: "Shapes") -> Work:
+    """The parent's forward pass, the child's forward and backward pass; weights are sharded (FSDP2)."""
+    settings, execution, params = shapes.recipe.distil, shapes.recipe.execution, shapes.num_params
+    sequences = settings.batch_size // settings.accumulate
+    again = 1.0 if execution.checkpointing else 0.0
+    kept_layers = 1 if execution.checkpointing else len(shapes.layer_params)
+    cached = 8 * settings.tokens * (settings.teacher_cache or 0)  # a token and its log-probability
+    return Work(
+        operations=(settings.tokens * (4.0 + again) * shapes.forward * shapes.children,),
+        kind="training",
+        shared=True,
+        held_bytes=shapes.streamed_bytes,
+        sharded_bytes=(_GKD_BYTES + shapes.itemsize) * params + sequences * kept_layers * shapes.layer_activations,
+        disk_bytes=(3 * _KEPT_BYTES * shapes.children + _STATE_BYTES) * params + cached,
+    )
+
+
+def _evaluation_work(shapes: "Shapes") -> Work:
+    tokens = shapes.recipe.evaluate.tokens * (shapes.children + 2)
+    return Work(operations=(2 * shapes.forward * tokens,))
+
+
+DATA = Stage(
+    name="data",
+    help="Tokenise the text, split it and pack it.",
+    result="data",
+    reads=("data",),
+    inputs=("tokenizer", "sources"),
+)
+CALIBRATE = Stage(
+    name="calibrate",
+    help="Collect statistics of the parent's activations.",
+    result="statistics",
+    reads=("calibration", "precision"),
+    inputs=("parent", "data"),
+    work=_calibration_work,
+)
+SPACE = Stage(
+    name="space",
+    help="Leave out variants that start much worse than smaller ones.",
+    reads=("space.prune", "library.kv_heads", "library.channels"),
+    inputs=("parent", "statistics", "space"),
+)
+LIBRARY = Stage(
+    name="library",
+    help="Build and train every variant of every layer (BLD).",
+    result="library",
+    reads=("library", "precision", "seed"),
+    inputs=("parent", "data", "statistics", "space", "coupled"),
+    work=_library_work,
+)
+SCORE = Stage(
+    name="score",
+    help="Score every block alone in the parent (replace-1-block).",
+    result="scores",
+    reads=("score", "precision"),
+    inputs=("library", "data", "space"),
+    work=_score_work,
+)
+COST = Stage(
+    name="cost",
+    help="Measure what every variant costs on the engine.",
+    result="costs",
+    reads=("cost",),
+    inputs=("shapes", "space", "scenario", "environment"),
+    work=_cost_work,
+)
+SEARCH = Stage(
+    name="search",
+    help="Choose the best architecture within the target (MIP).",
+    result="searched",
+    reads=("target", "search"),
+    inputs=("scores", "costs", "margin"),
+)
+CORRECT = Stage(
+    name="correct",
+    help="Compare the best solutions of the search as whole architectures.",
+    result="solution",
+    reads=("correct", "target", "search", "precision"),
+    inputs=("library", "data", "scores", "costs"),
+    work=_pool_work,
+    wanted=lambda recipe: recipe.correct.tokens > 0,
+)
+REALISE = Stage(
+    name="realise",
+    help="Put the chosen child together.",
+    result="child_before",
+    inputs=("parent", "library", "blocks"),
+)
+REFINE = Stage(
+    name="refine",
+    help="Train the child's blocks one after another on its own inputs, if the recipe says so.",
+    result="child_refined",
+    reads=("refine", "library.validation_tokens", "precision", "seed"),
+    inputs=("parent", "child", "data"),
+    work=_refine_work,
+    wanted=lambda recipe: recipe.refine.tokens > 0,
+)
+TEACHER = Stage(
+    name="teacher",
+    help="Keep the parent's likeliest tokens for GKD.",
+    reads=("distil", "precision", "seed"),
+    inputs=("parent", "data"),
+)
+DISTIL = Stage(
+    name="distil",
+    help="Train the child as a whole (GKD).",
+    result="child",
+    reads=("distil", "precision", "seed"),
+    inputs=("parent", "child", "data"),
+    work=_distil_work,
+)
+EVALUATE = Stage(
+    name="evaluate",
+    help="Compare child and parent, in quality and speed.",
+    result="rows",
+    reads=("evaluate.tokens", "precision"),
+    inputs=("parent", "model", "data"),
+    work=_evaluation_work,
+)
+SPEED = Stage(
+    name="speed",
+    help="Time whole models on the engine.",
+    reads=("cost",),
+    inputs=("scenario", "environment", "batch_size", "models"),
+)
+EXPORT = Stage(
+    name="export",
+    help="Write the child as a checkpoint for other programs.",
+    result="exported",
+    inputs=("child", "card"),
+)
+REPORT = Stage(name="report", help="Write the report.", result="report")
+
+STAGES = (
+    *(DATA, CALIBRATE, SPACE, LIBRARY, SCORE, COST, SEARCH, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
+    *(EVALUATE, SPEED, EXPORT, REPORT),
+)
+"""In the order of the method."""
+COMMANDS = tuple(stage for stage in STAGES if stage.result)
