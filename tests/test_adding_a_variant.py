@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import random_tokens
+from tests.modeling.test_checkpoint import assert_the_same_elsewhere
 
 from puzzle.child import realise
 from puzzle.modeling import MODULES
@@ -91,13 +92,15 @@ def test_it_is_built_scored_and_weighed_like_any_other(pipeline: Pipeline) -> No
 
 
 def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody registered the kind, the line names it."""
+    """Also where neither Puzzle nor the page's file is. Puzzle names the kind where nobody registered it."""
     blocks = ("kv4+mean", "kv4+w64", "kv4+mean", "kv4+none")
     child = realise(pipeline.run, pipeline.parent, pipeline.library, blocks)
     model = child.load()
     assert [block.name for block in Architecture.of(model.config).blocks] == list(blocks)
     assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.subblock(2, "ffn")["output_mean"])
     assert model(random_tokens(1, 5)).logits.isfinite().all()
+    with torch.no_grad():
+        assert_the_same_elsewhere(model, child.path)
     monkeypatch.delitem(MODULES, ("ffn", "mean"))
     with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; import the module that registers it first"):
         child.load()

@@ -409,8 +409,8 @@ def test_init_writes_a_recipe_that_holds_for_the_model(
     ("text", "expected"),
     [
         ("{", "cannot be read"),
-        ("[]", "does not describe a model"),
-        ('{"model_type": "bert"}', "model_type 'bert' has no"),
+        ("[]", "model_type None is not supported"),
+        ('{"model_type": "bert"}', "model_type 'bert' is not supported"),
     ],
 )
 def test_init_refuses_what_is_no_model(

@@ -1,16 +1,13 @@
 """A recipe for a model: what a person would otherwise look up in its config.json, chosen and explained."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-from puzzle.errors import PuzzleError
 from puzzle.explain import describe
 from puzzle.modeling import PuzzleConfig, empty_model
-from puzzle.parents import locate
+from puzzle.parents import read_config
 from puzzle.recipe import Recipe
-from puzzle.variants import GatedFFN, GroupedQuery, Space, derive_space
+from puzzle.variants import Space, derive_space
 
 _LARGE_PARAMS = 500_000_000
 """From here on: bfloat16 where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
@@ -19,12 +16,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 def init_recipe(model: str) -> str:
     """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read."""
-    folder = locate(model, ["config.json"])
-    raw = _read_config(folder)
-    config = _configure(folder, raw)
+    config = read_config(model)
     space = derive_space(config)
     num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
     sizes = "each of its own sizes"
     if len(set(space.layers)) == 1:
         heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
@@ -67,36 +62,8 @@ def _sizes(space: Space) -> dict[str, list[int]]:
     """The sizes that `derive_space` gives; nothing for a parent whose layers differ, where each layer has its own."""
     if len(set(space.layers)) > 1:
         return {}
-    layer = space.layers[0]
-    return {
-        "space.kv_heads": [item.num_kv_heads for item in layer.attention[1:] if isinstance(item, GroupedQuery)],
-        "space.ffn_widths": [item.intermediate_size for item in layer.ffn[1:] if isinstance(item, GatedFFN)],
-    }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PuzzleError(f"{file} cannot be read ({error}); name the folder of a Hugging Face checkpoint") from None
-    if not isinstance(raw, dict):
-        raise PuzzleError(f"{file} does not describe a model")
-    return raw
-
-
-def _configure(folder: Path, raw: dict[str, Any]) -> PuzzleConfig:
-    from transformers import AutoConfig
-
-    from puzzle.parents import ADAPTERS
-
-    family = raw.get("model_type")
-    if family not in ADAPTERS:
-        raise PuzzleError(f"{folder}: model_type {family!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}")
-    try:
-        return ADAPTERS[family].configure(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except PuzzleError:
-        raise
-    except Exception as error:  # a wrong value can surface anywhere in the library's validation
-        reason = str(error).strip().partition("\n")[0]
-        raise PuzzleError(f"{folder / 'config.json'} does not describe a model ({reason})") from None
+    sizes: dict[str, list[int]] = {}
+    for variant in (*space.layers[0].attention[1:], *space.layers[0].ffn[1:]):
+        if variant.setting is not None and variant.size is not None:
+            sizes.setdefault(f"space.{variant.setting}", []).append(variant.size)
+    return sizes

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import pico_puzzle, random_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import open_parent
 
-BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4win4s1+w48", "kv2win5+w16", "none+none")
+BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4win4s1+w48", "kv2win5+rank3", "none+none")
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 _IN_A_FRESH_PROCESS = """
@@ -56,26 +56,29 @@ def test_a_large_one_lies_in_several_files(tmp_path: Path, monkeypatch: pytest.M
 
 @torch.no_grad()
 def test_it_loads_where_this_package_is_not_installed(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     model = pico_puzzle(*BLOCKS, rope_parameters=YARN)
-    tokens_BT = random_tokens(2, 9)
     save_checkpoint(model, tmp_path, None)
-    save_file({"tokens": tokens_BT}, tmp_path / "inputs.st")
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    assert_the_same_elsewhere(model, tmp_path)
+    assert (tmp_path / "again" / "modeling_puzzle.py").exists()
+
+
+def assert_the_same_elsewhere(model: PuzzleForCausalLM, checkpoint: Path) -> None:
+    """A process that cannot import this package loads the checkpoint of `model` and computes the same."""
+    tokens_BT = random_tokens(2, 9)
+    save_file({"tokens": tokens_BT}, checkpoint / "inputs.st")
+    environment = os.environ | {"HF_MODULES_CACHE": str(checkpoint / "modules"), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-c", _IN_A_FRESH_PROCESS, str(tmp_path)],
+        [sys.executable, "-W", "error::FutureWarning", "-c", _IN_A_FRESH_PROCESS, str(checkpoint)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert process.returncode == 0, process.stderr
-    found = load_file(tmp_path / "outputs.st")
+    found = load_file(checkpoint / "outputs.st")
     torch.testing.assert_close(found["logits"], model(tokens_BT).logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(found["hidden"], model.model(tokens_BT).last_hidden_state, rtol=0, atol=1e-6)
     assert torch.equal(found["text"], model.generate(tokens_BT, do_sample=False, max_new_tokens=4, pad_token_id=0))
-    assert (tmp_path / "again" / "modeling_puzzle.py").exists()
 
 
 @torch.no_grad()

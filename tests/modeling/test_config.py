@@ -7,8 +7,7 @@ import pytest
 from tests.conftest import pico_puzzle
 from transformers import DynamicCache
 
-from puzzle.modeling import FAMILIES, PuzzleConfig, PuzzleForCausalLM
-from puzzle.parents import ADAPTERS
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.variants import Architecture
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "kv2+w16", "none+none")
@@ -22,6 +21,7 @@ def config() -> PuzzleConfig:
 def test_caches_are_numbered_by_the_layers_that_have_one(config: PuzzleConfig) -> None:
     assert len(config.blocks) == 6
     assert config.num_hidden_layers == 3
+    assert config.num_layers == 6
     assert [layer.num_key_value_heads for layer in config.per_layer_config] == [1, 4, 2]
     assert config.to_dict()["per_layer_config"] == {"0": {"num_key_value_heads": 1}, "2": {"num_key_value_heads": 2}}
     assert len(DynamicCache(config=config).layers) == 3
@@ -59,10 +59,6 @@ def test_an_unknown_kind_is_refused(subblock: str) -> None:
     config = PuzzleConfig(hidden_size=32, num_attention_heads=4, vocab_size=8, blocks=[block])
     with pytest.raises(ValueError, match=f"blocks: {subblock} kind 'mamba' is unknown"):
         PuzzleForCausalLM(config)
-
-
-def test_every_adapter_names_a_known_family() -> None:
-    assert set(ADAPTERS) - {"puzzle"} == set(FAMILIES)
 
 
 def test_windows_in_the_terms_that_engines_read(tmp_path: Path) -> None:

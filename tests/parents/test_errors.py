@@ -51,7 +51,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 
 def test_an_unknown_family_names_the_supported_ones(folder: Path) -> None:
     edit_config(folder, model_type="mamba2")
-    assert refusal(folder) == "parent: model_type 'mamba2' has no adapter; supported: llama, puzzle"
+    assert refusal(folder) == "parent: model_type 'mamba2' is not supported; use one of llama, puzzle"
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "runs/nowhere/parent"])
@@ -77,7 +77,7 @@ def test_a_name_that_no_hub_has() -> None:
 def test_a_broken_config(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     message = refusal(folder)
-    assert "config.json cannot be read" in message or "model_type None has no adapter" in message
+    assert "config.json cannot be read" in message or "model_type None is not supported" in message
 
 
 def test_no_config(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,8 @@ class Checkpoint:
 
     path: Path
     entries: dict[str, Entry]
+    _finite: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Tensors that were read before and found finite: streamed layers are read again and again."""
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """A `PuzzleError` unless the tensor is there, in floating point, with this shape."""
@@ -51,10 +53,11 @@ class Checkpoint:
             with safe_open(file, framework="pt") as handle:
                 for name in wanted:
                     tensor = handle.get_tensor(name)
-                    if not tensor.isfinite().all():
+                    if name not in self._finite and not tensor.isfinite().all():
                         raise PuzzleError(
                             f"parent: {file.name} holds NaN or infinity in {name}; get a sound checkpoint"
                         )
+                    self._finite.add(name)
                     yield name, tensor
 
     def address(self, digests: Path | None) -> str:

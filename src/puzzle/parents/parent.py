@@ -13,16 +13,13 @@ from transformers import AutoConfig, GenerationConfig
 
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
-from puzzle.parents.base import FamilyAdapter
 from puzzle.parents.checkpoint import Checkpoint, open_checkpoint
-from puzzle.parents.llama import LlamaAdapter
-from puzzle.parents.puzzle import PuzzleAdapter
+from puzzle.parents.family import check_family, puzzle_config
 from puzzle.variants import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ADAPTERS: dict[str, FamilyAdapter] = {adapter.model_type: adapter for adapter in (LlamaAdapter(), PuzzleAdapter())}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
 
 
@@ -32,10 +29,13 @@ class Parent:
 
     path: Path
     config: PuzzleConfig
-    adapter: FamilyAdapter
     checkpoint: Checkpoint
     address: str
     """Hash of its configuration and weights."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -45,7 +45,7 @@ class Parent:
     @cached_property
     def num_params(self) -> int:
         """Parameters, tied ones counted once."""
-        return sum(parameter.numel() for parameter in empty_model(self.config).parameters())
+        return empty_model(self.config).num_parameters()
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
@@ -68,13 +68,16 @@ class Parent:
             layers: those that get weights, the others stay on `meta` until `hold` asks for them; None: all.
         """
         model = empty_model(self.config)
-        held = range(len(model.model.layers)) if layers is None else layers
-        outer = [name for name in self._names if not name.startswith("model.layers.")]
-        inner = [name for layer in held for name in self._layer_names(layer)]
-        state = {name: tensor.to(device, dtype) for name, tensor in self._tensors(outer + inner)}
+        held = range(self.num_layers) if layers is None else layers
+        names = self._names_outside_layers() + [name for layer in held for name in self._layer_names(layer)]
+        state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
-        if (self.path / "generation_config.json").exists():
-            model.generation_config = _generation_config(self.path)
+        file = self.path / "generation_config.json"
+        if file.exists():
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(self.path)
+            except (OSError, ValueError) as error:
+                raise PuzzleError(f"parent: {file} cannot be read ({one_line(error)})") from None
         return finish(model, device, partly=layers is not None)
 
     def hold(self, model: PuzzleForCausalLM, layers: Collection[int]) -> None:
@@ -82,43 +85,38 @@ class Parent:
         for index, layer in enumerate(model.model.layers):
             if index not in layers:
                 layer.to("meta")
-        for index in layers:
-            layer = model.model.layers[index]
-            if any(parameter.is_meta for parameter in layer.parameters()):
-                prefix = f"model.layers.{index}."
-                state = {
-                    name.removeprefix(prefix): tensor.to(model.device, model.dtype)
-                    for name, tensor in self._tensors(self._layer_names(index))
-                }
+            elif any(parameter.is_meta for parameter in layer.parameters()):
+                state = {name: tensor.to(model.device, model.dtype) for name, tensor in self._layer(index)}
                 layer.load_state_dict(state, assign=True)
                 layer.requires_grad_(False)
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """One layer's tensors in float32 by their names within the layer; no others are read."""
-        prefix = f"model.layers.{layer}."
-        return {name.removeprefix(prefix): tensor.float() for name, tensor in self._tensors(self._layer_names(layer))}
+        return {name: tensor.float() for name, tensor in self._layer(layer)}
 
     def outer_state(self) -> dict[str, Tensor]:
-        """What belongs to no layer (embeddings, final norm, untied head) in float32, by its names in the model."""
-        names = [name for name in self._names if not name.startswith("model.layers.")]
-        return {name: tensor.float() for name, tensor in self._tensors(names)}
+        """Embeddings, final norm and untied head in float32, by their names in the model."""
+        return {name: tensor.float() for name, tensor in self.checkpoint.read(self._names_outside_layers())}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name in the model, as it is stored, one at a time."""
-        return self._tensors(self._names)
+        return self.checkpoint.read(self._names)
 
     @cached_property
     def _names(self) -> list[str]:
         """Every parameter once, a tied one under the name that checkpoints keep."""
         return [name for name, _ in empty_model(self.config).named_parameters()]
 
+    def _names_outside_layers(self) -> list[str]:
+        return [name for name in self._names if not name.startswith("model.layers.")]
+
     def _layer_names(self, layer: int) -> list[str]:
         return [name for name in self._names if name.startswith(f"model.layers.{layer}.")]
 
-    def _tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        by_stored_name = {self.adapter.tensor_name(name): name for name in names}
-        for stored_name, tensor in self.checkpoint.read(by_stored_name):
-            yield by_stored_name[stored_name], tensor
+    def _layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a layer as they are stored, by their names within it."""
+        for name, tensor in self.checkpoint.read(self._layer_names(layer)):
+            yield name.removeprefix(f"model.layers.{layer}."), tensor
 
 
 def open_parent(source: str, digests: Path | None = None) -> Parent:
@@ -129,50 +127,43 @@ def open_parent(source: str, digests: Path | None = None) -> Parent:
         digests: file in which the weights' hashes are remembered by size and time of change.
     """
     path = locate(source, _HUB_FILES)
-    adapter = ADAPTERS[_model_type(path)]
+    check_family(_model_type(path))
     checkpoint = open_checkpoint(path)
-    config = _configure(path, adapter, checkpoint)
-    return Parent(path, config, adapter, checkpoint, checkpoint.address(digests))
+    config = _read_config(path, checkpoint)
+    return Parent(path, config, checkpoint, checkpoint.address(digests))
 
 
 def read_config(source: str) -> PuzzleConfig:
     """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
     path = locate(source, ["config.json"])
-    adapter = ADAPTERS[_model_type(path)]
-    try:
-        return adapter.configure(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    except PuzzleError:
-        raise
-    except Exception as error:  # as below
-        raise _no_model(path, error) from None
+    check_family(_model_type(path))
+    return _read_config(path, None)
 
 
-def _configure(path: Path, adapter: FamilyAdapter, checkpoint: Checkpoint) -> PuzzleConfig:
-    """The configuration, after every parameter that it asks for was found in the checkpoint."""
+def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
+    """The configuration, after every parameter that it asks for was found in the checkpoint, if there is one."""
+    file = path / "config.json"
     try:
-        config = adapter.configure(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        if config.tie_word_embeddings and _stores_another_head(adapter, checkpoint):
+        config = puzzle_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+        if checkpoint is not None and _stores_another_head(checkpoint):
             config.tie_word_embeddings = False
-        parameters = dict(empty_model(config).named_parameters())
+        parameters = dict(empty_model(config).named_parameters()) if checkpoint is not None else {}
     except PuzzleError:
         raise
     except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
-        raise _no_model(path, error) from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise PuzzleError(f"parent: {file} does not describe a model ({reason})") from None
     if not config.blocks:
-        raise PuzzleError(f"parent: {path / 'config.json'} asks for no layers; num_hidden_layers must be at least 1")
-    for name, parameter in parameters.items():
-        checkpoint.check(adapter.tensor_name(name), parameter.shape)
+        raise PuzzleError(f"parent: {file} asks for no layers; num_hidden_layers must be at least 1")
+    if checkpoint is not None:
+        for name, parameter in parameters.items():
+            checkpoint.check(name, parameter.shape)
     return config
 
 
-def _no_model(path: Path, error: Exception) -> PuzzleError:
-    reason = f"{type(error).__name__}: {one_line(error)}"
-    return PuzzleError(f"parent: {path / 'config.json'} does not describe a model ({reason})")
-
-
-def _stores_another_head(adapter: FamilyAdapter, checkpoint: Checkpoint) -> bool:
+def _stores_another_head(checkpoint: Checkpoint) -> bool:
     """Whether head and embeddings are both stored and differ; transformers then does not tie them either."""
-    names = [adapter.tensor_name(name) for name in ("model.embed_tokens.weight", "lm_head.weight")]
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
     if not all(name in checkpoint.entries for name in names):
         return False
     tensors = dict(checkpoint.read(names))
@@ -202,19 +193,9 @@ def locate(source: str, wanted: list[str]) -> Path:
         ) from None
 
 
-def _model_type(path: Path) -> str:
+def _model_type(path: Path) -> object:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found not in ADAPTERS:
-        raise PuzzleError(f"parent: model_type {found!r} has no adapter; supported: {', '.join(sorted(ADAPTERS))}")
-    return str(found)
-
-
-def _generation_config(path: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise PuzzleError(f"parent: {path / 'generation_config.json'} cannot be read ({one_line(error)})") from None
+    return config.get("model_type") if isinstance(config, dict) else None

@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
             )
     if recipe.search.score == "task" and recipe.score.task is None:
         raise PuzzleError("search.score: found task, and score.task is not set; give its function as `module:function`")
-    check_spans(recipe.search, config.num_hidden_layers)
+    check_spans(recipe.search, config.num_layers)
     if searched:
         check_asked([recipe.target, *(each.target for each in recipe.scenarios)], recipe.search)
 
