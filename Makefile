@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	done; \
 	echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv); or make PYTHON=/path/to/python3" >&2; \
 	exit 1
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -40,6 +40,9 @@ def _check_layers(text: str) -> str:
 Layers = Annotated[str, AfterValidator(_check_layers)]
 NumberedLayers = Annotated[Layers, BeforeValidator(lambda layers: str(layers) if isinstance(layers, int) else layers)]
 """Layers of the model: `all`, `7`, `0-3`, `first:4`, `last:4`."""
+OneOrMore = Annotated[
+    list[Text], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 Blocks = Text | Annotated[list[Text], Field(min_length=1)]
 """A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; a list for any of them."""
 
@@ -66,7 +69,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 class DataSettings(Section):
     """The text that calibration, training, scoring and tests use."""
 
-    source: Text | Annotated[list[Text], Field(min_length=1)]
+    source: OneOrMore
     """Files or folders (.txt, .py, .md, .jsonl, .parquet), or a Hugging Face dataset, `name:config:split`."""
     column: Text = "text"
     """Of jsonl, parquet and datasets: plain text, or a list of messages, which goes through the chat template."""

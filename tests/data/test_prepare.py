@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from puzzle.data import RANGES, TokenData, packing, prepare_data
+from puzzle.data import RANGES, TokenData, prepare_data
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import Run
@@ -63,19 +63,30 @@ def test_same_bytes_in_another_run_and_another_place(prepare: Prepare, corpus: P
     )
 
 
-def test_batches_of_documents_change_nothing(prepare: Prepare, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = prepare(corpus, run="whole", max_tokens=2500)
-    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 100)
-    small = prepare(corpus, run="small", max_tokens=2500)
-    assert all(
-        (whole.path / f"{name}.bin").read_bytes() == (small.path / f"{name}.bin").read_bytes() for name in RANGES
-    )
-
-
-def test_finished_stage_is_only_opened(prepare: Prepare, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_stage_is_only_opened(prepare: Prepare, corpus: Path) -> None:
     first = prepare(corpus)
-    monkeypatch.setattr("puzzle.data.prepare.pack", lambda *_, **__: pytest.fail("tokenised again"))
+    (first.path / "training.bin").rename(first.path / "training.bin.moved")
     assert prepare(corpus) == first
+    assert not (first.path / "training.bin").exists()
+    assert not (first.path / "pieces").exists()
+
+
+def test_positions_count_from_the_first_token_of_each_document(
+    prepare: Prepare, parent: Parent, write_rows: WriteRows
+) -> None:
+    """Also where a document holds the EOS token itself."""
+    rows = [{"text": f"{n}: the cat <eos> sat on the mat" * (1 + n % 7)} for n in range(90)]
+    data = prepare(write_rows("eos.jsonl", rows))
+    lengths = {len(ids) + 1 for ids in parent.tokenizer()([row["text"] for row in rows])["input_ids"]}
+    ends = np.fromfile(data.path / "training.ends.bin", np.int64)
+    assert set(np.diff(ends, prepend=0)) <= lengths
+    expected = np.zeros(data.num_sequences("training") * 17, dtype=np.int64)
+    begin = 0
+    for index in range(len(expected)):
+        begin = index if index % 17 == 0 or index in ends else begin
+        expected[index] = index - begin
+    assert data.positions("training", slice(None)).flatten().tolist() == expected.tolist()
+    assert data.positions("training", [3, 1]).tolist() == expected.reshape(-1, 17)[[3, 1]].tolist()
 
 
 @pytest.mark.parametrize("change", [{"sequence_length": 8}, {"max_tokens": 1200}, {"test": 0.2}, {"column": "body"}])

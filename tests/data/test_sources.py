@@ -5,38 +5,46 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from puzzle.data import documents, sources
 from puzzle.data.documents import Document
+from puzzle.data.sources import Source, open_sources
 from puzzle.errors import PuzzleError
 from puzzle.recipe import DataSettings
 
 WriteRows = Callable[[str, list[object]], Path]
-
-
-def open_sources(source: object, memory: Path, **settings: object) -> sources.Sources:
-    return sources.open_sources(DataSettings.model_validate({"source": source, **settings}), memory)
+Open = Callable[..., list[Source]]
+Read = Callable[..., list[Document]]
 
 
 @pytest.fixture
-def read(tmp_path: Path) -> Callable[..., list[Document]]:
-    """All documents of a source."""
+def open_named(tmp_path: Path) -> Open:
+    def open_named(*names: object, **settings: Any) -> list[Source]:
+        return open_sources(DataSettings(source=list(map(str, names)), **settings), tmp_path / "memory.json")
 
-    def read(source: object, start: int = 0, **settings: object) -> list[Document]:
-        wanted = [str(item) for item in source] if isinstance(source, list) else str(source)
-        found = open_sources(wanted, tmp_path / "memory.json", **settings)
-        return [document for part in found.parts for document in part.documents(start)]
+    return open_named
+
+
+@pytest.fixture
+def read(open_named: Open) -> Read:
+    """All documents of sources."""
+
+    def read(*names: object, start: int = 0, **settings: Any) -> list[Document]:
+        return [document for source in open_named(*names, **settings) for document in source.documents(start)]
 
     return read
 
 
-Read = Callable[..., list[Document]]
+def contents(documents: list[Document]) -> list[object]:
+    return [document.content for document in documents]
 
 
-def refused(read: Read, source: object, match: str, **settings: object) -> None:
+def refused(read: Read, name: object, match: str, **settings: Any) -> None:
     with pytest.raises(PuzzleError, match=match) as caught:
-        read(source, **settings)
+        read(name, **settings)
     assert "\n" not in str(caught.value)
 
 
@@ -46,21 +54,21 @@ def test_folder_is_walked_in_sorted_order(read: Read, tmp_path: Path) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    assert [document.content for document in read(folder)] == ["a/b/c.py", "a/z.TXT", "b.md", "z.rst"]
-    assert [document.content for document in read([folder / "z.rst", folder / "b.md"])] == ["z.rst", "b.md"]
+    assert contents(read(folder)) == ["a/b/c.py", "a/z.TXT", "b.md", "z.rst"]
+    assert contents(read(folder / "z.rst", folder / "b.md")) == ["z.rst", "b.md"]
 
 
 def test_text_is_kept_as_it_is_but_for_a_byte_order_mark(read: Read, tmp_path: Path) -> None:
     text = "one\r\ntwo\n\nthree \u2028 four\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert [document.content for document in read(tmp_path / "a.txt")] == [text]
+    assert contents(read(tmp_path / "a.txt")) == [text]
 
 
 @pytest.mark.parametrize("line", ["a short line\n", "a line with \u00fc and \U0001f600\r\n", "\u00e9" * 500_000])
 def test_large_file_is_cut_at_line_ends(read: Read, tmp_path: Path, line: str) -> None:
     text = line * (600 * 1024 // len(line.encode()) + 1)
     (tmp_path / "large.txt").write_bytes(text.encode())
-    pieces = [document.content for document in read(tmp_path / "large.txt")]
+    pieces = [str(document.content) for document in read(tmp_path / "large.txt")]
     assert "".join(pieces) == text
     assert all(len(piece.encode()) <= 2 * 256 * 1024 for piece in pieces)
     assert len(pieces) > 1
@@ -72,55 +80,41 @@ def test_file_of_256_kib_is_one_document(read: Read, tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.txt")) == 1
 
 
-def test_shares_add_up_to_the_size(tmp_path: Path, write_rows: WriteRows) -> None:
-    write_rows("a.jsonl", [{"text": "one"}, {"text": "two"}])
-    (tmp_path / "b.txt").write_text("the cat sat\n" * 50_000)
-    found = open_sources([str(tmp_path)], tmp_path / "memory.json")
-    for part in found.parts:
-        assert sum(document.share for document in part.documents(0)) == part.size
-
-
 def test_jsonl(read: Read, write_rows: WriteRows) -> None:
     path = write_rows("a.jsonl", [{"text": "one"}, {"text": "two", "more": 1}, {"text": None}, {"text": "four"}])
     path.write_text(path.read_text().replace("\n", "\n\n"))
-    assert [document.content for document in read(path)] == ["one", "two", "", "four"]
-    assert [document.content for document in read(path, start=2)] == ["", "four"]
+    assert contents(read(path)) == ["one", "two", "", "four"]
+    assert contents(read(path, start=2)) == ["", "four"]
     assert read(path)[1].place == f"{path}:3"
 
 
 def test_parquet(read: Read, tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     chat = [{"role": "user", "content": "hi"}]
     table = pyarrow.table({"text": [f"row {n}" for n in range(600)], "chat": [chat] * 600, "id": range(600)})
     path = tmp_path / "a.parquet"
     parquet.write_table(table, path, row_group_size=100)
-    assert [document.content for document in read(path)] == [f"row {n}" for n in range(600)]
-    assert [document.content for document in read(path, start=590)] == [f"row {n}" for n in range(590, 600)]
-    assert read(path, column="chat")[0].content == chat
+    assert contents(read(path)) == [f"row {n}" for n in range(600)]
+    assert contents(read(path, start=590)) == [f"row {n}" for n in range(590, 600)]
+    assert contents(read(path, column="chat"))[0] == chat
     refused(read, path, "a.parquet has no column 'body'; it has chat, id, text", column="body")
     refused(read, path, "a.parquet row 0 holds a int in 'id' that is neither text nor", column="id")
+    path.write_bytes(b"PAR1 and no more than that")
+    refused(read, path, "a.parquet cannot be loaded: ")
 
 
-def test_damaged_parquet(read: Read, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more than that")
-    refused(read, tmp_path / "a.parquet", "a.parquet is not a sound parquet file: ")
-
-
-def test_parquet_without_the_extra(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(documents, "import_module", missing)
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    refused(read, tmp_path / "a.parquet", r"needs the package pyarrow: pip install 'puzzle-llm\[data\]'")
-    refused(read, "some/dataset", r"no file or folder here; .* needs the package datasets: pip install")
+def test_sizes_add_up(open_named: Open, tmp_path: Path, write_rows: WriteRows) -> None:
+    write_rows("a.jsonl", [{"text": "one"}, {"text": "two"}])
+    (tmp_path / "b.txt").write_text("the cat sat\n" * 50_000)
+    parquet.write_table(pyarrow.table({"text": ["row"] * 50}), tmp_path / "c.parquet")
+    for source in open_named(tmp_path):
+        assert sum(document.size for document in source.documents(0)) == pytest.approx(source.size())
 
 
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"text": "cut', r"a.jsonl:2 is not valid JSON \(Unterminated string.*mend or delete the line"),
+        ('{"text": "cut', r"a.jsonl:2 is not valid JSON \(Unterminated string.*correct or delete the line"),
+        ('{"text": "\udcff"}', r"a.jsonl:2 is not valid JSON \('utf-8' codec can't decode"),
         ('{"body": 1, "id": 2}', "a.jsonl:2 has no column 'text'; it has body, id: name one of those"),
         ("{}", "a.jsonl:2 has no column 'text'; it has none"),
         ('["text"]', "a.jsonl:2 is a list, not an object with a column 'text'"),
@@ -129,8 +123,14 @@ def test_parquet_without_the_extra(read: Read, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_bad_lines(read: Read, tmp_path: Path, line: str, match: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line.encode(errors="surrogateescape") + b"\n")
     refused(read, tmp_path / "a.jsonl", match)
+
+
+@pytest.mark.parametrize("data", ["Gr\u00fc\u00dfe".encode("latin-1"), "Gr\u00fc".encode()[:-1]])
+def test_not_utf8(read: Read, tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "latin.txt").write_bytes(data)
+    refused(read, tmp_path / "latin.txt", "latin.txt is not UTF-8 text; convert it or move it away")
 
 
 def test_nothing_there(read: Read, tmp_path: Path) -> None:
@@ -148,42 +148,21 @@ def test_nothing_readable(read: Read, tmp_path: Path) -> None:
     refused(read, folder / "cat.png", "cat.png is of a kind that is not read; those read: .txt,")
 
 
-def test_not_utf8(read: Read, tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
-    refused(read, tmp_path / "latin.txt", "latin.txt is not UTF-8 text; convert it or move it away")
-    (tmp_path / "cut.txt").write_bytes("Gr\u00fc".encode()[:-1])
-    refused(read, tmp_path / "cut.txt", "cut.txt is not UTF-8 text")
-
-
-def test_unreadable(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> str:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(sources, "_hash_contents", denied)
-    (tmp_path / "a.txt").write_text("a")
-    refused(read, tmp_path / "a.txt", "a.txt cannot be read: Permission denied")
-
-
-def test_address_follows_contents_and_hashes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identity_follows_contents_and_hashes_once(open_named: Open, tmp_path: Path) -> None:
     memory, file = tmp_path / "memory.json", tmp_path / "notes" / "a.txt"
     file.parent.mkdir()
     file.write_text("one")
-    hashed: list[Path] = []
-    hash_contents = sources._hash_contents
-    monkeypatch.setattr(sources, "_hash_contents", lambda path: hashed.append(path) or hash_contents(path))
-    first = open_sources(str(file.parent), memory).address
-    assert open_sources(str(file.parent), memory).address == first
-    assert len(hashed) == 1
+    (first,) = open_named(file.parent)
+    memory.write_text(memory.read_text().replace(str(first.identity[1]), "remembered"))
+    assert open_named(file.parent)[0].identity == ["a.txt", "remembered"]
     file.write_text("two")
     os.utime(file, ns=(1, 1))
-    assert open_sources(str(file.parent), memory).address != first
-    assert len(hashed) == 2
+    assert open_named(file.parent)[0].identity[1] not in (first.identity[1], "remembered")
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A hub whose every dataset has four rows; the calls it got."""
-    datasets = pytest.importorskip("datasets")
     calls: list[dict[str, Any]] = []
 
     def load_dataset(name: str, config: str | None, **options: Any) -> Any:
@@ -194,7 +173,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return rows.to_iterable_dataset() if options["streaming"] else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("puzzle.data.hub._resolve", lambda name, revision: f"{revision}-{len(calls)}")
+    monkeypatch.setattr("puzzle.data.sources._resolve", lambda name, revision: f"{revision}-{len(calls)}")
     return calls
 
 
@@ -211,31 +190,29 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_dataset_names(
     read: Read, hub: list[dict[str, Any]], source: str, config: str | None, split: str, revision: str
 ) -> None:
-    assert [document.content for document in read(source, start=1)] == ["row 1", "row 2", "row 3"]
+    assert contents(read(source, start=1)) == ["row 1", "row 2", "row 3"]
     name = source.partition(":")[0].partition("@")[0]
-    expected = {"name": name, "config": config, "split": split, "revision": revision, "streaming": False}
-    assert hub == [expected]
+    assert hub == [{"name": name, "config": config, "split": split, "revision": revision, "streaming": False}]
 
 
 def test_dataset_is_streamed_under_a_limit_and_opened_late(
-    hub: list[dict[str, Any]], read: Read, tmp_path: Path
+    hub: list[dict[str, Any]], open_named: Open, read: Read
 ) -> None:
-    open_sources("some/data", tmp_path / "memory.json", max_tokens=100)
+    open_named("some/data", max_tokens=100)
     assert not hub
-    assert [document.place for document in read("some/data", start=2, max_tokens=100)] == [
-        "some/data row 2",
-        "some/data row 3",
-    ]
+    places = [document.place for document in read("some/data", start=2, max_tokens=100)]
+    assert places == ["some/data row 2", "some/data row 3"]
     assert hub[0]["streaming"]
 
 
-def test_dataset_stays_at_its_first_commit(hub: list[dict[str, Any]], read: Read, tmp_path: Path) -> None:
-    memory = tmp_path / "memory.json"
-    first = open_sources("some/data", memory).address
+def test_dataset_stays_at_its_first_commit(
+    hub: list[dict[str, Any]], open_named: Open, read: Read, tmp_path: Path
+) -> None:
+    first = open_named("some/data")[0].identity
     read("some/data")  # one call later, `main` is another commit
-    assert open_sources("some/data", memory).address == first
-    memory.unlink()
-    assert open_sources("some/data", memory).address != first
+    assert open_named("some/data")[0].identity == first
+    (tmp_path / "memory.json").unlink()
+    assert open_named("some/data")[0].identity != first
 
 
 def test_dataset_errors(hub: list[dict[str, Any]], read: Read) -> None:
@@ -244,8 +221,6 @@ def test_dataset_errors(hub: list[dict[str, Any]], read: Read) -> None:
 
 
 def test_dataset_that_the_hub_does_not_give(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-
     def dataset_info(*_: Any, **__: Any) -> Any:
         raise OSError("404:\nnot found")
 

@@ -1,134 +1,162 @@
-"""Tokenising and packing, batch by batch of documents, so that it can be cut off at any moment and go on.
+"""Tokenising and packing.
 
-One file a range is only ever appended to. After each batch the files are flushed to disk, then a small record of how
-far they count is replaced atomically. Whatever a file holds beyond the record was written by a batch that was cut off;
-it is truncated and made again.
+Each batch of documents is tokenised and written as one file, so that a run that is cut off goes on with the next batch.
+At the end, these pieces are joined to one file of tokens a range.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from puzzle.data.documents import Document
-from puzzle.data.sources import Part
-from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeName, range_file
+from puzzle.data.documents import Document, Messages
+from puzzle.data.sources import Source
+from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeCounts, RangeName, ends_file, tokens_file
 from puzzle.errors import PuzzleError, one_line
-from puzzle.runs import progress, read_json, write_json
+from puzzle.runs import progress, read_json, read_tensors, write_atomically, write_json, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_CHARACTERS = 2**20  # at worst, a token a character, 300 MB in the tokenizer
-_RECORD = "progress.json"
-
-
-@dataclass
-class Record:
-    """How far tokenising has come; all that it counts is on disk."""
-
-    part: int = 0
-    document: int = 0
-    """Number within the part of the next document to read."""
-    read: float = 0.0
-    """Shares of the documents read, for the progress bar."""
-    documents: dict[RangeName, int] = field(default_factory=lambda: dict.fromkeys(RANGES, 0))
-    tokens: dict[RangeName, int] = field(default_factory=lambda: dict.fromkeys(RANGES, 0))
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.tokens.values())
 
 
 @dataclass(frozen=True)
-class Text:
-    """A document's text, and where reading goes on after it."""
+class _Position:
+    """Where tokenising goes on."""
 
+    source: int = 0
+    document: int = 0
+    """Number within the source of the next document to read."""
+    size: float = 0.0
+    """Of all documents before it."""
+    tokens: int = 0
+    pieces: int = 0
+
+
+@dataclass(frozen=True)
+class _Text:
     text: str
     is_chat: bool
-    share: float
-    part: int
-    next_document: int
+    next: _Position
 
 
+@dataclass(frozen=True)
 class Encoder:
     """The parent's tokenizer, checked against its model."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
-        if tokenizer.eos_token_id is None:
+    tokenizer: "PreTrainedTokenizerBase"
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
             raise PuzzleError("parent: its tokenizer has no EOS token to join documents with; set eos_token in it")
-        self.tokenizer, self._vocab_size = tokenizer, vocab_size
-        self.eos_token_id = int(tokenizer.eos_token_id)
 
     def render(self, document: Document) -> str:
         """The document's text, conversations through the chat template; empty if there is nothing but white space."""
-        text = document.content if isinstance(document.content, str) else self._render_chat(document)
+        content = document.content
+        text = content if isinstance(content, str) else self._render_chat(content, document.place)
         # JSON may hold half of a surrogate pair, which is no text and which tokenizers refuse.
         return text.encode("utf-8", "replace").decode() if text.strip() else ""
 
-    def encode(self, texts: list[str], is_chat: bool) -> list[NDArray[np.int64]]:
+    def encode(self, texts: Sequence[_Text]) -> list[NDArray[np.uint32]]:
         """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it."""
-        encoded = self.tokenizer(texts, add_special_tokens=not is_chat, return_attention_mask=False, verbose=False)
-        return [self._finish(np.array(ids, dtype=np.int64)) for ids in encoded["input_ids"]]
+        encoded: dict[int, NDArray[np.uint32]] = {}
+        for kind in (False, True):
+            chosen = {i: text.text for i, text in enumerate(texts) if text.is_chat == kind}
+            if chosen:
+                options = {"add_special_tokens": not kind, "return_attention_mask": False, "verbose": False}
+                found = self.tokenizer(list(chosen.values()), **options)["input_ids"]
+                encoded |= zip(chosen, map(self._finish, found), strict=True)
+        return [encoded[i] for i in range(len(texts))]
 
-    def _finish(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        if ids.size == 0 or ids[-1] != self.eos_token_id:
-            ids = np.append(ids, self.eos_token_id)
-        if (highest := ids.max()) >= self._vocab_size:
+    def _finish(self, ids: list[int]) -> NDArray[np.uint32]:
+        eos = self.tokenizer.eos_token_id
+        ids = ids if ids and ids[-1] == eos else [*ids, eos]
+        if (highest := max(ids)) >= self.vocab_size:
             raise PuzzleError(
-                f"parent: its tokenizer gives token {highest}, its config.json has vocab_size {self._vocab_size}; "
+                f"parent: its tokenizer gives token {highest}, its config.json has vocab_size {self.vocab_size}; "
                 "use the tokenizer that belongs to the checkpoint"
             )
-        return ids
+        return np.array(ids, dtype=TOKEN_DTYPE)
 
-    def _render_chat(self, document: Document) -> str:
-        if not document.content:
-            return ""
-        if not self.tokenizer.chat_template:
+    def _render_chat(self, messages: Messages, place: str) -> str:
+        if messages and not self.tokenizer.chat_template:
             raise PuzzleError(
-                f"data.column: {document.place} holds messages, and the parent's tokenizer has no chat template; "
+                f"data.column: {place} holds messages, and the parent's tokenizer has no chat template; "
                 "give plain text, or a parent with one"
             )
         try:
-            return str(self.tokenizer.apply_chat_template(document.content, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False)) if messages else ""
         except Exception as error:  # templates raise what they like, the reader needs one line
-            raise PuzzleError(f"data.source: {document.place} fits no chat template: {one_line(error)}") from None
+            raise PuzzleError(f"data.source: {place} fits no chat template: {one_line(error)}") from None
 
 
-def pack(
-    parts: Sequence[Part],
-    encoder: Encoder,
-    folder: Path,
-    *,
-    bounds: Mapping[RangeName, float],
-    sequence_length: int,
-    max_tokens: int | None,
-) -> Record:
-    """Tokenise the parts into one file a range, from where an earlier start was cut off.
+def tokenise(
+    sources: Sequence[Source], encoder: Encoder, folder: Path, bounds: Mapping[RangeName, float], max_tokens: int | None
+) -> int:
+    """Write pieces into `folder`, from where an earlier start was cut off; their number.
 
     Args:
         bounds: a document whose hash in [0, 1) is below a range's bound, and no earlier one's, goes to that range.
         max_tokens: stop after the document that reaches so many.
     """
-    record = _read_record(folder)
-    limit = max_tokens or float("inf")
-    total, done = (limit, record.num_tokens) if max_tokens else (sum(part.size for part in parts), record.read)
-    with _open_files(folder, record) as files, progress("tokenising", total, done) as bar:
-        for batch in _batches(_texts(parts, encoder, record)):
-            before = record.num_tokens, record.read
-            _append(batch, encoder, bounds, limit, files, record)
-            _save(files, record, folder)
-            bar.advance(record.num_tokens - before[0] if max_tokens else record.read - before[1])
-            if record.num_tokens >= limit:
+    folder.mkdir(exist_ok=True)
+    record = folder / "position.json"
+    position = _Position(**read_json(record)) if record.exists() else _Position()
+    limit = max_tokens or math.inf
+    total, done = (limit, position.tokens) if max_tokens else (sum(source.size() for source in sources), position.size)
+    with progress("tokenising", total, done) as bar:
+        for batch in _batches(_texts(sources, encoder, position)):
+            if position.tokens >= limit:
                 break
-        _drop_tails(files, record, sequence_length, folder, len(parts))
-    return record
+            ids = encoder.encode(batch)
+            ends = position.tokens + np.cumsum([len(each) for each in ids])
+            count = 1 + int(np.searchsorted(ends, limit))  # with the document that reaches the limit
+            batch, ids, ends = batch[:count], ids[:count], ends[:count]
+            write_tensors(
+                _piece(folder, position.pieces),
+                {
+                    "tokens": torch.from_numpy(np.concatenate(ids)),
+                    "lengths": torch.tensor([len(each) for each in ids]),
+                    "ranges": torch.tensor([RANGES.index(range_of(text.text, bounds)) for text in batch]),
+                },
+            )
+            before, position = position, replace(batch[-1].next, tokens=int(ends[-1]), pieces=position.pieces + 1)
+            write_json(record, asdict(position))
+            bar.advance(position.tokens - before.tokens if max_tokens else position.size - before.size)
+    return position.pieces
+
+
+def join(folder: Path, num_pieces: int, out: Path, sequence_length: int) -> dict[RangeName, RangeCounts]:
+    """Write each range's documents of all pieces into one file, in whole sequences, and where they end."""
+    lengths: dict[RangeName, list[NDArray[np.int64]]] = {name: [] for name in RANGES}
+    counts: dict[RangeName, RangeCounts] = {}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(tokens_file(out, name).open("wb")) for name in RANGES}
+        for number in range(num_pieces):
+            piece = {name: tensor.numpy() for name, tensor in read_tensors(_piece(folder, number)).items()}
+            for index, name in enumerate(RANGES):
+                chosen = piece["ranges"] == index
+                lengths[name].append(piece["lengths"][chosen])
+                files[name].write(piece["tokens"][np.repeat(chosen, piece["lengths"])].tobytes())
+        for name, file in files.items():
+            ends = np.cumsum(np.concatenate([*lengths[name], np.zeros(0, np.int64)]))
+            sequences = int(ends[-1]) // (sequence_length + 1) if ends.size else 0
+            counts[name] = RangeCounts(len(ends), sequences * (sequence_length + 1), sequences)
+            file.truncate(counts[name].tokens * TOKEN_DTYPE.itemsize)
+            file.flush()
+            os.fsync(file.fileno())
+            write_atomically(ends_file(out, name), ends.tofile)
+    return counts
 
 
 def range_of(text: str, bounds: Mapping[RangeName, float]) -> RangeName:
@@ -137,87 +165,30 @@ def range_of(text: str, bounds: Mapping[RangeName, float]) -> RangeName:
     return next((name for name, bound in bounds.items() if place < bound), "training")  # sums round
 
 
-def _texts(parts: Sequence[Part], encoder: Encoder, record: Record) -> Iterator[Text]:
-    """The texts that are not empty, from where the record stands."""
-    first_part, first_document = record.part, record.document
-    for index, part in enumerate(parts[first_part:], first_part):
-        start = first_document if index == first_part else 0
-        for number, document in enumerate(part.documents(start), start + 1):
+def _piece(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def _texts(sources: Sequence[Source], encoder: Encoder, position: _Position) -> Iterator[_Text]:
+    """The texts that are not empty, from `position` on."""
+    first, size = position.document, position.size
+    for index, source in enumerate(sources[position.source :], position.source):
+        for number, document in enumerate(source.documents(first), first + 1):
+            size += document.size
             if text := encoder.render(document):
-                yield Text(text, not isinstance(document.content, str), document.share, index, number)
+                yield _Text(text, not isinstance(document.content, str), _Position(index, number, size))
+        first = 0
 
 
-def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    """Texts of one kind, about `_BATCH_CHARACTERS` together."""
-    batch: list[Text] = []
+def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
+    """Texts of about `_BATCH_CHARACTERS` together."""
+    batch: list[_Text] = []
     size = 0
     for text in texts:
-        if batch and (size >= _BATCH_CHARACTERS or text.is_chat != batch[0].is_chat):
-            yield batch
-            batch, size = [], 0
         batch.append(text)
         size += len(text.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
-
-
-def _append(
-    batch: list[Text],
-    encoder: Encoder,
-    bounds: Mapping[RangeName, float],
-    limit: float,
-    files: Mapping[RangeName, BinaryIO],
-    record: Record,
-) -> None:
-    encoded = encoder.encode([text.text for text in batch], batch[0].is_chat)
-    for text, ids in zip(batch, encoded, strict=True):
-        name = range_of(text.text, bounds)
-        files[name].write(ids.astype(TOKEN_DTYPE).tobytes())
-        record.documents[name] += 1
-        record.tokens[name] += len(ids)
-        record.part, record.document = text.part, text.next_document
-        record.read += text.share
-        if record.num_tokens >= limit:
-            return
-
-
-def _save(files: Mapping[RangeName, BinaryIO], record: Record, folder: Path) -> None:
-    for file in files.values():
-        file.flush()
-        os.fsync(file.fileno())
-    write_json(folder / _RECORD, asdict(record))
-
-
-def _drop_tails(
-    files: Mapping[RangeName, BinaryIO], record: Record, sequence_length: int, folder: Path, num_parts: int
-) -> None:
-    """Keep whole sequences; the record goes first, so that what is cut off here is cut off again on resume."""
-    for name, tokens in record.tokens.items():
-        record.tokens[name] = tokens - tokens % (sequence_length + 1)
-    record.part, record.document = num_parts, 0
-    _save(files, record, folder)
-    _truncate(files, record)
-
-
-def _read_record(folder: Path) -> Record:
-    path = folder / _RECORD
-    return Record(**read_json(path)) if path.exists() else Record()
-
-
-@contextmanager
-def _open_files(folder: Path, record: Record) -> Iterator[dict[RangeName, BinaryIO]]:
-    """The ranges' files for appending, without what goes beyond the record."""
-    with ExitStack() as stack:
-        files: dict[RangeName, BinaryIO] = {
-            name: stack.enter_context(range_file(folder, name).open("ab")) for name in RANGES
-        }
-        _truncate(files, record)
-        yield files
-
-
-def _truncate(files: Mapping[RangeName, BinaryIO], record: Record) -> None:
-    for name, file in files.items():
-        size = record.tokens[name] * TOKEN_DTYPE.itemsize
-        if os.fstat(file.fileno()).st_size < size:
-            raise PuzzleError(f"data: {file.name} is shorter than its record says; delete its folder to start over")
-        file.truncate(size)

@@ -1,99 +1,89 @@
-"""The sources that the recipe names, as parts that are read document by document from any point on."""
+"""The files and datasets that the recipe names, each read document by document from any point on."""
 
-import codecs
 import hashlib
-from collections.abc import Iterator, MutableMapping
+import re
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
 
-from puzzle.data.documents import READERS, Document
-from puzzle.data.hub import open_dataset
-from puzzle.errors import PuzzleError
+from puzzle.data.documents import SUFFIXES, Document, load_dataset, read_dataset, read_file
+from puzzle.errors import PuzzleError, one_line
 from puzzle.recipe import DataSettings
-from puzzle.runs import digest, read_json, write_json
+from puzzle.runs import read_json, write_json
 
-_CHUNK_BYTES = 2**20
+_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 
 
-class Part(Protocol):
+@dataclass(frozen=True)
+class Source:
     """A file or a dataset."""
 
-    @property
-    def identity(self) -> list[str | None]:
-        """What makes it another text when it changes."""
-
-    @property
-    def size(self) -> float:
-        """The sum of its documents' shares, for the progress bar."""
-
-    def documents(self, start: int) -> Iterator[Document]:
-        """Its documents in their order, from number `start` on."""
+    identity: list[str | None]
+    """What makes it another text when it changes; where a file lies does not."""
+    documents: Callable[[int], Iterator[Document]]
+    """Its documents in their order, from a number on."""
+    size: Callable[[], float]
+    """The sum of its documents' sizes: bytes of a file, rows of a dataset; 0 of a stream, which does not know them."""
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file; `name` is relative to the folder that the recipe names, so that the folder can move."""
-
-    path: Path
-    name: str
-    column: str
-    sha256: str
-
-    @property
-    def identity(self) -> list[str | None]:
-        return [self.name, self.sha256]
-
-    @property
-    def size(self) -> float:
-        return float(self.path.stat().st_size)
-
-    def documents(self, start: int) -> Iterator[Document]:
-        # What is skipped is read again but not tokenised, which is what takes the time.
-        return islice(READERS[self.path.suffix.lower()](self.path, self.column), start, None)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Everything that the recipe names, in its order; folders in the order of their file names."""
-
-    parts: tuple[Part, ...]
-
-    @property
-    def address(self) -> str:
-        return digest([part.identity for part in self.parts])
-
-
-def open_sources(settings: DataSettings, memory: Path) -> Sources:
-    """Find the sources, and hash what is new.
+def open_sources(settings: DataSettings, memory: Path) -> list[Source]:
+    """Find the sources in the recipe's order, folders in the order of their file names; hash what is new.
 
     Args:
-        memory: file in which the files' hashes are remembered by size and time of change, and datasets' commits.
+        memory: file that keeps the files' hashes by size and time of change, and the commits of datasets, so that a
+            later push to a dataset does not change a run that has begun.
     """
     before: dict[str, str] = read_json(memory) if memory.exists() else {}
     known = dict(before)
-    named = [settings.source] if isinstance(settings.source, str) else settings.source
-    parts = tuple(part for source in named for part in _parts(source, settings, known))
+    sources = [source for name in settings.source for source in _open(name, settings, known)]
     if known != before:
         write_json(memory, known)
-    return Sources(parts)
+    return sources
 
 
-def _parts(source: str, settings: DataSettings, known: MutableMapping[str, str]) -> Iterator[Part]:
-    root = Path(source).expanduser()
+def _open(name: str, settings: DataSettings, known: MutableMapping[str, str]) -> Iterator[Source]:
+    root = Path(name).expanduser()
     if root.is_dir():
         for path in _walk(root):
-            yield SourceFile(path, path.relative_to(root).as_posix(), settings.column, _hash(path, known))
+            yield _file(path, path.relative_to(root).as_posix(), settings.column, known)
     elif root.exists():
-        if root.suffix.lower() not in READERS:
-            raise PuzzleError(f"data.source: {root} is of a kind that is not read; those read: {', '.join(READERS)}")
-        yield SourceFile(root, root.name, settings.column, _hash(root, known))
-    elif root.suffix.lower() in READERS:
-        raise PuzzleError(f"data.source: {source} does not exist")
+        if root.suffix.lower() not in SUFFIXES:
+            raise PuzzleError(f"data.source: {root} is of a kind that is not read; those read: {', '.join(SUFFIXES)}")
+        yield _file(root, root.name, settings.column, known)
+    elif root.suffix.lower() in SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
+        raise PuzzleError(f"data.source: {name} does not exist")
     else:
-        # With a limit only the beginning is wanted, which a download of the whole would put off for hours.
-        yield open_dataset(source, settings.column, streaming=settings.max_tokens is not None, known=known)
+        yield _dataset(match, settings, known)
+
+
+def _file(path: Path, name: str, column: str, known: MutableMapping[str, str]) -> Source:
+    try:
+        stat = path.stat()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in known:
+            with path.open("rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
+    return Source([name, known[key]], partial(read_file, path, column), lambda: stat.st_size)
+
+
+def _dataset(match: re.Match[str], settings: DataSettings, known: MutableMapping[str, str]) -> Source:
+    """One split of a dataset of the hub, at the commit at which it was first opened."""
+    name, revision = match["name"], match["revision"] or "main"
+    config, split, column = match["config"] or None, match["split"] or "train", settings.column
+    key = f"dataset {name}@{revision}"
+    if key not in known:
+        known[key] = revision if re.fullmatch("[0-9a-f]{40}", revision) else _resolve(name, revision)
+    # With a limit only the beginning is wanted, which a download of the whole would put off for hours.
+    options = {"split": split, "revision": known[key], "streaming": settings.max_tokens is not None}
+    load = cache(partial(load_dataset, f"dataset {name}", column, name, config, **options))
+    return Source(
+        [name, config, split, known[key]],
+        lambda start: read_dataset(load(), name, column, start, 1),
+        lambda: 0 if options["streaming"] else load().num_rows,
+    )
 
 
 def _walk(root: Path) -> list[Path]:
@@ -103,34 +93,21 @@ def _walk(root: Path) -> list[Path]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and not any(name.startswith(".") for name in path.relative_to(root).parts)
     ]
-    readable = [path for path in files if path.suffix.lower() in READERS]
+    readable = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not readable:
         found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
-        raise PuzzleError(f"data.source: nothing in {root} is readable ({found}); those read: {', '.join(READERS)}")
+        raise PuzzleError(f"data.source: nothing in {root} is readable ({found}); those read: {', '.join(SUFFIXES)}")
     return readable
 
 
-def _hash(path: Path, known: MutableMapping[str, str]) -> str:
+def _resolve(name: str, revision: str) -> str:
+    """The commit that a branch or tag of a dataset points at."""
+    from huggingface_hub import HfApi
+
     try:
-        stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = _hash_contents(path)
-    except OSError as error:
-        raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
-    return known[key]
-
-
-def _hash_contents(path: Path) -> str:
-    """SHA-256; a PuzzleError, before anything is tokenised, if it is to be read as text and is not UTF-8."""
-    sha256, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as file:
-        try:
-            while chunk := file.read(_CHUNK_BYTES):
-                sha256.update(chunk)
-                if path.suffix.lower() != ".parquet":
-                    decoder.decode(chunk)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            raise PuzzleError(f"data.source: {path} is not UTF-8 text; convert it or move it away") from None
-    return sha256.hexdigest()
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception as error:  # whatever the hub client raises, the reader needs one line
+        raise PuzzleError(
+            f"data.source: {name} is no file or folder here, and the hub gives no such dataset ({one_line(error)}); "
+            f"without network, name a commit of a downloaded one: {name}@<40 digits>"
+        ) from None

@@ -1,6 +1,7 @@
-"""Packed tokens on disk, read by sequence; and the order in which training takes them.
+"""Packed tokens on disk, read by sequence; where documents end in them; and the order in which training takes them.
 
     calibration.bin, training.bin, ...   little-endian uint32 of shape [sequences, T + 1], one file a range
+    calibration.ends.bin, ...            int64 [documents], where each document ends in the range, in tokens
     manifest.json                        every range with its documents, tokens and sequences
 
 T is the recipe's `data.sequence_length`: a sequence of T + 1 tokens gives T inputs and T targets.
@@ -59,21 +60,39 @@ class TokenData:
             yield self.sequences(range, slice(start, min(start + batch_size, count)))
 
     def training_batch(self, step: int, batch_size: int, seed: int, range: RangeName = "training") -> Tensor:
-        """The global batch of a step, int64 `[batch_size, T + 1]`.
+        """The global batch of a step, int64 `[batch_size, T + 1]`."""
+        return self.sequences(range, self.training_indices(step, batch_size, seed, range))
+
+    def training_indices(
+        self, step: int, batch_size: int, seed: int, range: RangeName = "training"
+    ) -> NDArray[np.int64]:
+        """The sequences of a step's global batch.
 
         Every epoch takes all sequences in an order of its own. Sample i of a training is the same however its batches
         are cut into steps and processes, so the number of samples taken is all that a resumed training needs.
         """
         n = self.num_sequences(range)
         epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-        positions = [order(seed, int(epoch), n)[offsets[epochs == epoch]] for epoch in np.unique(epochs)]
-        return self.sequences(range, np.concatenate(positions))
+        return np.concatenate([order(seed, int(epoch), n)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def positions(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:
+        """Each token's position in its document as int64 `[n, T + 1]`, for the same `indices` as `sequences`.
+
+        A document that begins before the sequence counts from the sequence's first token.
+        """
+        wanted = np.arange(self.num_sequences(range))[indices]
+        ends = np.memmap(ends_file(self.path, range), np.int64, "r")
+        length = self.sequence_length + 1
+        begins_BT = np.zeros((len(wanted), length), dtype=np.int64)
+        for begins_T, first in zip(begins_BT, wanted * length, strict=True):
+            inside = ends[slice(*np.searchsorted(ends, [first, first + length]))] - first
+            begins_T[inside] = inside
+        return torch.from_numpy(np.arange(length) - np.maximum.accumulate(begins_BT, axis=1))
 
     def _array(self, name: RangeName) -> NDArray[np.uint32]:
         """The range's file, mapped anew each time: that takes 0.05 ms, and there is nothing to keep open."""
-        sequences = self.num_sequences(name)
-        file, shape = range_file(self.path, name), (sequences, self.sequence_length + 1)
-        expected = sequences * shape[1] * TOKEN_DTYPE.itemsize
+        file, shape = tokens_file(self.path, name), (self.num_sequences(name), self.sequence_length + 1)
+        expected = shape[0] * shape[1] * TOKEN_DTYPE.itemsize
         if not file.exists() or file.stat().st_size != expected:
             raise PuzzleError(
                 f"data: {file} is not of {expected} bytes; delete the folder {self.path} to make it again"
@@ -81,8 +100,12 @@ class TokenData:
         return np.memmap(file, TOKEN_DTYPE, "r", shape=shape)
 
 
-def range_file(folder: Path, name: RangeName) -> Path:
+def tokens_file(folder: Path, name: RangeName) -> Path:
     return folder / f"{name}.bin"
+
+
+def ends_file(folder: Path, name: RangeName) -> Path:
+    return folder / f"{name}.ends.bin"
 
 
 @lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
