@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
-    from puzzle.child import Child, realise, refine
+    from puzzle.child.realise import Child, realise  # of the module, or mypy takes the name for it
+    from puzzle.child.refine import refine
     from puzzle.correct import TrueScore
     from puzzle.costs import measure_costs, time_checkpoints
     from puzzle.data import TokenData, prepare_data
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from puzzle.recipe import Recipe
     from puzzle.runs import Run, create_folder, open_run
     from puzzle.scores import score
-    from puzzle.search import frontier, solve
+    from puzzle.search.frontier import frontier
+    from puzzle.search.solve import solve
     from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 # fmt: off

@@ -150,8 +150,12 @@ DATA = Stage(
     name="data",
     help="Tokenise the text, split it and pack it.",
     result="data",
-    reads=("data",),
+    reads=(
+        *("data.column", "data.sequence_length", "data.max_tokens"),
+        *("data.calibration", "data.validation", "data.scoring", "data.test"),
+    ),
     inputs=("tokenizer", "sources"),
+    version=2,
 )
 CALIBRATE = Stage(
     name="calibrate",

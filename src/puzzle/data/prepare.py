@@ -13,8 +13,8 @@ from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import DataSettings
 from puzzle.runs import Run, digest
+from puzzle.stages import DATA
 
-_VERSION = 2
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
@@ -25,12 +25,8 @@ def prepare_data(run: Run, parent: Parent) -> TokenData:
     """The recipe's text as packed tokens of the parent's tokenizer; made if it is not there, opened if it is."""
     settings = run.recipe.data
     sources = open_sources(settings, run.path / "sources.json")
-    stage = run.stage(
-        "data",
-        version=_VERSION,
-        settings=settings.model_dump(mode="json", exclude={"source"}),  # where the text lies does not matter
-        inputs=[_tokenizer_address(parent.path), digest([source.identity for source in sources])],
-    )
+    identities = digest([source.identity for source in sources])  # where the text lies does not matter
+    stage = run.open(DATA, tokenizer=_tokenizer_address(parent.path), sources=identities)
     if not stage.done:
         shares: dict[RangeName, float] = {name: getattr(settings, name) for name in RANGES if name != "training"}
         bounds = dict(zip(shares, accumulate(shares.values()), strict=True))  # training takes what the others leave
@@ -46,7 +42,6 @@ def prepare_data(run: Run, parent: Parent) -> TokenData:
             dtype="uint32, little endian",
             sequence_length=settings.sequence_length,
             eos_token_id=encoder.tokenizer.eos_token_id,
-            source=settings.source,
             ranges={name: asdict(count) for name, count in counts.items()},
         )
         shutil.rmtree(pieces)
