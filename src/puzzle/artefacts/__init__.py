@@ -1,5 +1,6 @@
 """The typed artefacts in which the stages meet. Plain data: no torch, blocks by name."""
 
+from puzzle.artefacts.artefact import Artefact, dump_rows
 from puzzle.artefacts.correction import WORTH, Correction, Finalist, Judged, Step, WholeScore
 from puzzle.artefacts.costs import Cost, CostRow, CostTable, Scenario, Totals
 from puzzle.artefacts.library import LibraryIndex, LibraryRow
@@ -9,6 +10,7 @@ from puzzle.artefacts.solution import Bounds, Proof, Serving, Solution
 
 __all__ = [
     "WORTH",
+    "Artefact",
     "Bounds",
     "Correction",
     "Cost",
@@ -29,4 +31,5 @@ __all__ = [
     "Step",
     "Totals",
     "WholeScore",
+    "dump_rows",
 ]

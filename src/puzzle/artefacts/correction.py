@@ -1,8 +1,8 @@
 """What whole architectures turned out to be worth, and what was chosen for it."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from puzzle.artefacts.artefact import Artefact
 from puzzle.artefacts.scores import ScoreName
 from puzzle.artefacts.solution import Solution
 
@@ -65,7 +65,7 @@ class Finalist:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(Artefact):
     """The search corrected by whole architectures: never worse than the search alone on the text that compares them."""
 
     score: ScoreName
@@ -82,23 +82,3 @@ class Correction:
     """In the order in which they were trained; none without short GKD."""
     ranked: tuple[Solution, ...]
     """The best first, as far as it is better by `WORTH`; the last is the search's own."""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Correction":
-        values = json.loads(text)
-        return cls(
-            score=values["score"],
-            tokens=values["tokens"],
-            tau=values["tau"],
-            spearman=values["spearman"],
-            judged=tuple(
-                Judged(**row | {"blocks": tuple(row["blocks"]), "whole": WholeScore(**row["whole"])})
-                for row in values["judged"]
-            ),
-            steps=tuple(Step(**row) for row in values["steps"]),
-            finalists=tuple(Finalist(**row | {"blocks": tuple(row["blocks"])}) for row in values["finalists"]),
-            ranked=tuple(Solution.from_json(json.dumps(row)) for row in values["ranked"]),
-        )

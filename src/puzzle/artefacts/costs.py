@@ -1,11 +1,11 @@
 """What blocks cost in a scenario, and the totals of a whole model. Every number is defined in docs/numbers.md."""
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
+from puzzle.artefacts.artefact import Artefact
 from puzzle.quantities import COSTS
 
 
@@ -116,7 +116,7 @@ class CostRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostTable:
+class CostTable(Artefact):
     """Costs of every variant of every layer in one scenario, at each batch size."""
 
     scenario: Scenario
@@ -156,29 +156,3 @@ class CostTable:
         assert (other.scenario, other.batch_sizes) == (self.scenario, self.batch_sizes), "tables of two scenarios"
         missing = tuple(row for key, row in other._by_key.items() if key not in self._by_key)
         return replace(self, rows=self.rows + missing)
-
-    def to_json(self) -> str:
-        return dump_rows(
-            {
-                "scenario": asdict(self.scenario),
-                "batch_sizes": list(self.batch_sizes),
-                "environment": self.environment,
-            },
-            (asdict(row) for row in self.rows),
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> "CostTable":
-        table = json.loads(text)
-        return cls(
-            scenario=Scenario(**table["scenario"]),
-            batch_sizes=tuple(table["batch_sizes"]),
-            rows=tuple(CostRow(**row) for row in table["rows"]),
-            environment=table["environment"],
-        )
-
-
-def dump_rows(head: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
-    """JSON of `head` with a key `rows`, one line a row, so that a table can be read and compared line by line."""
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n'

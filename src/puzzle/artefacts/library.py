@@ -1,10 +1,9 @@
 """The index of the block library: what was initialised and trained, and where its weights are."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
-from puzzle.artefacts.costs import dump_rows
+from puzzle.artefacts.artefact import Artefact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class LibraryRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LibraryIndex:
+class LibraryIndex(Artefact):
     """One row per layer, subblock and variant other than the parent's own."""
 
     rows: tuple[LibraryRow, ...]
@@ -42,10 +41,3 @@ class LibraryIndex:
 
     def find(self, layer: int, subblock: str, variant: str) -> LibraryRow | None:
         return self._by_key.get((layer, subblock, variant))
-
-    def to_json(self) -> str:
-        return dump_rows({"format": 1}, (asdict(row) for row in self.rows))
-
-    @classmethod
-    def from_json(cls, text: str) -> "LibraryIndex":
-        return cls(rows=tuple(LibraryRow(**row) for row in json.loads(text)["rows"]))

@@ -1,12 +1,11 @@
 """Quality of every composed block, alone in the parent."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from puzzle.artefacts.costs import dump_rows
+from puzzle.artefacts.artefact import Artefact
 from puzzle.errors import PuzzleError
 
 ScoreName = Literal["kl", "lm_loss", "cosine", "task"]
@@ -36,7 +35,7 @@ class ScoreRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreTable:
+class ScoreTable(Artefact):
     """One row per layer and composed block; the parent's own blocks have a KL of exactly 0. A block without a row was
     not finite and cannot be chosen.
     """
@@ -100,17 +99,3 @@ class ScoreTable:
     def total(self, blocks: Sequence[str], score: ScoreName = "kl") -> float:
         """The additive estimate of an architecture's score: the sum over its blocks."""
         return sum(self.value(layer, block, score) for layer, block in enumerate(blocks))
-
-    def to_json(self) -> str:
-        head = {
-            "num_layers": self.num_layers,
-            "sequences": self.sequences,
-            "sequence_length": self.sequence_length,
-        }
-        return dump_rows(head, (asdict(row) for row in self.rows))
-
-    @classmethod
-    def from_json(cls, text: str) -> "ScoreTable":
-        table = json.loads(text)
-        rows = tuple(ScoreRow(**row) for row in table.pop("rows"))
-        return cls(rows=rows, **table)

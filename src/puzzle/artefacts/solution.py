@@ -1,9 +1,9 @@
 """What the search decided, what it predicts, and the proof."""
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from puzzle.artefacts.artefact import Artefact
 from puzzle.artefacts.costs import Scenario
 
 Bounds = dict[str, float]
@@ -40,7 +40,7 @@ class Serving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class Solution(Artefact):
     """An architecture with its predicted score and totals, and the proof."""
 
     blocks: tuple[str, ...]
@@ -62,22 +62,3 @@ class Solution:
     """The recipe's `scenarios`, in order."""
     notes: tuple[str, ...] = ()
     """What a person should know of the target: bounds that ask for nothing, or give nothing."""
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Solution":
-        values = _with_bounds(json.loads(text))
-        values["blocks"] = tuple(values["blocks"])
-        values["proof"] = Proof(**values["proof"]) if values["proof"] else None
-        values["further"] = tuple(
-            Serving(**_with_bounds(serving) | {"scenario": Scenario(**serving["scenario"])})
-            for serving in values["further"]
-        )
-        values["notes"] = tuple(values["notes"])
-        return cls(**values)
-
-
-def _with_bounds(values: dict[str, Any]) -> dict[str, Any]:
-    return values | {name: Bounds(**values[name]) for name in ("asked", "bounds")}

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from puzzle.artefacts import Cost, CostRow, CostTable, Scenario, ScoreName, ScoreRow, ScoreTable, Totals
-from puzzle.artefacts.costs import Part, dump_rows
+from puzzle.artefacts.artefact import dump_rows
+from puzzle.artefacts.costs import Part
 from puzzle.errors import PuzzleError
 from puzzle.recipe import PositiveInt, Section, TargetSettings, Text, validate
 from puzzle.search.solve import Further
