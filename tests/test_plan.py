@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tests.test_recipes import PARENTS
 
 import puzzle.pipeline
+from puzzle.checks import check_installed, check_recipe
 from puzzle.cli import main
-from puzzle.costs import Machine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.pipeline import run_stage
-from puzzle.plan import check_installed, check_recipe, estimate
-from puzzle.plan.devices import StagePlan, _Planner
-from puzzle.plan.work import Work
+from puzzle.plan import Shapes, plan
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import Space, derive_space
+from puzzle.stages import CALIBRATE, DISTIL, LIBRARY, SCORE
+from puzzle.units import format_seconds
+from puzzle.variants import derive_space
 
 ROOT = Path(__file__).parent.parent
 SHEET = {
@@ -46,15 +47,13 @@ CONFIG = PuzzleConfig(
 ATTENTION, FFN = 2 * 256 * 256 + 2 * 256 * 128 + 256, 3 * 256 * 1024 + 256
 LAYER, OUTER = ATTENTION + FFN, 2 * 1000 * 256 + 256
 PARAMS = 4 * LAYER + OUTER
-FORWARD = 4 * (2 * LAYER + 4 * 256 * 64 / 2) + 2 * 1000 * 256
+LAYER_FORWARD = 2 * LAYER + 4 * 256 * 65 / 2  # of 64 tokens one sees 65 / 2 on average
+HEAD = 2 * 1000 * 256
+FORWARD = 4 * LAYER_FORWARD + HEAD
+STUDENTS = ATTENTION - 2 * 256 * 64 + 3 * 256 * 512 + 256  # kv2 and w512; `linear` is not trained
 
 
-@pytest.fixture
-def space() -> Space:
-    return derive_space(CONFIG, kv_heads=[2], ffn_widths=[512], attention=["none"], ffn=["linear"])
-
-
-def planner(space: Space, count: int, **sections: Any) -> _Planner:
+def shapes(**sections: Any) -> Shapes:
     defaults: dict[str, Any] = {
         "parent": "model",
         "data": {"source": "text", "sequence_length": 64},
@@ -66,128 +65,79 @@ def planner(space: Space, count: int, **sections: Any) -> _Planner:
         "evaluate": {"uniform_baseline": False},
     }
     recipe = Recipe.model_validate({**defaults, **{k: {**defaults.get(k, {}), **v} for k, v in sections.items()}})
-    return _Planner(Work(recipe, CONFIG, space), Machine.model_validate(SHEET), count)
+    space = derive_space(CONFIG, kv_heads=[2], ffn_widths=[512], attention=["none"], ffn=["linear"])
+    return Shapes(recipe, CONFIG, space)
 
 
-def stage(planner: _Planner, name: str) -> StagePlan:
-    return next(stage for stage in planner.stages() if stage.stage == name)
-
-
-def test_operations_of_a_forward_pass(space: Space) -> None:
-    work = planner(space, 1).work
-    assert work.num_params == PARAMS
-    assert work.forward == pytest.approx(FORWARD)
-
-
-def test_distillation_in_one_node(space: Space) -> None:
-    found = stage(planner(space, 4), "distil")
-    layer_activations = 2 * 64 * 2 * (4 * 256 + 2 * 32 * (8 + 4) + 3 * 1024)
-    gathered = 2 * 2 * (2 * LAYER + OUTER)
-    assert found.memory_bytes == pytest.approx((2 + 16) * PARAMS / 4 + gathered + 4 * layer_activations)
-    steps = 64_000 / (8 * 64)
-    assert found.moved_bytes == pytest.approx(steps * (3 * 2 + 4) * PARAMS * 3 / 4)
-    assert found.seconds == pytest.approx(max(4 * FORWARD * 64_000 / 4 / 0.8e12, found.moved_bytes / 10e9))
-
-
-def test_the_network_is_slower_than_a_node(space: Space) -> None:
-    found = stage(planner(space, 8), "distil")
-    assert found.bound == "links"
-    assert found.seconds == pytest.approx(found.moved_bytes / 1e9)
-
-
-def test_checkpointing_and_accumulation_save_activations(space: Space) -> None:
-    plain = stage(planner(space, 2), "distil")
-    parts = stage(planner(space, 2, distil={"accumulate": 4}), "distil")
-    again = stage(planner(space, 2, distil={"checkpointing": True}), "distil")
-    assert parts.memory_bytes < plain.memory_bytes
-    assert parts.moved_bytes == pytest.approx(4 * plain.moved_bytes)
-    assert again.memory_bytes < plain.memory_bytes
-    assert again.seconds >= plain.seconds
-
-
-def test_a_batch_that_devices_cannot_share(space: Space) -> None:
-    with pytest.raises(PuzzleError, match=r"distil.batch_size: 8 sequences .* 3 devices; take a multiple of 3"):
-        planner(space, 3).stages()
-
-
-def test_the_library_is_shared_by_layers(space: Space) -> None:
-    students = ATTENTION - 2 * 256 * 64 + 3 * 256 * 512 + 256  # kv2 and w512; `linear` is not trained
-    for count, layers in ((1, 4), (2, 2), (8, 1)):
-        found = stage(planner(space, count, distil={"batch_size": 8}), "library")
-        assert found.devices == min(count, 4)
-        assert found.seconds == pytest.approx(1000 * (FORWARD / 1e12 + layers * 6 * students / 0.8e12))
-
-
-def test_scores_take_the_layers_after_and_a_share_of_composed_blocks(space: Space) -> None:
-    work = planner(space, 1).work
+def test_operations_of_each_stage() -> None:
+    assert shapes().num_params == PARAMS
+    assert shapes().forward == pytest.approx(FORWARD)
+    library = LIBRARY.work(shapes())
+    assert library.operations == pytest.approx((6000 * STUDENTS,) * 4)
+    assert library.forward == pytest.approx(1000 * FORWARD)
     # Of 3 x 3 blocks four have one subblock replaced, one is the parent's, four are estimated from a tenth.
-    tokens = 640 * 5 + 64 * 4
-    per_layer = 2 * LAYER + 4 * 256 * 64 / 2
-    assert work.scoring(1) == pytest.approx(tokens * (2 * per_layer + 2 * 1000 * 256))
+    score = SCORE.work(shapes())
+    assert score.operations[1] == pytest.approx((640 * 5 + 64 * 4) * (2 * LAYER_FORWARD + HEAD))
+    assert DISTIL.work(shapes()).operations == pytest.approx((4 * FORWARD * 64_000,))
+    assert DISTIL.work(shapes(evaluate={"uniform_baseline": True})).operations == pytest.approx((8 * FORWARD * 64_000,))
+    # Four moments of D x D a subblock, one of I x I.
+    assert shapes().moments[0] >= 8 * 256**2 + 1024**2
+    assert CALIBRATE.work(shapes()).operations[0] == pytest.approx(2 * 500_000 * shapes().moments[0])
 
 
-HEAD, PER_LAYER = 2 * 1000 * 256, 2 * LAYER + 4 * 256 * 64 / 2
-AROUND = 9 * (10 * PER_LAYER + 4 * HEAD)  # nine blocks of four layers, from their own on
+def test_memory_and_disk() -> None:
+    distil = DISTIL.work(shapes())
+    layer_activations = 2 * 64 * (4 * 256 + 2 * 32 * (8 + 4) + 3 * 1024)
+    assert shapes().layer_activations == pytest.approx(layer_activations)
+    assert distil.sharded_bytes == pytest.approx((2 + 16) * PARAMS + 8 * 4 * layer_activations)
+    parts, again = (DISTIL.work(shapes(distil=each)) for each in ({"accumulate": 4}, {"checkpointing": True}))
+    assert parts.sharded_bytes < distil.sharded_bytes
+    assert again.sharded_bytes < distil.sharded_bytes
+    assert DISTIL.work(shapes(distil={"teacher_cache": 16})).disk_bytes - distil.disk_bytes == 8 * 16 * 64_000
+    assert LIBRARY.work(shapes()).held_bytes == 28 * STUDENTS
 
 
-@pytest.mark.parametrize(
-    ("settings", "operations"),
-    [
-        ({"rounds": 0}, 18 * FORWARD),  # parent, the search's own, pool
-        ({"pool": 0}, AROUND + 6 * FORWARD),
-        ({"pool": 3, "rounds": 2}, 2 * AROUND + 13 * FORWARD),
-        ({"depth": 9, "pool": 0, "rounds": 0}, 4 * AROUND + 4 * (10 * PER_LAYER + 4 * HEAD) + 18 * FORWARD),
-        ({"pairs": 20, "pool": 0, "rounds": 0}, AROUND + 26 * FORWARD),
-        ({"tokens": 0}, 0),
-    ],
-)
-def test_whole_architectures(space: Space, settings: dict[str, int], operations: float) -> None:
-    plan = planner(space, 4, correct={"tokens": 100} | settings)
-    assert plan.work.comparing == pytest.approx(100 * operations)
-    assert plan.work.operations["correct"] == plan.work.comparing
-    if settings.get("tokens", 100):
-        assert stage(plan, "correct").seconds == pytest.approx(100 * operations / 1e12)
-        assert stage(plan, "correct").devices == 1
-    else:
-        assert "correct" not in [stage.stage for stage in plan.stages()]
+@pytest.fixture
+def sheet(tmp_path: Path) -> str:
+    path = tmp_path / "sheet.yaml"
+    path.write_text(yaml.safe_dump({"mine": SHEET}))
+    return str(path)
 
 
-def test_what_is_not_corrected_takes_nothing(space: Space) -> None:
-    plan = planner(space, 4, search={"score": "task"}, correct={"finalists": 4})
-    assert plan.work.operations["correct"] == 0
-    assert "correct" not in [stage.stage for stage in plan.stages()]
+def row(lines: list[str], stage: str) -> list[str]:
+    return next(re.split(r"  +", line.strip()) for line in lines if line.strip().startswith(stage))
 
 
-def test_finalists_are_halved_on_twice_the_tokens_on_one_device(space: Space) -> None:
-    plain, plan = planner(space, 4), planner(space, 4, correct={"finalists": 5, "finalist_tokens": 100})
-    assert plan.work.finalists == [(5, 100), (2, 200)]
-    added = plan.work.operations["correct"] - plain.work.operations["correct"]
-    assert added == pytest.approx(4 * FORWARD * 900)
-    assert stage(plan, "correct").seconds - stage(plain, "correct").seconds == pytest.approx(added / 0.8e12)
-    one = stage(planner(space, 1, execution={"memory": "1MB"}, correct={"finalists": 2}), "distil")
-    few = planner(space, 4, execution={"memory": "1MB"}, correct={"finalists": 2})
-    assert stage(few, "correct").memory_bytes == pytest.approx(one.memory_bytes)
-    assert plan.work.disk_bytes(range(4)) - plain.work.disk_bytes(range(4)) == 7 * 3 * 4 * PARAMS
+def test_layers_and_gkd_are_shared_by_devices(sheet: str) -> None:
+    known = shapes()
+
+    def lines(count: int, **sections: Any) -> list[str]:
+        recipe = shapes(**sections).recipe
+        return plan(recipe, CONFIG, known.space, torch.device("cpu"), f"{count}x{sheet}")
+
+    long = {"library": {"tokens": 10**10}, "distil": {"tokens": 10**9}}
+    for count, layers in ((1, 4), (2, 2), (8, 1)):  # of the four layers, the most on one device
+        seconds = 1e10 * (FORWARD / 1e12 + layers * 6 * STUDENTS / 0.8e12)
+        found = row(lines(count, **long), "library")
+        assert found[1] == str(min(count, 4))
+        assert found[3] == format_seconds(seconds)
+    assert row(lines(4, **long), "distil")[3] == format_seconds(4 * FORWARD * 1e9 / 4 / 0.8e12)
+    with pytest.raises(PuzzleError, match=r"distil.batch_size: 8 sequences .* 3 devices; take a multiple of 3"):
+        lines(3)
+    needed = [line for line in lines(1, data={"sequence_length": 512_000}) if " needs " in line]
+    assert any(line.startswith("distil needs ") and "of a device's 8 GB" in line for line in needed)
+    Path(sheet).write_text(yaml.safe_dump({"mine": SHEET | {"peak_tflops": {"bfloat16": 2.0}}}))
+    with pytest.raises(PuzzleError, match="no rate for float32"):
+        lines(1)
 
 
-def test_comparing_takes_half_of_the_memory_for_states(space: Space) -> None:
-    plain = stage(planner(space, 1), "correct").memory_bytes
-    assert plain - stage(planner(space, 1, execution={"memory": "2GB"}), "correct").memory_bytes == pytest.approx(1e9)
-
-
-def test_this_machines_times_say_what_is_a_bound(space: Space) -> None:
-    recipe = planner(space, 1).work.recipe
-    assert re.search(
-        r"score [^,]+, correct at most [^,]+, distil", estimate(recipe, CONFIG, space, torch.device("cpu"))[-1]
-    )
-
-
-def test_the_disk_holds_library_children_and_teacher_cache(space: Space) -> None:
-    plain = planner(space, 1).work.disk_bytes(range(4))
-    cached = planner(space, 1, distil={"teacher_cache": 16}).work.disk_bytes(range(4))
-    assert cached - plain == 8 * 16 * 64_000
-    variants = 4 * (ATTENTION - 2 * 256 * 64 + (3 * 256 * 512 + 256) + (256 * 256 + 256))
-    assert plain > 4 * (variants + 3 * PARAMS)
+def test_this_machines_plan_has_a_time_for_each_stage() -> None:
+    lines = plan(shapes().recipe, CONFIG, shapes().space, torch.device("cpu"))
+    assert lines[:2] == [
+        "parent: model, 4.4M parameters, 4 layers",
+        "space: 16 variants to build, 36 blocks to score, 10^4 architectures",
+    ]
+    assert re.search(r"^time, roughly: calibrate .*, library .*, score .*, cost .*, distil .*; .* in all$", lines[-1])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +187,7 @@ def test_what_is_not_installed_is_missed_by_the_stages_that_need_it(
 ) -> None:
     """And by no plan, which may be one for other machines."""
     monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
-    for module in ("importlib.util", "puzzle.plan.checks"):
+    for module in ("importlib.util", "puzzle.checks"):
         monkeypatch.setattr(sys.modules[module], "find_spec", lambda name: None)
     given = {"parent": "model", "data": {"source": "text"}, "target": {"throughput": "2x"}}
     recipe = Recipe.model_validate(given | sections)

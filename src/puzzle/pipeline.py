@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import Correction, CostTable, ScoreTable, Solution, Totals
 from puzzle.baseline import uniform_architecture, uniform_space
+from puzzle.checks import check_installed, check_recipe
 from puzzle.child import Child, realise, refine
 from puzzle.confirm import checked, confirmed_search, first_confirmed
 from puzzle.correct import TrueScore, correct
@@ -29,7 +30,7 @@ from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
-from puzzle.plan import check_installed, check_recipe, estimate, plan_devices
+from puzzle.plan import plan as plan_work
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
@@ -283,18 +284,16 @@ class Pipeline:
 
 def plan(run: Run) -> list[str]:
     """What follows from the recipe, in lines for a person: space, disk, time per stage."""
-    pipeline = Pipeline(run)
-    return estimate(run.recipe, pipeline.parent.config, pipeline.full_space, run.device)
+    method = Pipeline(run)
+    return plan_work(run.recipe, method.parent.config, method.full_space, run.device)
 
 
 def plan_recipe(recipe: Recipe, devices: str | None) -> list[str]:
-    """The same from the parent's config.json alone, or with `devices`, such as `8xh100-sxm`, what it takes on those."""
+    """The same from the parent's config.json alone; with `devices`, such as `8xh100-sxm`, what it takes on those."""
     config = read_config(recipe.parent)
     check_recipe(recipe, config)
-    space = _full_space(recipe, config)
-    if devices is None:
-        return estimate(recipe, config, space, choose_device(recipe.execution.device))
-    return plan_devices(recipe, config, space, devices)
+    device = choose_device(recipe.execution.device)
+    return plan_work(recipe, config, _full_space(recipe, config), device, devices)
 
 
 def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:

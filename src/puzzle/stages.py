@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from puzzle.plan import Shapes  # type: ignore[attr-defined]
+    from puzzle.plan import Shapes
     from puzzle.recipe import Recipe
 
 BLD_BYTES = 28
@@ -74,7 +74,7 @@ def _calibration_work(shapes: "Shapes") -> Work:
         operations=tuple(2.0 * tokens * values for values in shapes.moments),
         kind="float32",
         forward=tokens * shapes.forward,
-        held_bytes=8 * max(shapes.moments),
+        held_bytes=4 * max(shapes.moments),
         disk_bytes=4 * sum(shapes.moments),
     )
 
@@ -86,7 +86,7 @@ def _library_work(shapes: "Shapes") -> Work:
         kind="training",
         forward=tokens * shapes.forward,
         held_bytes=BLD_BYTES * max(shapes.trained_params),
-        disk_bytes=_KEPT_BYTES * shapes.library_params + _STATE_BYTES * sum(shapes.trained_params),
+        disk_bytes=_KEPT_BYTES * shapes.library_params + _STATE_BYTES * max(shapes.trained_params),
     )
 
 
@@ -126,10 +126,10 @@ def _refine_work(shapes: "Shapes") -> Work:
 
 def _distil_work(shapes: "Shapes") -> Work:
     """The parent's forward pass, the child's forward and backward pass; weights are sharded (FSDP2)."""
-    settings, execution, params = shapes.recipe.distil, shapes.recipe.execution, shapes.num_params
+    settings, params = shapes.recipe.distil, shapes.num_params
     sequences = settings.batch_size // settings.accumulate
-    again = 1.0 if execution.checkpointing else 0.0
-    kept_layers = 1 if execution.checkpointing else len(shapes.layer_params)
+    again = 1.0 if settings.checkpointing else 0.0
+    kept_layers = 1 if settings.checkpointing else len(shapes.layer_params)
     cached = 8 * settings.tokens * (settings.teacher_cache or 0)  # a token and its log-probability
     return Work(
         operations=(settings.tokens * (4.0 + again) * shapes.forward * shapes.children,),

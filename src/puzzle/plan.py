@@ -1,0 +1,180 @@
+"""What a recipe takes before anything is computed: the space, disk, memory and time, here or on many devices.
+
+Times follow from operation counts, and from a timed matrix product or a data sheet: right within a factor of two or so,
+they tell minutes from days. docs/scaling.md derives the formulas.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from puzzle.costs import Machine, read_machine
+from puzzle.device import flops_per_second
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.recipe import Recipe
+from puzzle.stages import STAGES, Work
+from puzzle.units import format_bytes, format_seconds
+from puzzle.variants import SUBBLOCKS, LayerSpace, Space, Variant
+
+_EFFICIENCY = 0.5
+"""Share of the speed of a large matrix product that a model's layers reach (measured on a CPU, 2026-11)."""
+_TRAINING_SHARE = 0.4
+"""Share of a data sheet's peak rate that training reaches; a forward pass reaches the sheet's `compute_share`."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Counts that follow from the parent's configuration and the space."""
+
+    recipe: Recipe
+    config: PuzzleConfig
+    space: Space
+
+    @cached_property
+    def num_params(self) -> int:
+        """Of the parent, tied ones counted once."""
+        return sum(parameter.numel() for parameter in empty_model(self.config).parameters())
+
+    @cached_property
+    def layer_params(self) -> list[int]:
+        """Of the parent variants, by layer."""
+        return [layer.parent.num_params(self.config) for layer in self.space.layers]
+
+    @cached_property
+    def trained_params(self) -> list[int]:
+        """That BLD trains, by layer."""
+        trained = ([each for each in _others(layer) if not each.closed_form] for layer in self.space.layers)
+        return [sum(variant.num_params(self.config) for variant in variants) for variants in trained]
+
+    @property
+    def library_params(self) -> int:
+        return sum(variant.num_params(self.config) for layer in self.space.layers for variant in _others(layer))
+
+    @property
+    def moments(self) -> list[int]:
+        """Values that calibration sums up, by layer: four D x D a subblock, and what its parent variant records."""
+        return [
+            sum(4 * self.config.hidden_size**2 + own.recorded_values(self.config) for own in layer.parent.subblocks)
+            for layer in self.space.layers
+        ]
+
+    @property
+    def alternatives(self) -> list[tuple[int, int]]:
+        """Numbers of attention and FFN variants beside the parent's, by layer."""
+        return [(len(layer.attention) - 1, len(layer.ffn) - 1) for layer in self.space.layers]
+
+    @property
+    def num_stacks(self) -> int:
+        """Distinct variants, each of which is measured once."""
+        return len({variant for layer in self.space.layers for variant in (*layer.attention, *layer.ffn)})
+
+    @property
+    def children(self) -> int:
+        """How many are made: the child, and the uniform one beside it."""
+        return 2 if self.recipe.evaluate.uniform_baseline else 1
+
+    @cached_property
+    def suffixes(self) -> list[float]:
+        """Operations a token of the parent's layers from each one on and of the head; the last entry is the head's."""
+        length, found = self.recipe.data.sequence_length, [2.0 * self.config.vocab_size * self.config.hidden_size]
+        for layer in reversed(self.space.layers):
+            own = sum(each.operations(self.config, length, length) / length for each in layer.parent.subblocks)
+            found.append(found[-1] + own)
+        return found[::-1]
+
+    @property
+    def forward(self) -> float:
+        """Operations a token of the whole parent."""
+        return self.suffixes[0]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation, and of a weight that is not trained."""
+        return torch.finfo(getattr(torch, self.recipe.precision)).bits // 8
+
+    @property
+    def streamed_bytes(self) -> float:
+        """Memory of a parent whose layers are read as they are needed: two of them, embeddings and head."""
+        return self.itemsize * (2 * max(self.layer_params) + self.num_params - sum(self.layer_params))
+
+    @property
+    def layer_activations(self) -> float:
+        """Bytes that the widest layer keeps of a sequence for its backward pass: in and between subblocks and norms 4 D
+        values a token, and what the subblocks keep.
+        """
+        kept = [
+            sum(own.activation_values(self.config) for own in layer.parent.subblocks) for layer in self.space.layers
+        ]
+        return self.recipe.data.sequence_length * self.itemsize * (4.0 * self.config.hidden_size + max(kept))
+
+
+def plan(
+    recipe: Recipe, config: PuzzleConfig, space: Space, device: torch.device, devices: str | None = None
+) -> list[str]:
+    """Lines for a person: for this machine, or a table of the stages on `devices`, such as `8xh100-sxm`."""
+    shapes = Shapes(recipe, config, space)
+    work = {stage.name: stage.work(shapes) for stage in STAGES if stage.wanted(recipe)}
+    blocks = sum(len(layer.blocks()) for layer in space.layers)
+    lines = [
+        f"parent: {recipe.parent}, {shapes.num_params / 1e6:,.1f}M parameters, {len(space.layers)} layers",
+        f"space: {sum(map(sum, shapes.alternatives))} variants to build, {blocks} blocks to score, "
+        f"10^{math.log10(space.num_architectures):.0f} architectures",
+    ]
+    disk = f"disk: about {format_bytes(sum(each.disk_bytes for each in work.values()))}"
+    if devices is not None:
+        return [*lines, *_table(shapes, work, devices), disk]
+    flops = _EFFICIENCY * flops_per_second(device, getattr(torch, recipe.precision))
+    seconds = {name: (sum(each.operations) + each.forward) / flops + each.seconds for name, each in work.items()}
+    by_stage = ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items() if value)
+    return [*lines, disk, f"time, roughly: {by_stage}; {format_seconds(sum(seconds.values()))} in all"]
+
+
+def _table(shapes: Shapes, work: dict[str, Work], devices: str) -> list[str]:
+    machine, count = read_machine(devices, "--devices")
+    if (sequences := shapes.recipe.distil.batch_size) % count:
+        raise PuzzleError(
+            f"distil.batch_size: {sequences} sequences a step cannot be shared by {count} devices; "
+            f"take a multiple of {count}"
+        )
+    rows, warnings, total = [("stage", "devices", "memory each", "time")], [], 0.0
+    for name, each in work.items():
+        if not each.operations:
+            continue
+        used = count if each.shared else min(count, len(each.operations))
+        memory = each.held_bytes + each.sharded_bytes / used + shapes.streamed_bytes + shapes.layer_activations
+        seconds = _seconds(each, used, machine, shapes.recipe.precision)
+        rows.append((name, str(used), format_bytes(memory), format_seconds(seconds)))
+        total += seconds
+        if memory > 1e9 * machine.memory_gb:
+            warnings.append(
+                f"{name} needs {format_bytes(memory)} of a device's {machine.memory_gb:g} GB: take shorter sequences "
+                "(data.sequence_length), fewer variants a layer (space), distil.accumulate, or more devices"
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [*lines, *warnings, f"time by calculation: {format_seconds(total)}, without text, costs and export"]
+
+
+def _seconds(work: Work, used: int, machine: Machine, precision: str) -> float:
+    """On `used` devices; independent tasks go to the device that is free first, the longest first."""
+    busy = [0.0] * used
+    for operations in sorted(work.operations, reverse=True):
+        busy[busy.index(min(busy))] += operations
+    most = sum(work.operations) / used if work.shared else max(busy)
+    rates = {"forward": machine.compute_share, "training": _TRAINING_SHARE, "float32": machine.compute_share}
+
+    def flops(dtype: str, share: float) -> float:
+        if dtype not in machine.peak_tflops:
+            raise PuzzleError(f"--devices: the data sheet has no rate for {dtype}; add it or change `precision`")
+        return 1e12 * machine.peak_tflops[dtype] * share
+
+    own = flops("float32" if work.kind == "float32" else precision, rates[work.kind])
+    return most / own + work.forward / flops(precision, machine.compute_share)
+
+
+def _others(layer: LayerSpace) -> list[Variant]:
+    """What a layer may take beside the parent variants."""
+    return [variant for which in SUBBLOCKS for variant in layer.subblock(which)[1:]]
