@@ -22,7 +22,7 @@ from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
 from puzzle.stages import CALIBRATE, DISTIL, LIBRARY, SCORE
 from puzzle.units import format_seconds
-from puzzle.variants import derive_space
+from puzzle.variants import Architecture, derive_space
 
 ROOT = Path(__file__).parent.parent
 SHEET = {
@@ -227,3 +227,12 @@ def test_the_documented_plans_are_what_the_program_prints(
     for command, printed in blocks:
         assert main(command.split()) == 0
         assert capsys.readouterr().out == printed
+
+
+def test_layers_without_a_cache_count_in_spans() -> None:
+    """Of a child as the parent, whose `num_hidden_layers` counts layers with a KV cache alone."""
+    config = Architecture.parse(["none+w1024", "kv4+w1024", "none+none", "kv4+w1024"]).configure(CONFIG)
+    given = {"parent": "model", "data": {"source": "text", "sequence_length": 64}, "target": {"throughput": "2x"}}
+    check_recipe(Recipe.model_validate(given | {"search": {"fix": {3: "parent"}}}), config)
+    with pytest.raises(PuzzleError, match="4 are no layers of this model, which has layers 0 to 3"):
+        check_recipe(Recipe.model_validate(given | {"search": {"fix": {4: "parent"}}}), config)
