@@ -16,6 +16,55 @@ from puzzle.errors import PuzzleError
 from puzzle.stages import COMMANDS, REPORT
 
 _DISK_FULL = "No space left on device"
+_STAGES = {stage.name: stage.help for stage in COMMANDS}
+
+Command = Callable[[argparse.Namespace], None]
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+"""What `add_argument` is called with."""
+_COMMANDS: dict[str, tuple[Command, tuple[Argument, ...]]] = {}
+
+
+def _argument(*names: str, **options: Any) -> Argument:
+    return names, options
+
+
+def _settings(flag: str, help_text: str) -> Argument:
+    """Assignments of settings, any number of them."""
+    return _argument(flag, action="append", default=[], metavar="KEY=VALUE", help=help_text)
+
+
+def _command(*arguments: Argument, name: str = "") -> Callable[[Command], Command]:
+    """Make a function the command of its name; its docstring is the command's help."""
+
+    def register(function: Command) -> Command:
+        _COMMANDS[name or function.__name__] = function, arguments
+        return function
+
+    return register
+
+
+def _number(kind: type[int] | type[float], above: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = above
+        if not above < value < float("inf"):
+            number = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"found {text}; must be {number} above {above}")
+        return value
+
+    return parse
+
+
+def _cluster(text: str) -> str:
+    if text != "ray" and not text.startswith("ray://"):
+        raise argparse.ArgumentTypeError(f"found {text}; must be ray, or ray:// and the address of its head")
+    return text
+
+
+_FOLDER = _argument("folder", type=Path, help="a run folder")
+_ON = _argument("--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +96,13 @@ def _execute(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@_command(
+    _argument("recipe", type=Path, help="a YAML file; `puzzle init` writes one"),
+    _argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name"),
+    _settings("--set", "another value, such as target.throughput=2x"),
+    _argument("--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last stage, such as refine"),
+    _ON,
+)
 def run(arguments: argparse.Namespace) -> None:
     """Go the whole way from a recipe to a report, or go on where that stopped."""
     from puzzle.recipe import Recipe, parse_overrides
@@ -65,6 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
         run_stage(opened, arguments.until)
 
 
+@_command(
+    _argument("--out", type=Path, help="the run folder"),
+    _argument("--minutes", type=_number(float, 0), default=7.0, help="of training, default: 7; measuring comes on top"),
+)
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny parent here and now, and make it cheaper: the whole method in minutes, on a laptop, offline."""
     from puzzle.demo import demo
@@ -72,6 +132,11 @@ def demo(arguments: argparse.Namespace) -> None:
     demo(arguments.out, arguments.minutes)
 
 
+@_command(
+    _argument("recipe", type=Path, help="a YAML file; of its parent, config.json is enough"),
+    _argument("--devices", help="such as 8xh100-sxm, or 8x and a data sheet; default: this machine"),
+    _settings("--set", "another value, such as distil.batch_size=64"),
+)
 def plan(arguments: argparse.Namespace) -> None:
     """Show what a recipe takes, here or on many devices, before anything is computed or downloaded."""
     from puzzle.pipeline import plan_recipe
@@ -81,6 +146,10 @@ def plan(arguments: argparse.Namespace) -> None:
     print("\n".join(plan_recipe(recipe, arguments.devices)))
 
 
+@_command(
+    _argument("model", help="folder of a Hugging Face checkpoint, or a hub name"),
+    _argument("--out", type=Path, help="the file to write; default: print it"),
+)
 def init(arguments: argparse.Namespace) -> None:
     """Write a commented recipe for a model, from its config.json."""
     from puzzle.init import init_recipe
@@ -115,12 +184,30 @@ def stage(arguments: argparse.Namespace) -> None:
         run_stage(opened, arguments.command)
 
 
+@_command(
+    _argument("place", type=Path, metavar="FOLDER|FILE", help="a run folder, or a table file (JSON)"),
+    _settings("--target", "another bound, such as throughput=2x"),
+    _settings("--search", "of the recipe's search, such as gap=0"),
+    _argument("--frontier", type=_number(int, 1), metavar="N", help="so many points of the exact frontier"),
+    _argument("--pool", type=_number(int, 1), metavar="N", help="so many solutions that differ, the best first"),
+    _argument("--baseline", metavar="NAME", help="random, greedy, max-parameters, uniform, depth"),
+    _argument("--over", metavar="KEY", help="with --frontier: over which quantity; default: throughput"),
+    _argument("--figure", type=Path, metavar="FILE", help="with --frontier: draw it on an HTML page"),
+    _argument("--differing", type=int, metavar="D", help="with --pool: in so many layers"),
+    _argument("--seed", type=_number(int, -1), default=0, help="with --baseline: of random"),
+    _argument("--out", type=Path, metavar="FILE", help="write the solution, or all of them, as JSON"),
+    _argument("--table", type=Path, metavar="FILE", help="write the tables as a table file"),
+    _ON,
+)
 def search(arguments: argparse.Namespace) -> None:
     """Choose the best architecture within the target (MIP), in a run folder or in a table file of any library."""
     from dataclasses import fields
 
     from puzzle.query import Question, Tables, print_answer, print_solution
 
+    asked = [flag for flag in ("frontier", "pool", "baseline") if getattr(arguments, flag) is not None]
+    if len(asked) > 1:
+        raise PuzzleError(f"--{asked[1]}: it does not go together with --{asked[0]}; leave one out")
     question = Question(**{item.name: getattr(arguments, item.name) for item in fields(Question)})
     if arguments.place.is_file() or arguments.place.suffix == ".json":
         print_answer(Tables.read(arguments.place), question)
@@ -137,6 +224,11 @@ def search(arguments: argparse.Namespace) -> None:
             print_answer(run_stage(opened, "score").tables, question)
 
 
+@_command(
+    _FOLDER,
+    _argument("--to", default="hf", help="hf, deci, gguf or llama; default: hf"),
+    _argument("--dtype", default="f16", help="of gguf: f32, f16, bf16 or q8_0; default: f16"),
+)
 def export(arguments: argparse.Namespace) -> None:
     """Write the child as a checkpoint for other programs."""
     from puzzle.export import check_format, convert
@@ -151,6 +243,10 @@ def export(arguments: argparse.Namespace) -> None:
     print(written)
 
 
+@_command(
+    _argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints, timed in turns"),
+    _settings("--set", "of the recipe's scenario, such as engine=vllm, batch_sizes=[64] or prompt_tokens=1024"),
+)
 def bench(arguments: argparse.Namespace) -> None:
     """Time a checkpoint, parent or child, the way in which every figure here was measured."""
     from puzzle.bench import bench
@@ -159,6 +255,10 @@ def bench(arguments: argparse.Namespace) -> None:
         print(line)
 
 
+@_command(
+    _argument("action", nargs="?", choices=["install"], help="without it: list them"),
+    _argument("name", nargs="?", default="", help="which to install"),
+)
 def engines(arguments: argparse.Namespace) -> None:
     """List the inference engines beside torch, or install one into an environment of its own."""
     from puzzle.engines import install, installed
@@ -170,6 +270,7 @@ def engines(arguments: argparse.Namespace) -> None:
         print(f"{name}: {python or f'not installed; `puzzle engines install {name}`'}")
 
 
+@_command(_FOLDER)
 def status(arguments: argparse.Namespace) -> None:
     """Show which stages are done, where an unfinished one stands, and what is next."""
     from puzzle.runs import status
@@ -177,6 +278,7 @@ def status(arguments: argparse.Namespace) -> None:
     print("\n".join(status(arguments.folder)))
 
 
+@_command(_argument("topic", choices=["recipe"], help="what to explain"), name="help")
 def explain_recipe(arguments: argparse.Namespace) -> None:
     """List every setting of a recipe, with its default."""
     from puzzle.explain import describe
@@ -204,138 +306,21 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(_fail(f"{message}; `{self.prog} --help` shows what there is", 2))
 
 
-_STAGES = {stage.name: stage.help for stage in COMMANDS}
-_Command = Callable[[argparse.Namespace], None]
-_COMMANDS: dict[str, _Command] = {
-    "run": run,
-    "demo": demo,
-    "plan": plan,
-    "init": init,
-    "status": status,
-    "search": search,
-    "export": export,
-    "bench": bench,
-    "engines": engines,
-    "help": explain_recipe,
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="puzzle", description="Make a language model cheaper to serve.", allow_abbrev=False)
     parser.add_argument("--version", action="store_const", dest="function", const=version, help="show the version")
     parser.set_defaults(function=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
-    def add(name: str, function: _Command, help_text: str | None = None) -> argparse.ArgumentParser:
-        text = help_text or (function.__doc__ or "").strip()
-        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    for stage_name in _STAGES:
+        _COMMANDS.setdefault(stage_name, (stage, (_FOLDER, _ON)))
+    for name, (function, added) in _COMMANDS.items():
+        text = _STAGES[name] if function is stage else (function.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
-        return command
-
-    added = {name: add(name, function) for name, function in _COMMANDS.items()}
-    added["run"].add_argument("recipe", type=Path, help="a YAML file; `puzzle init` writes one")
-    added["run"].add_argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name")
-    added["run"].add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as target.throughput=2x"
-    )
-    added["run"].add_argument(
-        "--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last one to do, such as refine"
-    )
-    _add_on(added["run"])
-    added["plan"].add_argument("recipe", type=Path, help="a YAML file; of its parent, config.json is enough")
-    added["plan"].add_argument("--devices", help="such as 8xh100-sxm, or 8x and a data sheet; default: this machine")
-    added["plan"].add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="another value, such as distil.batch_size=64"
-    )
-    added["demo"].add_argument("--out", type=Path, help="the run folder")
-    added["demo"].add_argument(
-        "--minutes",
-        type=_positive,
-        default=7.0,
-        help="of training, default: 7; measuring takes half as long again, or more",
-    )
-    added["init"].add_argument("model", help="folder of a Hugging Face checkpoint, or a hub name")
-    added["init"].add_argument("--out", type=Path, help="the file to write; default: print it")
-    added["status"].add_argument("folder", type=Path, help="a run folder")
-    _add_search_arguments(added["search"])
-    _add_on(added["search"])
-    added["export"].add_argument("folder", type=Path, help="a run folder")
-    added["export"].add_argument(
-        "--to", default="hf", help="hf, deci, tensorrt-llm, mlx-lm, gguf or llama; default: hf"
-    )
-    added["export"].add_argument("--dtype", default="f16", help="of gguf: f32, f16, bf16 or q8_0; default: f16")
-    added["bench"].add_argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints, timed in turns")
-    added["bench"].add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="of the recipe's scenario, such as engine=vllm, batch_sizes=[64] or prompt_tokens=1024",
-    )
-    added["engines"].add_argument("action", nargs="?", choices=["install"], help="without it: list them")
-    added["engines"].add_argument("name", nargs="?", default="", help="which to install")
-    added["help"].add_argument("topic", choices=["recipe"], help="what to explain")
-    for name, text in _STAGES.items():
-        if name in added:
-            continue
-        command = add(name, stage, text)
-        command.add_argument("folder", type=Path, help="a run folder")
-        _add_on(command)
+        for names, options in added:
+            command.add_argument(*names, **options)
     return parser
-
-
-def _add_on(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379"
-    )
-
-
-def _cluster(text: str) -> str:
-    if text != "ray" and not text.startswith("ray://"):
-        raise argparse.ArgumentTypeError(f"found {text}; must be ray, or ray:// and the address of its head")
-    return text
-
-
-def _add_search_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("place", type=Path, metavar="FOLDER|FILE", help="a run folder, or a table file (JSON)")
-    command.add_argument(
-        "--target", action="append", default=[], metavar="KEY=VALUE", help="another bound, such as throughput=2x"
-    )
-    command.add_argument(
-        "--search", action="append", default=[], metavar="KEY=VALUE", help="of the recipe's search, such as gap=0"
-    )
-    instead = command.add_mutually_exclusive_group()
-    instead.add_argument("--frontier", type=_points, metavar="N", help="so many points of the exact frontier")
-    instead.add_argument("--pool", type=_points, metavar="N", help="so many solutions that differ, the best first")
-    instead.add_argument("--baseline", metavar="NAME", help="random, greedy, max-parameters, uniform, depth, ...")
-    command.add_argument("--over", metavar="KEY", help="with --frontier: over which quantity; default: throughput")
-    command.add_argument("--figure", type=Path, metavar="FILE", help="with --frontier: draw it on an HTML page")
-    command.add_argument("--differing", type=int, metavar="D", help="with --pool: in so many layers")
-    command.add_argument("--seed", type=_seed, default=0, help="with --baseline: of random and evolutionary")
-    command.add_argument("--out", type=Path, metavar="FILE", help="write the solution, or all of them, as JSON")
-    command.add_argument("--table", type=Path, metavar="FILE", help="write the tables as a table file")
-
-
-def _points(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"found {text}; must be a whole number above 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"found {text}; must be a whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text}; must be a number above 0")
-    return value
 
 
 def _default_folder(recipe: Path) -> Path:
