@@ -119,6 +119,7 @@ def test_numbers_keep_their_significant_digits(value: float, digits: int) -> Non
         (format_bytes(3.2e15), "3200.0 TB"),
         (format_percent(0.913), "91.3 %"),
         (format_ratio(1.969), "1.97x"),
+        (format_ratio(math.nan), "-"),
         (format_seconds(0.2), "0 s"),
         (format_seconds(59.4), "59 s"),
         (format_seconds(59.6), "1 min 0 s"),

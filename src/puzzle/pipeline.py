@@ -8,7 +8,7 @@ Every property of `Pipeline` is a stage: done when it is first asked for, read b
 settings nor its inputs have changed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import choose_device
 from puzzle.distill import distil, distillation_curve
-from puzzle.evaluate import evaluate, measure_speed, table_row
+from puzzle.evaluate import evaluate, measure_speed
 from puzzle.export import deployable, export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.modeling import PuzzleConfig
@@ -33,7 +33,7 @@ from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
-from puzzle.report import ReportData, final_table, model_card, summary, versions, write_report
+from puzzle.report import Check, ReportData, final_table, model_card, summary, table_row, versions, write_report
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score
 from puzzle.search import frontier
@@ -219,7 +219,8 @@ class Pipeline:
         }
         measured = measure_speed(self.run, models, self.costs, self.solution.batch_size)
         return {
-            name: table_row(qualities[name], self._predicted(model), measured[name]) for name, model in models.items()
+            name: table_row(asdict(qualities[name]), self._predicted(model), measured[name])
+            for name, model in models.items()
         }
 
     @cached_property
@@ -263,21 +264,30 @@ class Pipeline:
         curves = {"child": distillation_curve(self.child)}
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
+        log = (self.run.path / "log.txt").read_text(encoding="utf-8")
+        warned = (line.partition(" warning: ")[2] for line in log.splitlines())
         return ReportData(
             title=f"A child of {self.parent.path.name}",
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,
-            checks=checked(self.run, self.costs),
+            checks=[
+                Check(model=f"{model}, search {number}", quantity=quantity, predicted=predicted, measured=measured)
+                for number, timed in enumerate(checked(self.run, self.costs), 1)
+                for model, times in timed.items()
+                for quantity, predicted, measured in zip(
+                    ("prefill_ms", "decode_ms"), times.predicted, times.measured, strict=True
+                )
+            ],
             solution=self.solution,
-            correction=self.correction,
+            proof=self.searched.proof,
             uniform=self.uniform.solution if self.uniform is not None else None,
             frontier=frontier(self.scores, self.costs, target, settings, further=self._further),
             scores=self.scores,
             costs=self._all_costs,
-            library=self.library.index,
             curves=curves,
             seconds=self.run.seconds(),
+            warnings=[*dict.fromkeys(text for text in warned if text)],
             versions=versions(),
         )
 

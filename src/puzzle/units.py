@@ -112,12 +112,12 @@ def format_number(value: float, digits: int = 3) -> str:
 
 def format_percent(fraction: float) -> str:
     """`91.3 %`."""
-    return f"{format_number(100 * fraction)} %"
+    return f"{format_number(100 * fraction)} %" if math.isfinite(fraction) else "-"
 
 
 def format_ratio(value: float) -> str:
     """A multiple as recipes write it: `1.97x`."""
-    return f"{format_number(value)}x"
+    return f"{format_number(value)}x" if math.isfinite(value) else "-"
 
 
 def format_bytes(count: float) -> str:

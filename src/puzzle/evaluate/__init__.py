@@ -1,7 +1,6 @@
-"""Quality against the parent, speed on the engine, and the final table's rows."""
+"""Quality against the parent, and speed on the engine."""
 
 from puzzle.evaluate.quality import Quality, evaluate
 from puzzle.evaluate.speed import measure_speed
-from puzzle.evaluate.table import table_row
 
-__all__ = ["Quality", "evaluate", "measure_speed", "table_row"]
+__all__ = ["Quality", "evaluate", "measure_speed"]

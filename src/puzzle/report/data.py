@@ -1,23 +1,34 @@
 """What a report is made of."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
-from puzzle.artefacts import Correction, CostTable, LibraryIndex, ScoreTable, Solution
-from puzzle.costs import Timed
+from puzzle.artefacts import CostTable, Proof, ScoreTable, Solution
 
 Rows = Mapping[str, Mapping[str, float]]
-"""Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the names of `table.METRICS`."""
-Checks = Sequence[Mapping[str, Timed]]
-"""What was timed whole after each search, before anything was built: `parent`, `child`, and a `blend` of both."""
+"""Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the keys of `table.METRICS`."""
 Curve = Sequence[Mapping[str, float]]
 
-MODEL_NAMES = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
+_PACKAGES = ("puzzle-llm", "torch", "transformers", "safetensors", "highspy", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One time of a whole model that was timed on the engine before anything was built."""
+
+    model: str
+    """What was timed, in words: `child, search 2`."""
+    quantity: str
+    """`prefill_ms` or `decode_ms`."""
+    predicted: float
+    measured: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """A finished or unfinished run. What a run does not have yet is left empty, and its part of the page left out."""
+    """A finished or unfinished run. What a run does not have yet stays empty, and its part of the page is left out."""
 
     title: str
     recipe_yaml: str
@@ -26,24 +37,32 @@ class ReportData:
     solution: Solution
     scores: ScoreTable
     costs: CostTable
-    library: LibraryIndex
-    correction: Correction | None = None
+    """With the rows of the uniform child's variants."""
+    proof: Proof | None = None
+    """Of the lowest sum of scores; the child is another architecture if that is better as a whole."""
     uniform: Solution | None = None
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
-    checks: Checks = ()
+    checks: Sequence[Check] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    """GKD of each model: `tokens`, and `loss` or `validation_kl` or both at each point."""
+    """GKD of each model: `tokens`, and `validation_kl` at some of the points."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of each stage."""
+    """Wall time of each stage, in the order in which they ran."""
+    warnings: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def searched(self) -> Solution:
-        """What the search itself found: its proof is of this one."""
-        return self.correction.ranked[-1] if self.correction else self.solution
 
     @property
     def parent_blocks(self) -> tuple[str, ...]:
         """The parent's own block of each layer."""
         return tuple(self.scores.parent_row(layer).block for layer in range(self.scores.num_layers))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

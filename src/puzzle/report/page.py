@@ -1,20 +1,18 @@
-"""The page: one HTML file with its style, its data and the plotting library inside, which loads nothing."""
+"""The page, one HTML file that loads nothing, and the model card; both are templates in `templates/`."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib.resources import files
+import base64
+import gzip
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from plotly.offline import get_plotlyjs
 
-from puzzle.report import headline, numbers
+from puzzle.quantities import QUANTITIES
+from puzzle.report import figures, table
 from puzzle.report.data import ReportData
-from puzzle.report.sections import Section, sections
-from puzzle.report.table import lines, models
 from puzzle.runs import write_text
-
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""Has the browser refuse any load, whatever the plotting library might try."""
+from puzzle.units import format_number, format_percent, format_ratio, format_seconds
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -23,171 +21,74 @@ def write_report(path: Path, data: ReportData) -> None:
 
 
 def render(data: ReportData) -> str:
-    """The page as HTML. Text that is not this program's own is escaped."""
-    parts = sections(data)
-    body = [
-        _header(data),
-        _navigation(parts),
-        _target(data),
-        _result(data),
-        *(_section(part) for part in parts),
-        _proof(data),
-        _recipe(data),
-        _versions(data),
-    ]
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(data.title)}</title>\n<style>\n{_resource('page.css')}</style>\n</head>\n<body>\n<main>",
-            *body,
-            f"</main>\n<script>{get_plotlyjs()}</script>",
-            f'<script type="application/json" id="figures">{_figures(parts)}</script>',
-            f"<script>\n{_resource('page.js')}</script>\n</body>\n</html>\n",
-        ]
-    )
-
-
-def _resource(name: str) -> str:
-    return (files("puzzle.report") / name).read_text(encoding="utf-8")
-
-
-def _figures(parts: Iterable[Section]) -> str:
-    """Every figure by the id of its place; `<` is written as an escape, so that no text can end the script element."""
-    items = (f'"{plot.anchor}": {plot.figure.to_json()}' for part in parts for plot in part.plots)
-    return f"{{{', '.join(items)}}}".replace("<", "\\u003c")
-
-
-def _header(data: ReportData) -> str:
-    tiles = "".join(
-        f'<div class="tile"><strong>{escape(tile.number)}</strong><span>{escape(tile.label)}</span>'
-        f"<small>{escape(tile.detail)}</small></div>"
-        for tile in headline.tiles(data)
-    )
-    return (
-        f"<header><h1>{escape(data.title)}</h1>\n<p>Parent: {escape(data.parent)}<br>"
-        f'Scenario: {escape(headline.scenario_line(data))}</p>\n<div class="tiles">{tiles}</div>\n'
-        "<p class=\"note\">Quality kept is the child's metric divided by the parent's, on the test text.</p></header>"
-    )
-
-
-def _navigation(parts: Sequence[Section]) -> str:
-    entries = {"result": "Result"} | {part.anchor: part.heading for part in parts}
-    entries |= {"proof": "Proof", "recipe": "Recipe", "versions": "Versions"}
-    return "<nav>" + " ".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in entries.items()) + "</nav>"
-
-
-def _target(data: ReportData) -> str:
-    rows = [
-        [check.quantity, check.asked, check.predicted, check.measured, check.verdict] for check in headline.checks(data)
-    ]
-    if not rows:
-        return ""
-    table = _table(["", "asked", "predicted", "measured", ""], rows)
-    return f'<section id="target"><h2>Target</h2>{table}</section>'
-
-
-def _result(data: ReportData) -> str:
-    if not data.rows:
-        note = "Nothing is measured yet. These are the search's predictions."
-        return f'<section id="result"><h2>Result</h2><p>{note}</p>{_prediction(data)}</section>'
-    head = ["", *models(data.rows).values(), "child / parent"]
-    body, notes, group = "", "", ""
-    for line in lines(data.rows):
-        if line.metric.group != group:
-            group = line.metric.group
-            body += f'<tr class="group"><th colspan="{len(head)}" scope="rowgroup">{escape(group)}</th></tr>\n'
-        cells = "".join(
-            f"<td{_bold(model)}>{_exact(value, cell)}</td>"
-            for model, value, cell in zip(models(data.rows), line.values, line.cells, strict=True)
-        )
-        body += f'<tr><th scope="row">{escape(line.metric.label)}</th>{cells}<td>{escape(line.kept)}</td></tr>\n'
-        if line.metric.meaning:
-            notes += f"<dt>{escape(line.metric.label)}</dt><dd>{escape(line.metric.meaning)}</dd>"
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    return (
-        f'<section id="result"><h2>Result</h2>\n<p>Speed in the scenario: {escape(headline.scenario_line(data))}. '
-        "Throughput counts generated tokens only.</p>\n"
-        f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-        f"<details><summary>How each number is defined</summary><dl>{notes}</dl></details></section>"
-    )
-
-
-def _bold(model: str) -> str:
-    return ' class="child"' if model == "child" else ""
-
-
-def _exact(value: float | None, cell: str) -> str:
-    """The rounded number, with the exact one inside for programs that read the page."""
-    return escape(cell) if value is None else f'<data value="{value!r}">{escape(cell)}</data>'
-
-
-def _prediction(data: ReportData) -> str:
-    """The search's own numbers, for a run without measured ones."""
-    formats = {
-        "params": ("Parameters", numbers.count),
-        "weight_bytes": ("Weights", numbers.size),
-        "kv_bytes": ("KV cache", numbers.size),
-        "memory_bytes": ("Memory", numbers.size),
-        "prefill_ms": ("Prefill", numbers.milliseconds),
-        "decode_ms": ("Decode step", numbers.milliseconds),
-        "throughput_tok_s": ("Throughput, generated tokens", numbers.tokens_per_second),
+    """The page as HTML."""
+    marked = {"child": data.solution} | ({"uniform": data.uniform} if data.uniform else {})
+    drawn = {
+        "architecture": figures.architecture(data),
+        "scores": figures.scores(data),
+        "frontier": figures.frontier_figure(data.frontier, marked) if data.frontier else None,
+        "prediction": figures.prediction(data.rows, data.checks),
+        "training": figures.training(data.curves),
     }
-    totals = (data.solution.parent, data.solution.predicted)
-    rows = [[label, *(show(total[key]) for total in totals)] for key, (label, show) in formats.items()]
-    return _table(["", "parent, predicted", "child, predicted"], rows)
-
-
-def _section(part: Section) -> str:
-    plots = "".join(
-        f"<figure>{f'<figcaption>{escape(plot.title)}</figcaption>' if plot.title else ''}"
-        f'<div class="plot" id="{plot.anchor}" style="min-height: {plot.figure.layout.height}px"></div></figure>'
-        for plot in part.plots
-    )
-    return (
-        f'<section id="{part.anchor}"><h2>{part.heading}</h2>\n<p>{part.caption}</p>\n'
-        f'<div class="{"columns" if part.columns else "rows"}">{plots}</div></section>'
+    shown = {name: figure for name, figure in drawn.items() if figure is not None}
+    together = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in shown.items())
+    return _rendered(
+        "page.html.j2",
+        data,
+        tiles=_tiles(data),
+        meanings={metric.label: metric.meaning for metric in table.METRICS if metric.meaning},
+        layers=table.equal_layers(data.solution, data.parent_blocks),
+        uniform_layers=table.equal_layers(data.uniform, data.parent_blocks) if data.uniform else [],
+        heights={name: figure.layout.height for name, figure in shown.items()},
+        packed={"plotly": _packed(get_plotlyjs()), "figures": _packed(f"{{{together}}}")},
+        colours=figures.COLOURS,
     )
 
 
-def _proof(data: ReportData) -> str:
-    solution, proof = data.searched, data.searched.proof
-    facts = {"sum of scores": numbers.plain(solution.score), "batch size": str(solution.batch_size)}
-    if proof is not None:
-        facts |= {
-            "status": proof.status,
-            "lower bound": numbers.plain(proof.bound),
-            "gap": numbers.percent(proof.gap),
-            "solver": f"{proof.solver}, {numbers.duration(proof.seconds)}",
-        }
-    meaning = (
-        "<p>The lower bound holds for every architecture of the space that meets the target, at every allowed batch "
-        "size. The gap is (score - bound) / score."
-        + ("" if solution.blocks == data.solution.blocks else " The child is another one, better as a whole.")
-        + "</p>"
+def model_card(data: ReportData) -> str:
+    """The README of an exported child, in Markdown: what it is, how it was made, what was measured, how to load it."""
+    return _rendered("card.md.j2", data)
+
+
+def _rendered(template: str, data: ReportData, **values: Any) -> str:
+    """A template filled in; in HTML all text is escaped."""
+    environment = Environment(
+        loader=PackageLoader("puzzle.report"),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return f'<section id="proof"><h2>Proof of the search</h2>\n{meaning}{_pairs(facts)}</section>'
+    environment.filters |= {"number": format_number, "percent": format_percent, "seconds": format_seconds}
+    # What every speed and memory figure must be quoted with.
+    details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in data.costs.environment.items())
+    values["scenario"] = f"{data.costs.scenario}, batch {data.solution.batch_size}{details}"
+    values["head"], values["body"] = table.result(data.rows)
+    return environment.get_template(template).render(data=data, answers=table.answers(data), **values)
 
 
-def _recipe(data: ReportData) -> str:
-    return f'<section id="recipe"><h2>Recipe</h2>\n<pre>{escape(data.recipe_yaml)}</pre></section>'
+def _packed(text: str) -> str:
+    """Compressed, for the script on the page to unpack."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
-def _versions(data: ReportData) -> str:
-    return f'<section id="versions"><h2>Versions</h2>\n{_pairs({**data.versions, **data.costs.environment})}</section>'
-
-
-def _pairs(facts: Mapping[str, str]) -> str:
-    entries = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
-    return f'<dl class="facts">{entries}</dl>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    columns = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+def _tiles(data: ReportData) -> list[tuple[str, str, str]]:
+    """Three numbers in large type, each with a label and details: speed, quality, memory; predicted until measured."""
+    solution, rows = data.solution, data.rows
+    speed, size = QUANTITIES["throughput_tok_s"].text, QUANTITIES["memory_bytes"].text
+    parent, child = rows.get("parent", solution.parent), rows.get("child", solution.predicted)
+    least, most = child["memory_bytes"], parent["memory_bytes"]
+    share = f"{format_percent(least / most)} of the parent's {size(most)}"
+    memory = (size(least), "of memory for weights and KV cache", share)
+    if not rows:
+        ratio, score = child["throughput_tok_s"] / parent["throughput_tok_s"], format_number(solution.score, 4)
+        throughput = (format_ratio(ratio), "the parent's throughput, predicted", "not measured yet")
+        return [throughput, (score, "sum of scores: predicted KL to the parent", "not measured yet"), memory]
+    keys = ("measured_tok_s", "predicted_tok_s", "test_loss")
+    measured, predicted, loss = (format_ratio(table.child_over_parent(rows, key)) for key in keys)
+    absolute = f"{speed(child['measured_tok_s'])}; parent {speed(parent['measured_tok_s'])}; predicted {predicted}"
+    rest = f"loss {loss} the parent's; KL {format_number(child['kl'])} nats per token"
+    top1 = format_percent(table.child_over_parent(rows, "top1"))
+    throughput = (measured, "the parent's throughput, measured", absolute)
+    return [throughput, (top1, "of the parent's top-1 accuracy", rest), memory]

@@ -1,130 +1,210 @@
-"""The result table: every number of every model, predicted beside measured; for the page, the terminal and programs."""
+"""Tables: every number of every model from one list of metrics, for the page, the model card and the terminal."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from puzzle.report import numbers
-from puzzle.report.data import MODEL_NAMES, Rows
+from puzzle.artefacts import Cost, Solution, Totals
+from puzzle.quantities import COSTS, QUANTITIES
+from puzzle.report.data import ReportData, Rows
+from puzzle.units import format_number, format_percent, format_ratio
+
+MODELS = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
+"""In the order of the table, with the names people read."""
+TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": "decode_ms"}
+"""From the names of `Totals` to those in a model's row, after `measured_` and `predicted_`."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One line of the table. `meaning` is its definition, as in docs/numbers.md."""
+    """One line of the result table. `meaning` is its definition, as in docs/numbers.md."""
 
     key: str
     group: str
     label: str
-    format: Callable[[float], str]
+    text: Callable[[float], str]
     meaning: str
 
 
-_THROUGHPUT = "Generated tokens per second over the whole batch, prefill time included, prompt tokens not counted."
-_PREFILL = "Time from a batch of prompts to its first tokens."
-_DECODE = "Time of one decode step of the whole batch, at the scenario's middle context length."
-
-METRICS = (
-    Metric("test_loss", "Quality", "Test loss", numbers.plain, "Cross-entropy on held-out test text, nats per token."),
-    Metric("top1", "Quality", "Top-1 accuracy", numbers.percent, "Share of test tokens that the model ranks first."),
-    Metric(
-        "kl",
-        "Quality",
-        "KL to the parent",
-        numbers.significant,
-        "KL(parent || model) of the next token, nats per token.",
-    ),
-    Metric(
-        "top1_agreement",
-        "Quality",
-        "Top-1 agreement",
-        numbers.percent,
-        "Share of test tokens where the parent and the model rank the same token first.",
-    ),
-    Metric("params", "Size", "Parameters", numbers.count, "All weights; tied embeddings are counted once."),
-    Metric("weight_bytes", "Size", "Weights", numbers.size, "Bytes of all weights in the scenario's dtype."),
-    Metric("kv_bytes", "Size", "KV cache", numbers.size, "Of a full batch with all prompt and generated tokens."),
-    Metric("memory_bytes", "Size", "Memory", numbers.size, "Weights and KV cache; the engine's workspace not counted."),
-    Metric("predicted_tok_s", "Speed", "Predicted throughput, tok/s", numbers.plain, _THROUGHPUT),
-    Metric("measured_tok_s", "Speed", "Measured throughput, tok/s", numbers.plain, _THROUGHPUT),
-    Metric("predicted_prefill_ms", "Speed", "Predicted prefill", numbers.milliseconds, _PREFILL),
-    Metric("measured_prefill_ms", "Speed", "Measured prefill", numbers.milliseconds, _PREFILL),
-    Metric("predicted_decode_ms", "Speed", "Predicted decode step", numbers.milliseconds, _DECODE),
-    Metric("measured_decode_ms", "Speed", "Measured decode step", numbers.milliseconds, _DECODE),
-)
+def _plain(value: float) -> str:
+    return format_number(value, 4)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One metric over all models; a value that a model does not have is None."""
-
-    metric: Metric
-    values: tuple[float | None, ...]
-    kept: str
-    """The child's value as a multiple of the parent's."""
-
-    @property
-    def cells(self) -> list[str]:
-        return [numbers.MISSING if value is None else self.metric.format(value) for value in self.values]
-
-
-def models(rows: Rows) -> dict[str, str]:
-    """The models there are numbers of, in the order of the table, with the names people read."""
-    known = {key: name for key, name in MODEL_NAMES.items() if key in rows}
-    return known | {key: key for key in rows if key not in known}
-
-
-def lines(rows: Rows) -> list[Line]:
-    """The table line by line; numbers without a metric of their own come last, by their names."""
-    known = {metric.key for metric in METRICS}
-    others = dict.fromkeys(key for row in rows.values() for key in row if key not in known)
-    extra = [Metric(key, "Other", key.replace("_", " "), numbers.plain, "") for key in others]
-    table = []
-    for metric in (*METRICS, *extra):
-        values = tuple(value_of(rows[key], metric.key) for key in models(rows))
-        if any(value is not None for value in values):
-            table.append(Line(metric, values, _kept(rows, metric.key)))
-    return table
+def _metrics() -> Iterator[Metric]:
+    quality = "quality on test text"
+    yield Metric("test_loss", quality, "loss", _plain, "negative log-likelihood of the next token, nats per token")
+    yield Metric("top1", quality, "top-1 accuracy", format_percent, "share of next tokens that the model ranks first")
+    yield Metric("kl", quality, "KL to the parent", format_number, "KL(parent || model), nats per token")
+    same = "share of tokens where parent and model rank the same next token first"
+    yield Metric("top1_agreement", quality, "top-1 agreement", format_percent, same)
+    for key in ("params", "weight_bytes", "memory_bytes"):
+        if key == "memory_bytes":
+            yield Metric("kv_bytes", "size", "KV cache", QUANTITIES[key].text, "of a full batch at full length")
+        yield Metric(key, "size", QUANTITIES[key].label, QUANTITIES[key].text, QUANTITIES[key].meaning)
+    for key, name in TIMES.items():
+        # The unit of throughput stands in the label: rows fit a terminal of 80 columns.
+        unit, text = (", tok/s", _plain) if name == "tok_s" else ("", QUANTITIES[key].text)
+        speed, label = "speed, measured on the engine", QUANTITIES[key].label + unit
+        yield Metric(f"measured_{name}", speed, label, text, QUANTITIES[key].meaning)
+        yield Metric(f"predicted_{name}", speed, "  predicted", text, "")
 
 
-def value_of(row: Mapping[str, float], key: str) -> float | None:
-    """A model's number if it has it and it is finite; memory is added up from its parts where it is not given."""
-    if key == "memory_bytes" and key not in row:
-        weights, kv = value_of(row, "weight_bytes"), value_of(row, "kv_bytes")
-        return None if weights is None or kv is None else weights + kv
-    value = row.get(key)
-    return value if value is not None and math.isfinite(value) else None
+METRICS = tuple(_metrics())
 
 
-def child_over_parent(rows: Rows, key: str) -> float | None:
-    """The child's value divided by the parent's, None where one is missing or the parent's is 0."""
-    child, parent = (value_of(rows.get(model, {}), key) for model in ("child", "parent"))
-    return child / parent if child is not None and parent else None
+def table_row(quality: Mapping[str, float], predicted: Totals, measured: Mapping[str, float]) -> dict[str, float]:
+    """A model's numbers by the keys of `METRICS`.
+
+    Args:
+        quality: the metrics on test text.
+        measured: times on the engine, by the names of `Totals.as_dict`.
+    """
+    totals = predicted.as_dict()
+    row = dict(quality) | {key: totals[key] for key in ("params", "weight_bytes", "kv_bytes", "memory_bytes")}
+    for key, name in TIMES.items():
+        row |= {f"predicted_{name}": totals[key], f"measured_{name}": measured[key]}
+    return row
 
 
-def _kept(rows: Rows, key: str) -> str:
-    quotient = child_over_parent(rows, key)
-    return numbers.MISSING if quotient is None else numbers.ratio(quotient)
+def value_of(rows: Rows, model: str, key: str) -> float:
+    """A model's number; NaN, which is written as a dash, if it is missing."""
+    return rows.get(model, {}).get(key, math.nan)
+
+
+def child_over_parent(rows: Rows, key: str) -> float:
+    """The child's value divided by the parent's; NaN where one is missing or the parent's is 0."""
+    return value_of(rows, "child", key) / (value_of(rows, "parent", key) or math.nan)
+
+
+def result(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the result table: a line a metric with values, before each group of lines one with its name."""
+    models, body = [model for model in MODELS if model in rows], []
+    for group, metrics in groupby(METRICS, key=lambda metric: metric.group):
+        body.append([group])
+        for metric in metrics:
+            values = [value_of(rows, model, metric.key) for model in models]
+            if any(math.isfinite(value) for value in values):
+                kept = format_ratio(child_over_parent(rows, metric.key))
+                body.append([metric.label, *(metric.text(value) for value in values), kept])
+    return ["", *(MODELS[model] for model in models), "child / parent"], body
 
 
 def final_table(rows: Rows) -> Table:
-    """The result table for a terminal: the lines and columns of the page's."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in (*models(rows).values(), "child / parent"):
-        table.add_column(name, justify="right")
-    group = ""
-    for line in lines(rows):
-        if group and line.metric.group != group:
-            table.add_row()
-        group = line.metric.group
-        table.add_row(line.metric.label, *line.cells, line.kept)
-    return table
+    """The result table for a terminal."""
+    head, body = result(rows)
+    return _terminal(head, [line if len(line) > 1 else [] for line in body][1:])
 
 
 def summary(target: str, rows: Rows) -> dict[str, Any]:
-    """The numbers for programs, as JSON can hold them: `{"target": .., "rows": {model: {name: number or None}}}`."""
-    plain = {model: {key: value_of(row, key) for key in row} for model, row in rows.items()}
-    return {"target": target, "rows": plain}
+    """The numbers for programs, as JSON can hold them: `{"target": .., "rows": {model: {key: number or None}}}`."""
+    finite = {
+        model: {key: value if math.isfinite(value) else None for key, value in row.items()}
+        for model, row in rows.items()
+    }
+    return {"target": target, "rows": finite}
+
+
+def answers(data: ReportData) -> list[tuple[str, ...]]:
+    """What was asked, predicted and measured, and a verdict, bound by bound; further scenarios are predicted only."""
+    solution, generated = data.solution, data.costs.scenario.generated_tokens
+    prefill_ms, decode_ms = (value_of(data.rows, "child", f"measured_{name}") for name in ("prefill_ms", "decode_ms"))
+    cost = Cost(prefill_ms=prefill_ms, decode_ms=decode_ms)
+    measured = Totals(batch_size=solution.batch_size, generated_tokens=generated, cost=cost).as_dict()
+    predicted = {**solution.predicted, "score": solution.score}
+    found = [_answer(key, bound, predicted[key], measured.get(key, math.nan)) for key, bound in solution.asked.items()]
+    for serving in solution.further:
+        where = f" in {serving.scenario} at batch {serving.batch_size}"
+        for key, bound in serving.asked.items():
+            asked, *rest = _answer(key, bound, serving.predicted[key], math.nan)
+            found.append((asked + where, *rest))
+    return found
+
+
+def _answer(key: str, bound: float, predicted: float, measured: float) -> tuple[str, ...]:
+    quantity = QUANTITIES[key]
+    counted = quantity.exact or not quantity.columns  # known from the architecture alone: nothing is left to measure
+    actual = predicted if counted else measured
+    missed = f"missed by {format_percent(abs(actual / bound - 1))}" if quantity.violation(actual, bound) else "met"
+    verdict = missed if math.isfinite(actual) else "not measured"
+    shown = "exact" if counted else quantity.text(measured)
+    return _asked({key: bound}), quantity.text(predicted), shown, verdict
+
+
+def _asked(bounds: Mapping[str, float]) -> str:
+    written = ((QUANTITIES[key], bound) for key, bound in bounds.items())
+    return ", ".join(f"{quantity.label} {quantity.direction} {quantity.text(bound)}" for quantity, bound in written)
+
+
+def equal_layers(solution: Solution, parent: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Neighbouring layers with the same block as one entry: the layers (`2-5`), their block, and the parent's."""
+    pairs, found = list(zip(solution.blocks, parent, strict=True)), []
+    for (block, own), run in groupby(range(len(pairs)), key=lambda layer: pairs[layer]):
+        first, *others = run
+        found.append((f"{first}-{others[-1]}" if others else f"{first}", block, "the same" if block == own else own))
+    return found
+
+
+def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
+    """A solution for a terminal: layers, predicted totals beside the parent's, score, proof, target and notes.
+
+    Args:
+        parent: the parent's own block of each layer.
+    """
+    totals = []
+    for key, quantity in COSTS.items():
+        if own := solution.parent[key]:  # 0 in tables without that cost
+            value = solution.predicted[key]
+            totals.append([quantity.label, quantity.text(own), quantity.text(value), format_ratio(value / own)])
+    proof = solution.proof
+    proven = f"{proof.status} within {proof.gap:.1e} ({proof.solver}, {proof.seconds:.2g} s)" if proof else "none"
+    text = [f"summed score: {_plain(solution.score)} at batch size {solution.batch_size}", f"proof: {proven}"]
+    text.append(f"asked: {_asked(solution.asked)}")
+    for serving in solution.further:
+        reached = ", ".join(
+            f"{QUANTITIES[key].label} {QUANTITIES[key].text(serving.predicted[key])}" for key in serving.asked
+        )
+        where = f"in {serving.scenario}, at batch size {serving.batch_size}"
+        text.append(f"asked {where}: {_asked(serving.asked)}; predicted: {reached}")
+    return Group(
+        _terminal(["layers", "block", "parent's"], equal_layers(solution, parent), left=3),
+        "",
+        _terminal(["predicted", "parent", "child", "child / parent"], totals),
+        "",
+        Text("\n".join([*text, *(f"note: {note}" for note in solution.notes)])),
+    )
+
+
+def solutions_table(solutions: Sequence[Solution], parent: Sequence[str], quantity: str) -> Table:
+    """One line a solution: the quantity, absolute and as a multiple of the parent's, the score, and what has changed.
+
+    Args:
+        parent: the parent's own block of each layer.
+        quantity: its key in `QUANTITIES`.
+    """
+    body = []
+    for solution in solutions:
+        value, proof = solution.predicted[quantity], solution.proof
+        measures = [
+            QUANTITIES[quantity].text(value),
+            format_ratio(value / solution.parent[quantity]),
+            _plain(solution.score),
+        ]
+        changed = sum(block != own for block, own in zip(solution.blocks, parent, strict=True))
+        body.append([*measures, f"{proof.gap:.0e}" if proof else "-", str(solution.batch_size), str(changed)])
+    return _terminal([QUANTITIES[quantity].label, "x parent", "score", "gap", "batch", "layers changed"], body, left=0)
+
+
+def _terminal(head: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """A table without lines; the first `left` columns are text."""
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(name, justify="left" if place < left else "right", no_wrap=place < left)
+    for row in body:
+        table.add_row(*map(Text, row))
+    return table

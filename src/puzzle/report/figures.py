@@ -1,0 +1,206 @@
+"""The figures: architecture, scores, frontier, errors of prediction, and the curve of GKD."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import plotly.graph_objects as go
+
+from puzzle.artefacts import Solution
+from puzzle.quantities import QUANTITIES
+from puzzle.report.data import Check, Curve, ReportData, Rows
+from puzzle.report.table import TIMES, value_of
+from puzzle.units import format_number, format_ratio
+from puzzle.variants import SUBBLOCKS, BlockVariant
+
+COLOURS = {"attention": "#6fc7b7", "ffn": "#93abef", "other": "#f2c14e"}
+_MODELS = {"parent": ("#6b7280", "circle"), "child": ("#1d6fc4", "diamond"), "uniform": ("#d9660f", "triangle-up")}
+_LABELS = {"attention": "attention", "ffn": "FFN"}
+_INK, _SOFT, _RULE, _GHOST, _CLEAR = "#1b212a", "#58616e", "#e3e6ea", "#eceef1", "rgba(0, 0, 0, 0)"
+_HEAT = [[0, "#f4f8fd"], [0.25, "#c3dcf1"], [0.5, "#74add8"], [0.75, "#2a6fb0"], [1, "#08264f"]]
+_SLAB = 0.15
+"""Height of a variant that is something else than a smaller form of the parent's."""
+_FLOOR = 1e-6
+"""Least KL with a colour of its own, nats per token; the parent's own blocks have a KL of 0."""
+
+
+def _figure(height: int, traces: Sequence[Any], **layout: Any) -> go.Figure:
+    """A figure as wide as its place on the page."""
+    axis = {"ticks": "", "zeroline": False, "gridcolor": _RULE, "title_font_color": _SOFT, "automargin": True}
+    base = go.Layout(
+        template=go.layout.Template(),
+        height=height,
+        margin={"l": 8, "r": 12, "t": 28, "b": 46},
+        paper_bgcolor=_CLEAR,
+        plot_bgcolor=_CLEAR,
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": _INK},
+        hoverlabel={"bgcolor": "#ffffff", "bordercolor": _SOFT, "font_color": _INK},
+        hovermode="closest",
+        xaxis=axis,
+        yaxis=axis | {"title_standoff": 8},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+    return go.Figure(traces, base).update_layout(**layout)
+
+
+def _layer_axis(num_layers: int) -> dict[str, Any]:
+    ends = [-0.5, num_layers - 0.5]
+    return {"title_text": "layer", "showgrid": False, "range": ends, "dtick": 1 if num_layers <= 16 else None}
+
+
+def architecture(data: ReportData) -> go.Figure:
+    """One column a layer: attention above the line, FFN below, each as tall as its share of the parent's size."""
+    blocks, parents = (
+        [BlockVariant.parse(name) for name in names] for names in (data.solution.blocks, data.parent_blocks)
+    )
+    layers, traces = [*range(len(blocks))], []
+    for sign, which in zip((1, -1), SUBBLOCKS, strict=True):
+        pairs = [(block.subblock(which), own.subblock(which)) for block, own in zip(blocks, parents, strict=True)]
+        shares, full = [variant.share(own) for variant, own in pairs], [sign] * len(layers)
+        colours = [COLOURS["other" if share is None else which] for share in shares]
+        hover = [
+            f"layer {layer}, {_LABELS[which]}<br><b>{variant.description}</b><br>parent: {own.description}"
+            for layer, (variant, own) in enumerate(pairs)
+        ]
+        heights = [sign * (_SLAB if share is None else share) for share in shares]
+        text = {"text": [variant.name for variant, _ in pairs], "textposition": "inside", "insidetextanchor": "end"}
+        traces += [
+            go.Bar(x=layers, y=full, marker_color=_GHOST, hoverinfo="skip"),
+            go.Bar(x=layers, y=heights, marker_color=colours, hoverinfo="skip"),
+            go.Bar(x=layers, y=full, marker_color=_CLEAR, hovertext=hover, hoverinfo="text", **text),
+        ]
+    sides = {"range": [-1.05, 1.05], "tickvals": [-0.5, 0.5], "ticktext": ["FFN", "attention"], "showgrid": False}
+    layout = {"barmode": "overlay", "bargap": 0.08, "uniformtext": {"mode": "hide", "minsize": 9}, "showlegend": False}
+    return _figure(300, traces, margin_t=8, xaxis=_layer_axis(len(layers)), yaxis=sides, **layout)
+
+
+def scores(data: ReportData) -> go.Figure:
+    """Layers across, variants down: the KL with that subblock alone replaced, as colour; a dot on what was chosen."""
+    by_key = {(row.layer, row.block): row for row in data.scores.rows}
+    scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
+    labels, z, hover, dots = list[str](), [], [], []
+    for which in SUBBLOCKS:
+        for variant in sorted({block.subblock(which) for block in scored}, key=lambda variant: variant.order):
+            names = [replace(BlockVariant.parse(own), **{which: variant}).name for own in data.parent_blocks]
+            rows = [by_key.get((layer, name)) for layer, name in enumerate(names)]
+            labels.append(f"{_LABELS[which]} {variant.name}")
+            z.append([None if row is None else math.log10(max(row.kl, _FLOOR)) for row in rows])
+            hover.append(
+                [
+                    f"layer {row.layer}, {labels[-1]}<br>KL {format_number(row.kl)} ± {format_number(row.kl_se, 2)}"
+                    if row
+                    else ""
+                    for row in rows
+                ]
+            )
+            dots.append(["●" * (BlockVariant.parse(own).subblock(which) == variant) for own in data.solution.blocks])
+    powers = [math.log10(row.kl) for row in data.scores.rows if row.kl > _FLOOR] or [-6.0, 0.0]
+    ticks = [*range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]
+    bar = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8, "len": 1, "outlinewidth": 0}
+    bar |= {
+        "tickvals": ticks,
+        "ticktext": [f"{10.0**tick:g}" if tick > -4 else f"10<sup>{tick}</sup>" for tick in ticks],
+    }
+    text = {"text": dots, "texttemplate": "%{text}", "hovertext": hover, "hoverinfo": "text"}
+    heat = go.Heatmap(z=z, zmin=ticks[0], zmax=ticks[-1], colorscale=_HEAT, colorbar=bar, xgap=1, ygap=1, **text)
+    down = {"autorange": "reversed", "tickvals": [*range(len(labels))], "ticktext": labels, "showgrid": False}
+    return _figure(22 * len(labels) + 96, [heat], margin_t=44, xaxis=_layer_axis(data.scores.num_layers), yaxis=down)
+
+
+def frontier_figure(
+    frontier: Sequence[Solution], marked: Mapping[str, Solution], quantity: str = "throughput_tok_s"
+) -> go.Figure:
+    """A quantity, as a multiple of the parent's, against the sum of scores.
+
+    Args:
+        marked: `child`, `uniform` or both.
+        quantity: its key in `QUANTITIES`.
+    """
+    # The parent scores 0, which a logarithmic axis cannot show: a line marks its value instead.
+    logarithmic = min(point.score for point in [*frontier, *marked.values()]) >= 0
+    logarithmic = logarithmic and all(solution.score > 0 for solution in marked.values())
+    points = [point for point in frontier if point.score > 0 or not logarithmic]
+    points.sort(key=lambda point: point.predicted[quantity])
+    line = {"mode": "lines+markers", "line": {"color": _SOFT, "width": 1.5}, "marker_size": 5}
+    traces = [go.Scatter(**line, **_points(points, quantity))]
+    verticals = {"parent": 1.0}
+    for model, solution in marked.items():
+        marker = dict(zip(("color", "symbol"), _MODELS[model], strict=True), size=12)
+        place = "bottom right" if model == "child" else "top right"
+        text = {"mode": "markers+text", "text": [f"<b>{model}</b>"], "textposition": place}
+        traces.append(go.Scatter(marker=marker, **text, **_points([solution], quantity)))
+        if model == "child" and quantity in solution.asked:
+            verticals["target"] = solution.asked[quantity] / solution.parent[quantity]
+    multiples = [*verticals.values(), *(x for trace in traces for x in trace.x)]
+    low, high = math.log10(min(multiples)), math.log10(max(multiples))
+    margin, doublings = 0.1 * (high - low) or 0.1, [2.0**power for power in range(-6, 12)]
+    dashed = {"type": "line", "y0": 0, "y1": 1, "yref": "paper", "line": {"color": _SOFT, "dash": "dash", "width": 1}}
+    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    title, labels = f"predicted {QUANTITIES[quantity].label}, times the parent's", [f"{x:g}x" for x in doublings]
+    across = {"title_text": title, "type": "log", "range": [low - margin, high + margin]}
+    up = {"type": "log", "dtick": "D2", "tickformat": "~g"} if logarithmic else {"rangemode": "tozero"}
+    return _figure(
+        380,
+        traces,
+        showlegend=False,
+        xaxis=across | {"tickvals": doublings, "ticktext": labels},
+        yaxis=up | {"title_text": "sum of scores"},
+        shapes=[dashed | {"x0": x, "x1": x} for x in verticals.values()],
+        # On a logarithmic axis plotly wants the exponents of annotations, but the values of shapes.
+        annotations=[above | {"text": name, "x": math.log10(x)} for name, x in verticals.items()],
+    )
+
+
+def _points(solutions: Sequence[Solution], quantity: str) -> dict[str, Any]:
+    x = [solution.predicted[quantity] / solution.parent[quantity] for solution in solutions]
+    hover = [
+        f"{QUANTITIES[quantity].text(solution.predicted[quantity])}, {format_ratio(multiple)}"
+        f"<br>score {format_number(solution.score, 4)}, batch {solution.batch_size}"
+        for solution, multiple in zip(solutions, x, strict=True)
+    ]
+    return {"x": x, "y": [solution.score for solution in solutions], "hovertext": hover, "hoverinfo": "text"}
+
+
+def prediction(rows: Rows, checks: Sequence[Check]) -> go.Figure | None:
+    """Errors of the cost table's predictions, predicted / measured - 1, by quantity; None if nothing was measured."""
+    timed: dict[str, list[Check]] = {"before building": [*checks]} if checks else {}
+    for model, (quantity, name) in product(_MODELS, TIMES.items()):
+        predicted, measured = (value_of(rows, model, f"{kind}_{name}") for kind in ("predicted", "measured"))
+        if measured > 0 and math.isfinite(predicted):
+            check = Check(model=model, quantity=quantity, predicted=predicted, measured=measured)
+            timed.setdefault(model, []).append(check)
+    traces, limit = [], 0.05
+    for series, points in timed.items():
+        errors = [point.predicted / point.measured - 1 for point in points]
+        limit = max(limit, *map(abs, errors))
+        colour, symbol = _MODELS.get(series, (_SOFT, "circle-open"))
+        marker = {"size": 12 if series in _MODELS else 8, "color": colour, "symbol": symbol}
+        quantities = [QUANTITIES[point.quantity] for point in points]
+        hover = [
+            f"{point.model}<br>predicted {quantity.text(point.predicted)}<br>measured {quantity.text(point.measured)}"
+            for point, quantity in zip(points, quantities, strict=True)
+        ]
+        y = [quantity.label for quantity in quantities]
+        traces.append(
+            go.Scatter(name=series, x=errors, y=y, mode="markers", marker=marker, hovertext=hover, hoverinfo="text")
+        )
+    across = {"title_text": "predicted / measured - 1", "tickformat": "+.0%", "nticks": 8}
+    across |= {"range": [-1.15 * limit, 1.15 * limit], "zeroline": True, "zerolinecolor": _SOFT}
+    down = {"categoryorder": "array", "categoryarray": [QUANTITIES[key].label for key in reversed(TIMES)]}
+    return _figure(230, traces, xaxis=across, yaxis=down) if traces else None
+
+
+def training(curves: Mapping[str, Curve]) -> go.Figure | None:
+    """Validation KL during GKD against the tokens seen, a line a model; None without GKD."""
+    traces = []
+    for model, curve in curves.items():
+        points = [(point["tokens"], point["validation_kl"]) for point in curve if "validation_kl" in point]
+        if points:
+            x, y = zip(*points, strict=True)
+            colour, symbol = _MODELS[model]
+            looks = {"mode": "lines+markers", "line_color": colour, "marker": {"symbol": symbol, "size": 8}}
+            traces.append(go.Scatter(x=x, y=y, name=model, hovertemplate="%{x:.4s} tokens, KL %{y:.4g}", **looks))
+    axes = {"xaxis_title_text": "tokens", "yaxis_title_text": "validation KL, nats per token"}
+    return _figure(280, traces, showlegend=True, yaxis_rangemode="tozero", **axes) if traces else None

@@ -1,0 +1,215 @@
+"""What a reader sees: the page whole, quiet (it loads nothing), complete and escaped; the tables; the model card."""
+
+import base64
+import gzip
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from puzzle.report import ReportData, final_table, model_card, render, summary, versions, write_report
+from puzzle.report.table import METRICS, answers, result
+
+HOSTILE = "</script><script>alert(1)</script><b>&amp;"
+Make = Callable[..., ReportData]
+
+
+class Page(HTMLParser):
+    """What a browser would see of it."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str | None] = []
+        self.rows: list[list[str]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+            if self.open[-1] in ("td", "th"):
+                self.rows[-1].append(data)
+
+
+def figures(html: str) -> dict[str, Any]:
+    """The figures as the page's script unpacks them."""
+    packed = dict(re.findall(r'<script type="text/plain" id="packed-(\w+)">(.*?)</script>', html))
+    assert gzip.decompress(base64.b64decode(packed["plotly"])).startswith(b"/**\n* plotly.js")
+    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed["figures"])))
+    return found
+
+
+def points(figure: dict[str, Any]) -> dict[str, Any]:
+    """The traces of a figure by name, or by the text beside a point."""
+    return {trace.get("name") or trace.get("text", ["line"])[0]: trace for trace in figure["data"]}
+
+
+@pytest.fixture(scope="module")
+def data(make_data: Make) -> ReportData:
+    return make_data()
+
+
+@pytest.mark.parametrize(("layers", "partial"), [(8, False), (80, False), (8, True)])
+def test_page_is_well_formed_small_and_loads_nothing(make_data: Make, layers: int, partial: bool) -> None:
+    html = render(make_data(layers, partial=partial))
+    page = Page(html)
+    assert page.open == []
+    assert page.loads == []
+    assert "default-src 'none'" in html
+    assert len(html.encode()) < 2e6
+    places = re.findall(r'class="plot" id="(\w+)"', html)
+    assert places == [*figures(html)]
+
+
+def test_page_has_every_section_with_its_numbers(data: ReportData, tmp_path: Path) -> None:
+    write_report(tmp_path / "report.html", data)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    speed_up = data.rows["child"]["measured_tok_s"] / data.rows["parent"]["measured_tok_s"]
+    assert page.text["strong"] == [
+        f"{speed_up:.2f}x",
+        "90.0 %",
+        f"{data.solution.predicted['memory_bytes'] / 1e6:.1f} MB",
+    ]
+    headings = ["Target", "Result", "Architecture", "Scores", "Quality against speed", "Predicted against measured"]
+    headings += ["Global knowledge distillation", "Proof of the search", "Time", "Warnings", "Recipe", "Versions"]
+    assert page.text["h2"] == headings
+    _, body = result(data.rows)
+    assert len(body) == len(METRICS) + 3
+    for row in [*body, *map(list, answers(data)), ["1-2", "kv2+w256", "kv8+w512"], ["library", "24 min 20 s"]]:
+        assert row in page.rows
+    assert page.text["li"] == ["close other <programs>"]
+    assert "Note: kept <small>" in page.text["p"]
+    assert page.text["pre"] == [data.recipe_yaml]
+    assert {"HiGHS 1.12.0", "2.13.0", "Example CPU <8 cores>"} <= {*page.text["dd"]}
+
+
+def test_unfinished_run_says_so_and_leaves_out_what_is_not_there(make_data: Make) -> None:
+    html = render(make_data(partial=True))
+    assert Page(html).text["h2"] == ["Target", "Result", "Architecture", "Scores", "Recipe", "Versions"]
+    assert "Nothing is measured yet" in html
+    assert "not measured yet" in html
+    assert figures(html).keys() == {"architecture", "scores"}
+
+
+def test_text_is_escaped(data: ReportData) -> None:
+    costs = replace(data.costs, environment={HOSTILE: HOSTILE})
+    own = {
+        "title": HOSTILE,
+        "parent": HOSTILE,
+        "recipe_yaml": HOSTILE,
+        "warnings": [HOSTILE],
+        "seconds": {HOSTILE: 1.0},
+    }
+    page = Page(render(replace(data, **own, costs=costs, versions={HOSTILE: HOSTILE})))
+    assert page.open == []
+    assert page.tags.count("script") == 3
+    for place in ("title", "h1", "pre", "li", "dt", "dd", "td"):
+        assert HOSTILE in page.text[place]
+
+
+def test_figures_show_what_was_chosen_and_what_it_was_worth(data: ReportData) -> None:
+    drawn = figures(render(data))
+    bars = [trace for trace in drawn["architecture"]["data"] if isinstance(trace["marker"]["color"], list)]
+    attention, ffn = (trace["y"] for trace in bars)
+    assert attention == [1.0, 0.25, 0.25, 0.15, 0.0, 0.0, 0.25, 0.25]  # 0.15: the slab of a linear map
+    assert ffn == [-1.0, -0.5, -0.5, -0.5, -0.15, 0.0, -0.5, -0.5]
+    (heat,) = drawn["scores"]["data"]
+    rows = drawn["scores"]["layout"]["yaxis"]["ticktext"]
+    assert rows[:4] == ["attention kv8", "attention kv2", "attention linear", "attention none"]
+    assert [name for name, dots in zip(rows, heat["text"], strict=True) if dots[3]] == ["attention linear", "FFN w256"]
+    kl = data.scores.row(3, "linear+w512").kl
+    assert heat["z"][rows.index("attention linear")][3] == pytest.approx(math.log10(kl))
+    assert heat["z"][rows.index("attention none")][1] is None
+    marked = points(drawn["frontier"])
+    assert marked["<b>child</b>"]["y"] == [data.solution.score]
+    assert len(marked["line"]["x"]) == 8
+    assert {"parent", "target"} == {item["text"] for item in drawn["frontier"]["layout"]["annotations"]}
+    errors = {name: trace["x"] for name, trace in points(drawn["prediction"]).items()}
+    assert errors["child"] == pytest.approx([0.25, -0.2, -0.2])
+    assert errors["before building"] == [0.5]
+    assert points(drawn["training"])["child"]["y"][1] == 0.25
+
+
+def test_terminal_has_the_table_of_the_page_within_80_columns(data: ReportData) -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(final_table(data.rows))
+    printed = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    head, body = result(data.rows)
+    assert printed == [" ".join(row).split() for row in [head, *(row for row in body if len(row) > 1)]]
+
+
+def test_a_number_that_is_not_there_is_a_dash() -> None:
+    head, body = result({"child": {"kl": 0.25, "top1": math.nan}, "parent": {"kl": 0.0, "top1": 0.5}})
+    assert head == ["", "parent", "child", "child / parent"]
+    assert ["KL to the parent", "0", "0.250", "-"] in body
+    assert ["top-1 accuracy", "50.0 %", "-", "-"] in body
+
+
+@pytest.mark.parametrize(
+    ("quantity", "bound", "verdict"),
+    [
+        ("throughput_tok_s", 14000, "met"),  # 64 * 64 tokens in 150 + 63 * 2 = 276 ms
+        ("throughput_tok_s", 16000, "missed by 7.25 %"),
+        ("request_ms", 277, "met"),
+        ("request_ms", 240, "missed by 15.0 %"),
+        ("prefill_ms", 100, "missed by 50.0 %"),
+        ("decode_ms", 2, "met"),
+        ("memory_bytes", 1e12, "met"),
+        ("params", 1, "missed by"),
+        ("score", 1e-3, "missed by"),
+    ],
+)
+def test_target_is_judged_by_what_was_measured(make_data: Make, quantity: str, bound: float, verdict: str) -> None:
+    data = make_data(partial=True)
+    row = {"measured_prefill_ms": 150.0, "measured_decode_ms": 2.0}
+    ((*_, found),) = answers(
+        replace(data, rows={"child": row}, solution=replace(data.solution, asked={quantity: bound}))
+    )
+    assert found.startswith(verdict)
+
+
+def test_nothing_is_judged_before_it_is_measured(make_data: Make) -> None:
+    assert [verdict for *_, verdict in answers(make_data(partial=True))] == ["not measured", "met"]
+
+
+def test_summary_is_plain_json() -> None:
+    found = summary("2x", {"parent": {"kl": 0.0, "test_loss": math.nan}, "child": {"kl": 0.25}})
+    assert found == {"target": "2x", "rows": {"parent": {"kl": 0.0, "test_loss": None}, "child": {"kl": 0.25}}}
+
+
+def test_model_card_has_the_facts(make_data: Make, data: ReportData) -> None:
+    card = model_card(data)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for line in result(data.rows)[1]:
+        assert len(line) == 1 or f"| {' | '.join(line)} |\n" in card
+    for asked, predicted, measured, verdict in answers(data):
+        assert f"- {asked}; predicted {predicted}; measured {measured}: {verdict}\n" in card
+    assert "prompt 256, generate 64, batch 64, threads 2, device name Example CPU <8 cores>" in card
+    assert "      throughput: 1.9x # & more\n" in card
+    assert "Nothing is measured yet" in model_card(make_data(partial=True))
+
+
+def test_versions_name_what_results_depend_on() -> None:
+    assert versions()["torch"].startswith("2.")
+    assert {"python", "transformers"} <= versions().keys()
