@@ -51,55 +51,48 @@ def test_a_section_with_all_lines_commented_out_is_its_defaults(tmp_path: Path) 
     assert recipe.library == Recipe.model_validate(MINIMAL).library
 
 
+GIVEN = "parent: m\ndata: {source: t}\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("data: {source: t}", "parent is missing; give: Folder of a Hugging Face checkpoint"),
         ("parent: m", "data is missing"),
         ("parent: m\ndata:", "data.source is missing; give: Files or folders"),
-        ("parent: ''\ndata: {source: t}", "parent: found ''; must not be empty"),
-        ("parent: m\ndata: {source: []}", "data.source: found []; needs at least 1 entry"),
+        ("parent: ''\ndata: {source: t}", "parent: String should have at least 1 character, found ''"),
+        ("parent: m\ndata: {source: []}", "data.source: List should have at least 1 item"),
+        ("parent: m\ndata: {source: 3}", "data.source: Input should be a valid list, found 3"),
         ("parent: m\ndata: {source: t, sequence_lenght: 3}", "did you mean data.sequence_length?"),
         (
-            "parent: m\ndata: {source: t}\nthroughput: 2x",
-            "throughput is not a setting; did you mean target.throughput?",
+            "parent: m\ndata: {source: t, sequence_length: 1}",
+            "data.sequence_length: Input should be greater than or equal",
         ),
-        ("parent: m\ndata: {source: t}\nlibary: {tokens: 3}", "libary is not a setting; did you mean library?"),
-        ("parent: m\ndata: {source: t}\nscore: {zzz: 3}", "score.zzz is not a setting; allowed here: tokens"),
-        ("parent: m\ndata: {source: t}\nscore: 3", "score: found 3; must be a section"),
-        ("parent: m\ndata: {source: t, sequence_length: 1}", "data.sequence_length: found 1; must be at least 2"),
-        ("parent: m\ndata: {source: t, test: 1.5}", "data.test: found 1.5; must be below 1"),
-        ("parent: m\ndata: {source: t, test: 0}", "data.test: found 0; must be above 0"),
         (
             "parent: m\ndata: {source: t, test: 60%, scoring: 50%}",
             "data: calibration, validation, scoring and test add",
         ),
-        ("parent: m\ndata: {source: t}\nprecision: int4", "precision: found 'int4'; must be 'float32' or 'bfloat16'"),
-        ("parent: m\ndata: {source: t}\nlibrary: {batch_size: 0}", "library.batch_size: found 0; must be at least 1"),
-        ("parent: m\ndata: {source: t}\nlibrary: {tokens: many}", "library.tokens: expected a number such as 512k"),
-        ("parent: m\ndata: {source: t}\nlibrary: {batch_size: 1.5}", "library.batch_size: found 1.5; must be a whole"),
-        ("parent: m\ndata: {source: t}\nlibrary: {learning_rate: fast}", "found 'fast'; must be a number"),
-        ("parent: m\ndata: {source: t}\nlibrary: {learning_rate: .nan}", "found nan; must be a finite number"),
-        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: []}", "needs at least 1 entry"),
-        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: [1, 0]}", "scenario.batch_sizes[1]: found 0"),
-        ("parent: m\ndata: {source: t}\nscenario: {batch_sizes: 8}", "found 8; must be a list"),
-        ("parent: m\ndata: {source: t}\nscenario: {generated_tokens: 0}", "scenario.generated_tokens: found 0"),
-        ("parent: m\ndata: {source: t}\nspace: {ffn: ['']}", "space.ffn[0]: found ''; must not be empty"),
-        ("parent: m\ndata: {source: t}\nexecution: {memory: 1x}", "execution.memory: expected a number such as 24GB"),
+        (GIVEN + "throughput: 2x", "throughput is not a setting; did you mean target.throughput?"),
+        (GIVEN + "libary: {tokens: 3}", "libary is not a setting; did you mean library?"),
+        (GIVEN + "score: {zzz: 3}", "score.zzz is not a setting; allowed here: score.tokens"),
+        (GIVEN + "score: 3", "score: Input should be a valid dictionary or instance of ScoreSettings, found 3"),
+        (GIVEN + "precision: int4", "precision: Input should be 'float32' or 'bfloat16', found 'int4'"),
+        (GIVEN + "library: {tokens: many}", "library.tokens: expected a number such as 512k"),
+        (GIVEN + "library: {batch_size: 1.5}", "library.batch_size: Input should be a valid integer"),
+        (GIVEN + "library: {learning_rate: .nan}", "library.learning_rate: Input should be a finite number, found nan"),
         (
-            "parent: m\ndata: {source: t}\nlibrary: {ffn: elastic, loss: block}",
-            "library: ffn elastic compares contributions, which loss block does not; drop one of the two",
+            GIVEN + "scenario: {batch_sizes: [1, 0]}",
+            "scenario.batch_sizes.1: Input should be greater than or equal to 1",
         ),
-        ("parent: m\ndata: {source: t}\ntarget: {memory: 24}", "target.memory: expected a number such as 24GB"),
         (
-            "parent: m\ndata: {source: t}\ntarget: {throughput: -2x}",
-            "target.throughput: expected a number such as 5500",
+            GIVEN + "scenarios: [{scenario: {}, target: {memry: 1GB}}]",
+            "scenarios.0.target.memry is not a setting; did you",
         ),
-        ("parent: m\ndata: {source: t}\ndistil: {cosine_weight: 0, kl_weight: 0}", "nothing would be learned"),
-        ("parent: m\ndata: {source: t}\ndistil: {learning_rate: 0}", "found 0; must be above 0"),
-        ("parent: m\ndata: {source: t}\nexecution: {threads: 0}", "execution.threads: found 0; must be at least 1"),
-        ("parent: m\ndata: {source: 3}", "data.source: found 3; must be text"),
-        ("parent: m\ndata: {source: t}\nseed: -1", "seed: found -1; must be at least 0"),
+        (GIVEN + "search: {equal: some}", "search.equal: expected layers such as 7, 0-3, first:4"),
+        (GIVEN + "execution: {memory: 1x}", "execution.memory: expected a number such as 24GB"),
+        (GIVEN + "target: {throughput: -2x}", "target.throughput: expected a number such as 5500"),
+        (GIVEN + "distil: {cosine_weight: 0, kl_weight: 0}", "nothing would be learned"),
+        (GIVEN + "seed: " + "9" * 100, "999..."),
         ("parent: [\ndata: 3", "is not valid YAML: line 2, column"),
         ("parent: m\nparent: n", "is not valid YAML: line 2, column 1: parent is given twice"),
         ("parent: \x00", "is not valid YAML"),
@@ -170,10 +163,3 @@ def test_every_setting_has_help_and_its_default_in_the_help() -> None:
     described = yaml.safe_load(describe(Recipe))
     described["parent"], described["data"]["source"] = "model", "text"
     assert Recipe.model_validate(described) == Recipe.model_validate(MINIMAL)
-
-
-def test_a_setting_in_a_list_of_sections_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("parent: p\ndata: {source: s}\nscenarios: [{scenario: {}, target: {memry: 1GB}}]\n")
-    with pytest.raises(PuzzleError, match=r"scenarios\[0\].target.memry is not a setting; did you mean .*\.memory\?"):
-        Recipe.read(path)

@@ -1,4 +1,4 @@
-"""A recipe for a model: what a person would otherwise look up in its config.json, chosen and explained."""
+"""A commented recipe for a model, with values that follow from its config.json."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from puzzle.recipe import Recipe
 from puzzle.variants import Space, derive_space
 
 _LARGE_PARAMS = 500_000_000
-"""From here on: bfloat16 where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
+"""From here on: half precision where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,7 +34,7 @@ def init_recipe(model: str) -> str:
 
 
 def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dtype: str) -> dict[str, Any]:
-    """Values by path. Those for large models lean on the paper's and its reference code's, cut to one machine."""
+    """Values by path. Those for large models follow the paper and its reference code, scaled down to one machine."""
     large = num_params >= _LARGE_PARAMS
     longest = config.max_position_embeddings
     served = dtype if large and dtype in _DTYPES else "float32"
@@ -42,7 +42,7 @@ def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dty
         "parent": model,
         "data.source": "text",
         "data.sequence_length": min(2048 if large else 512, longest),
-        "precision": "bfloat16" if served == "bfloat16" else "float32",
+        "precision": "float32" if served == "float32" else "bfloat16",  # float16 has too small a range to train in
         **_sizes(space),
         "library.tokens": "20M" if large else "1M",
         "library.learning_rate": 1e-4 if large else 1e-3,
@@ -59,7 +59,7 @@ def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dty
 
 
 def _sizes(space: Space) -> dict[str, list[int]]:
-    """The sizes that `derive_space` gives; nothing for a parent whose layers differ, where each layer has its own."""
+    """The default sizes of variants; none for a parent whose layers differ, where each layer has its own."""
     if len(set(space.layers)) > 1:
         return {}
     sizes: dict[str, list[int]] = {}

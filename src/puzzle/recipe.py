@@ -1,6 +1,6 @@
-"""What a person writes: one short YAML file, validated as a whole before anything is loaded.
+"""The recipe: one short YAML file, validated as a whole before anything is loaded.
 
-Everything but `execution` changes results and is part of the addresses of what it affects.
+All sections but `execution` change results: they are part of the addresses of the stages that read them.
 """
 
 import re
@@ -59,7 +59,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_default(cls, values: Any) -> Any:
-        """A section whose lines are all commented out."""
+        """Accept a section whose lines are all commented out."""
         return {} if values is None else values
 
 
@@ -67,24 +67,24 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class DataSettings(Section):
-    """The text that calibration, training, scoring and tests use."""
+    """Text for calibration, training, scoring and evaluation."""
 
     source: OneOrMore
     """Files or folders (.txt, .py, .md, .jsonl, .parquet), or a Hugging Face dataset, `name:config:split`."""
     column: Text = "text"
-    """Of jsonl, parquet and datasets: plain text, or a list of messages, which goes through the chat template."""
+    """Column of jsonl, parquet and datasets: text, or lists of messages, which go through the chat template."""
     sequence_length: Annotated[Count, Field(ge=2)] = 2048
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     max_tokens: PositiveCount | None = None
-    """Stop tokenising after so many."""
+    """Stop tokenising after this many tokens; null: read all text."""
     calibration: Share = 0.05
-    """Share of the text, by document, for statistics. What the four shares leave is for training."""
+    """Share of the documents for calibration. Training takes what the four shares leave."""
     validation: Share = 0.03
-    """Share on which training is judged."""
+    """Share of the documents for validation during training."""
     scoring: Share = 0.03
-    """Share on which blocks are scored."""
+    """Share of the documents for scoring blocks."""
     test: Share = 0.04
-    """Share that only the final comparison sees."""
+    """Share of the documents for the final evaluation, unseen until then."""
 
     @model_validator(mode="after")
     def _leave_text_for_training(self) -> Self:
@@ -98,36 +98,36 @@ class DataSettings(Section):
 
 
 class SpaceSettings(Section):
-    """Which alternatives are built. Sizes left out are derived from the model."""
+    """Variants to build."""
 
     kv_heads: list[PositiveInt] | None = None
-    """Numbers of KV heads below the parent's; default: halved down to 1."""
+    """Numbers of KV heads; null: the parent's halved, down to 1."""
     ffn_widths: list[PositiveInt] | None = None
-    """Intermediate sizes below the parent's; default: 87, 75, 50, 25, 20 and 10 %, rounded."""
+    """FFN intermediate sizes; null: 87, 75, 50, 25, 20 and 10 % of the parent's, rounded."""
     attention: list[Text] = ["linear", "none"]
-    """Further attention variants by name: `linear`, `none`, `kv2win1024s4` (2 KV heads, window 1024, 4 sinks)."""
+    """Other attention variants by name: `linear`, `none`, `kv2win1024s4` (2 KV heads, window 1024, 4 sinks)."""
     ffn: list[Text] = ["linear", "none"]
-    """Further FFN variants by name: `linear`, `none`, `rank64`."""
+    """Other FFN variants by name: `linear`, `none`, `rank64`."""
     prune: Annotated[float, Field(gt=1)] | None = 2.0
-    """Leave out, untrained, what starts with so many times the error of a smaller variant; null: nothing."""
+    """Drop a variant before training if a smaller one starts with 1/prune of its error; null: keep all."""
 
 
 class CalibrationSettings(Section):
-    """Statistics of the parent's activations that variants start from."""
+    """Statistics of the parent's activations, from which variants are initialised."""
 
     tokens: PositiveCount = 500_000
-    """Tokens the parent reads for them."""
+    """Calibration tokens."""
 
 
 class LibrarySettings(Section):
-    """The start of every variant, and its blockwise local distillation (BLD)."""
+    """Initialisation of every variant and blockwise local distillation (BLD)."""
 
     start: Literal["closed_form", "paper"] = "closed_form"
-    """`closed_form`: least squares on calibration statistics; `paper`: slices, means and products of weights alone."""
+    """Initialisation: `closed_form` (least squares on calibration statistics) or `paper` (from weights alone)."""
     kv_heads: Literal["mean", "importance"] = "mean"
-    """How fewer KV heads start: the mean of those merged, or the most important ones."""
+    """Initialisation of fewer KV heads: `mean` of the merged heads, or the heads of highest `importance`."""
     channels: Literal["iterative", "independent"] = "iterative"
-    """How FFN channels are ranked: knowing which others are gone already, or each alone."""
+    """Ranking of FFN channels: `iterative` (given those already removed) or `independent`."""
     ffn: Literal["independent", "elastic"] = "independent"
     """`elastic`: all widths of a layer share gate and up projections, in training alone; cheaper, a little worse."""
     loss: Literal["contribution", "block"] = "contribution"
@@ -137,13 +137,13 @@ class LibrarySettings(Section):
     coupled: PositiveInt | None = None
     """Train so many attention and FFN variants a layer, those the frontier prefers, again as whole blocks."""
     tokens: Count = 1_000_000
-    """Training tokens, the same for all variants; 0: variants stay as they start."""
+    """Training tokens, the same for all variants; 0: no training."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest rate of the schedule."""
+    """Peak learning rate."""
     batch_size: PositiveInt = 8
-    """Sequences a step."""
+    """Sequences per step."""
     validation_tokens: PositiveCount = 32_768
-    """Held-out tokens on which the better of start and end is chosen."""
+    """Validation tokens on which the better of initial and trained weights is chosen."""
 
     @model_validator(mode="after")
     def _compare_like_with_like(self) -> Self:
@@ -156,38 +156,38 @@ class ScoreSettings(Section):
     """Replace-1-block scores."""
 
     tokens: PositiveCount = 65_536
-    """Tokens on which every block is scored."""
+    """Scoring tokens per block."""
     race: Share | None = 0.0625
     """Share of the tokens that every block is scored on at first; null: all of them, and nothing is estimated."""
     composed: Literal["estimated", "raced"] = "estimated"
     """After that share: `estimated` takes blocks with both subblocks replaced from it and from the scores of each
     alone on all tokens; `raced` goes on with all blocks but those that are larger and clearly worse than others."""
     task: Text | None = None
-    """`module:function` from a model to a number, the higher the better: a score of your own."""
+    """Also score blocks by a function of your own, `module:function`, from a model to a number; higher is better."""
 
 
 class ScenarioSettings(Section):
-    """How the model will be served."""
+    """How the child will be served."""
 
     engine: Literal["torch", "vllm", "llama.cpp", "roofline"] = "torch"
-    """What runs the model; `roofline` calculates, for a machine that is not here."""
+    """Inference engine; `roofline` calculates times from a machine's data sheet instead of measuring."""
     machine: Text = "h100-sxm"
-    """For `roofline`: a known machine or a data sheet (YAML), `8xh100-sxm` for tensor parallelism over eight."""
+    """Machine for `roofline`: a known one, a data sheet (YAML), or `8xh100-sxm` for tensor parallelism over 8."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which it is served."""
+    """Data type of weights and KV cache."""
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
-    """Batch sizes the search may choose from."""
+    """Batch sizes that the search may choose from."""
     prompt_tokens: PositiveCount = 1024
-    """Tokens of every prompt."""
+    """Prompt tokens per request."""
     generated_tokens: PositiveCount = 256
-    """Tokens of every answer."""
+    """Generated tokens per request."""
 
 
 class CostSettings(Section):
-    """How costs are measured."""
+    """Measurement of costs."""
 
     repeats: PositiveInt = 5
-    """Interleaved rounds over all variants."""
+    """Rounds of measurement; each measures every variant once."""
 
 
 _bounds: dict[str, Any] = {
@@ -253,14 +253,14 @@ class CorrectSettings(Section):
 
 
 class RefineSettings(Section):
-    """Sequential refinement: layer by layer, the child's blocks are trained on its own inputs, before GKD."""
+    """Sequential refinement: before GKD, train the child's blocks layer by layer on the child's own hidden states."""
 
     tokens: Count = 0
-    """Training tokens of every layer; 0: none."""
+    """Training tokens per layer; 0: no refinement."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest rate of the schedule."""
+    """Peak learning rate."""
     batch_size: PositiveInt = 8
-    """Sequences a step."""
+    """Sequences per step."""
 
 
 class DistilSettings(Section):
@@ -340,25 +340,25 @@ class DistilSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """The final comparison on test text."""
+    """Final evaluation."""
 
     tokens: PositiveCount = 131_072
-    """Test tokens that every model reads."""
+    """Test tokens."""
     uniform_baseline: bool = True
-    """Also build, distil and measure a uniform child of the same speed."""
+    """Also build, distil and evaluate a uniform child of the same speed, for comparison: all layers alike."""
 
 
 class ExecutionSettings(Section):
-    """Where and how to execute; changes no result and is never hashed."""
+    """Where and how to execute. Of the results, only measured costs depend on it."""
 
     device: Text = "auto"
-    """`cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one."""
+    """Device: `cpu`, `cuda`, `cuda:1`, or `auto` (a GPU if there is one)."""
     threads: PositiveInt | None = None
-    """CPU threads; default: torch's own choice."""
+    """CPU threads; null: torch decides."""
     memory: Size | None = None
-    """Of the device, for weights and training states; default: half of what is free."""
+    """Device memory for weights and training states; null: 80 % of a GPU's free memory, half of a computer's."""
     disk: Size | None = None
-    """For activations of a parent that is streamed; default: half of what is free."""
+    """Disk for activations of a parent that does not fit into memory; null: half of what is free."""
 
 
 class Recipe(Section):
@@ -368,10 +368,10 @@ class Recipe(Section):
     """Folder of a Hugging Face checkpoint, or a hub name."""
     data: DataSettings
     precision: Literal["float32", "bfloat16"] = "float32"
-    """In which the parent runs during calibration, BLD, scoring and GKD."""
+    """Data type in which models run in calibration, BLD, scoring, GKD and evaluation."""
     space: SpaceSettings = SpaceSettings()
     deploy: list[Text] = []
-    """What must be able to run the child, such as `vllm` or `gguf` (docs/engines.md); restricts the space."""
+    """Engines and formats that must run the child, such as `vllm` or `gguf` (docs/engines.md); restricts the space."""
     calibration: CalibrationSettings = CalibrationSettings()
     library: LibrarySettings = LibrarySettings()
     score: ScoreSettings = ScoreSettings()
@@ -379,14 +379,14 @@ class Recipe(Section):
     cost: CostSettings = CostSettings()
     target: TargetSettings = TargetSettings()
     scenarios: list[FurtherScenarioSettings] = []
-    """Further ones that the same child must serve, each with a `scenario` and a `target` of its own."""
+    """Further scenarios for the same child, each a section with a `scenario` and a `target`."""
     search: SearchSettings = SearchSettings()
     correct: CorrectSettings = CorrectSettings()
     refine: RefineSettings = RefineSettings()
     distil: DistilSettings = DistilSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything random."""
+    """Random seed."""
     execution: ExecutionSettings = ExecutionSettings()
 
     @property

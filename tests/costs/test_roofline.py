@@ -89,7 +89,7 @@ def test_known_machines_are_read() -> None:
     ("name", "line"),
     [
         ("h1000", "'h1000' is neither one of h100-sxm, "),
-        ("text.yaml", "text.yaml: peak_tflops: found 3; "),
+        ("text.yaml", "text.yaml: peak_tflops: Input should be a valid dictionary, found 3"),
         ("0xh200", "nor a file; so many of one are 8xh100-sxm"),
     ],
 )
