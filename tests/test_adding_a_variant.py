@@ -46,7 +46,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def pipeline(example: Path, pico_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     space = {"kv_heads": [], "ffn_widths": [16], "attention": [], "ffn": ["mean", "none"], "prune": None}
-    recipe = Recipe.model_validate(pico_recipe.model_dump() | {"space": space, "library": {"tokens": 256}})
+    short = {"library": {"tokens": 256}, "distil": {"tokens": 256}, "evaluate": {"uniform_baseline": False}}
+    recipe = Recipe.model_validate(pico_recipe.model_dump() | {"space": space, "target": {"parameters": "58%"}} | short)
     folder = tmp_path_factory.mktemp("mean") / "run"
     create_folder(folder, recipe)
     with open_run(folder) as run:
@@ -104,6 +105,17 @@ def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: 
     monkeypatch.delitem(MODULES, ("ffn", "mean"))
     with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; import the module that registers it first"):
         child.load()
+
+
+def test_it_is_timed_chosen_distilled_and_reported(pipeline: Pipeline) -> None:
+    """So few parameters leave a choice between the mean and nothing."""
+    rows = [row for row in pipeline.costs.rows if row.variant == "mean"]
+    assert len(rows) == 4
+    assert all(row.weight_bytes == 4 * 2 * 32 and row.kv_bytes_per_sequence == 0 for row in rows)
+    assert any(row.prefill_ms > 0 for row in rows)
+    assert "kv4+mean" in pipeline.solution.blocks
+    assert pipeline.child.architecture.names == pipeline.solution.blocks
+    assert "mean" in pipeline.report.read_text()
 
 
 def test_as_a_program_it_is_puzzle(

@@ -35,7 +35,7 @@ def _built(hint: Any, value: Any) -> Any:
     """A value of JSON as what a field's type asks for: dataclasses, tuples and frozensets; all else as it is."""
     if isinstance(hint, type) and is_dataclass(hint):
         hints = _hints(hint)
-        return hint(**{name: _built(hints[name], item) for name, item in value.items()})
+        return hint(**{name: _built(hints[name], item) for name, item in dict(value).items()})
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     match get_origin(hint):
         case container if container in (tuple, frozenset):
