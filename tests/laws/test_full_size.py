@@ -10,7 +10,7 @@ from torch import Tensor
 from puzzle.parents import open_parent
 from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
 from puzzle.variants.kinds.grouped_query import keep_groups, merge_heads
-from puzzle.variants.linear import refit
+from puzzle.variants.least_squares import refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 

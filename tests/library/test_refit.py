@@ -16,7 +16,7 @@ from puzzle.library.students import SubblockStudent
 from puzzle.parents import LayerPass, Parent, ParentPasses
 from puzzle.runs import Run
 from puzzle.variants import GroupedQuery, Start
-from puzzle.variants.linear import RIDGE
+from puzzle.variants.least_squares import RIDGE
 
 
 def test_what_is_not_finite_stays_as_it_is(

@@ -11,7 +11,7 @@ from tests.variants.conftest import activation_moments, spread_activations
 from torch import Tensor
 
 from puzzle.variants.channels import rank_channels
-from puzzle.variants.linear import damping, refit
+from puzzle.variants.least_squares import damping, refit
 
 RANKINGS = [(False, True), (True, False), (True, True)]
 

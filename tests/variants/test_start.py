@@ -23,7 +23,7 @@ from puzzle.variants import (
     Start,
     build_subblock,
 )
-from puzzle.variants.linear import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
+from puzzle.variants.least_squares import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
 
 _NORM = "post_attention_layernorm."
 

@@ -5,7 +5,7 @@ import pkgutil
 
 from puzzle.variants import kinds
 from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum
-from puzzle.variants.linear import damping
+from puzzle.variants.least_squares import damping
 from puzzle.variants.modules import (
     build_subblock,
     contribution,
@@ -22,8 +22,7 @@ for _module in pkgutil.iter_modules(kinds.__path__):
 # The classes by name, until nobody uses them.
 from puzzle.variants.kinds.gated import GatedFFN, hardware_multiple  # noqa: E402
 from puzzle.variants.kinds.grouped_query import GroupedQuery  # noqa: E402
-from puzzle.variants.kinds.linear_attention import LinearAttention  # noqa: E402
-from puzzle.variants.kinds.linear_ffn import LinearFFN  # noqa: E402
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN  # noqa: E402
 from puzzle.variants.kinds.low_rank import LowRankFFN  # noqa: E402
 from puzzle.variants.kinds.none import NoAttention, NoFFN  # noqa: E402
 

@@ -15,7 +15,7 @@ Shapes: D hidden size, I channels.
 import torch
 from torch import Tensor
 
-from puzzle.variants.linear import damping
+from puzzle.variants.least_squares import damping
 
 _BATCH_SHARE = 1 / 50
 """Of the channels left, how many are removed at once; see `_eliminate_with_refit`."""

@@ -1,11 +1,10 @@
 """Every kind of variant; from a name or a configuration entry back to a variant."""
 
+import ast
 import builtins
-import dis
 import inspect
 import textwrap
 from collections.abc import Mapping
-from types import CodeType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -59,14 +58,19 @@ def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
 def _check_module(module: type[nn.Module]) -> None:
     """A `PuzzleError` unless the class can stand in another file that imports `_CARRIED` alone."""
     try:
-        source = textwrap.dedent(inspect.getsource(module))
+        tree = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(module))))
     except (OSError, TypeError):
         raise PuzzleError(
             f"register: the source of {module.__name__} is not to be found, which checkpoints carry; write it to a file"
         ) from None
-    used, defined = _names(compile(source, module.__name__, "exec"))
-    foreign = sorted(used - defined - _CARRIED - set(dir(builtins)))
-    if foreign:
+    used, known = set(), _CARRIED | set(dir(builtins))
+    for node in tree:
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                known.add(name)
+    if foreign := sorted(used - known):
         raise PuzzleError(
             f"register: {module.__name__} uses {', '.join(foreign)}, but a checkpoint carries the class alone; "
             f"use {', '.join(sorted(_CARRIED))} only"
@@ -76,15 +80,3 @@ def _check_module(module: type[nn.Module]) -> None:
             f"register: {module.__name__} says Attention in its name, by which transformers takes the whole model for "
             "one whose attention implementation cannot be set; name it differently"
         )
-
-
-def _names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The global names that code uses, and the names that its scopes define."""
-    instructions = list(dis.get_instructions(code))
-    used = {str(i.argval) for i in instructions if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    defined = {str(i.argval) for i in instructions if i.opname == "STORE_NAME"}
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            inner_used, inner_defined = _names(inner)
-            used, defined = used | inner_used, defined | inner_defined
-    return used, defined

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
 from puzzle.variants.base import ParentSubblock, State, Subblock, Variant, add_sum
-from puzzle.variants.linear import output_power, padded, refit
+from puzzle.variants.least_squares import output_power, padded, refit
 from puzzle.variants.registry import register
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)

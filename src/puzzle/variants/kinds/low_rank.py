@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants.base import ParentSubblock, State, Subblock, Variant
-from puzzle.variants.linear import linear_loss, padded, reduced_rank
+from puzzle.variants.least_squares import linear_loss, padded, reduced_rank
 from puzzle.variants.registry import register
 
 
