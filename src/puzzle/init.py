@@ -40,7 +40,7 @@ def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dty
     served = dtype if large and dtype in _DTYPES else "float32"
     return {
         "parent": model,
-        "data.source": "text",
+        "data.source": "path/to/your/text",
         "data.sequence_length": min(2048 if large else 512, longest),
         "precision": "float32" if served == "float32" else "bfloat16",  # float16 has too small a range to train in
         **_sizes(space),

@@ -115,7 +115,7 @@ def tokenise(
     limit = max_tokens or math.inf
     total, done = (limit, position.tokens) if max_tokens else (sum(source.size() for source in sources), position.size)
     with progress("tokenising", total, done) as bar:
-        for batch in _batches(_texts(sources, encoder, position)):
+        for batch in _batches(sources, encoder, position):
             if position.tokens >= limit:
                 break
             ids = encoder.encode(batch)
@@ -169,26 +169,19 @@ def _piece(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.safetensors"
 
 
-def _texts(sources: Sequence[Source], encoder: Encoder, position: _Position) -> Iterator[_Text]:
-    """The texts that are not empty, from `position` on."""
-    first, size = position.document, position.size
+def _batches(sources: Sequence[Source], encoder: Encoder, position: _Position) -> Iterator[list[_Text]]:
+    """The texts that are not empty, from `position` on, about `_BATCH_CHARACTERS` together."""
+    batch: list[_Text] = []
+    characters, size, first = 0, position.size, position.document
     for index, source in enumerate(sources[position.source :], position.source):
         for number, document in enumerate(source.documents(first), first + 1):
             size += document.size
             if text := encoder.render(document):
-                yield _Text(text, not isinstance(document.content, str), _Position(index, number, size))
+                batch.append(_Text(text, not isinstance(document.content, str), _Position(index, number, size)))
+                characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
         first = 0
-
-
-def _batches(texts: Iterator[_Text]) -> Iterator[list[_Text]]:
-    """Texts of about `_BATCH_CHARACTERS` together."""
-    batch: list[_Text] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
     if batch:
         yield batch
