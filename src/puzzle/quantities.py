@@ -21,7 +21,6 @@ Bytes and parameters are whole numbers and have no tolerance.
 """
 
 _MILLISECONDS = ((1.0, "ms"),)
-_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
@@ -89,13 +88,12 @@ class Quantity:
         return predicted if self.exact or not self.columns else self._scaled(predicted, 1 / (1 + margin))
 
     def text(self, value: float) -> str:
-        """For people: `2,480 tok/s`, `24.0 GB`."""
-        scale, unit = self._scale(value)
-        return f"{units.format_number(value / scale, self.digits)} {unit}".rstrip()
+        """For people: `2,480 tok/s`, `24.0 GB`; `-` if not finite."""
+        return units.format_scaled(value, self.scales, self.digits)
 
     def setting_text(self, value: float, rounding: str = ROUND_HALF_EVEN) -> str:
         """As the recipe reads it, with four significant digits: `2480tok/s`, `24GB`."""
-        scale, unit = self._scale(value)
+        scale, unit = next((item for item in self.scales if abs(value) >= item[0]), self.scales[-1])
         return plain_digits(value / scale, rounding) + unit
 
     @property
@@ -104,9 +102,6 @@ class Quantity:
 
     def _scaled(self, value: float, factor: float) -> float:
         return value * factor if self.at_least else value / factor
-
-    def _scale(self, value: float) -> tuple[float, str]:
-        return next((item for item in self.scales if abs(value) >= item[0]), self.scales[-1])
 
 
 def _table(quantities: Iterable[Quantity]) -> dict[str, Quantity]:
@@ -163,7 +158,7 @@ QUANTITIES = _table(
             label="memory",
             meaning="weights, and the KV cache of a full batch at full length; the engine's workspace not counted",
             amount=units.Bytes,
-            scales=_BYTES,
+            scales=units.BYTE_SCALES,
             additive=lambda totals: totals.memory_bytes,
             columns=("weight_bytes", "kv_bytes_per_sequence"),
             exact=True,
@@ -185,7 +180,7 @@ QUANTITIES = _table(
             label="weights on disk",
             meaning="weights alone, as a checkpoint of the scenario's dtype",
             amount=units.Bytes,
-            scales=_BYTES,
+            scales=units.BYTE_SCALES,
             additive=lambda totals: totals.cost.weight_bytes,
             columns=("weight_bytes",),
             exact=True,

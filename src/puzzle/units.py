@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ _BYTES: dict[str, float] = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+BYTE_SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4, "h": 3.6e6}
 _COUNTS: dict[str, float] = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _SPEEDS: dict[str, float] = {"": 1, "tok/s": 1}
@@ -120,13 +122,17 @@ def format_ratio(value: float) -> str:
     return f"{format_number(value)}x" if math.isfinite(value) else "-"
 
 
+def format_scaled(value: float, scales: Sequence[tuple[float, str]], digits: int = 3) -> str:
+    """In the first of the units, the largest first, that leaves at least 1: `8.03 B` parameters; `-` if not finite."""
+    if not math.isfinite(value):
+        return "-"
+    scale, unit = next((item for item in scales if abs(value) >= item[0]), scales[-1])
+    return f"{format_number(value / scale, digits)} {unit}".rstrip()
+
+
 def format_bytes(count: float) -> str:
     """`24.0 GB`, in powers of 1000 as disks and engines are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return format_scaled(count, BYTE_SCALES)
 
 
 def format_seconds(seconds: float) -> str:

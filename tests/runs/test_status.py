@@ -82,5 +82,5 @@ def test_trained_variants_and_stages_without_a_command_are_shown(folder: Path, r
     (folder / "variants" / "some.safetensors").write_bytes(bytes(3000))
     Run(folder, recipe).open(Stage(name="pretrain", help="")).commit()
     lines = status(folder)
-    assert "  variants     3.0 kB, trained once for all libraries" in lines
+    assert "  variants     3.00 kB, trained once for all libraries" in lines
     assert any(line.startswith("  pretrain     done in 0 s") for line in lines)
