@@ -11,20 +11,20 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from puzzle.artefacts import CostTable
-from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of
-from puzzle.costs.engine import Engine, Times, summarise
+from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of, summarise
 from puzzle.costs.slopes import Plan, Stack
 from puzzle.costs.table import cost_rows, part_times
+from puzzle.costs.timing import Samples, measure_in_turns
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings
-from puzzle.variants import BlockVariant, Space, derive_space
+from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 ARCHITECTURES, FITTED = 10, 3
 QUANTITIES = ("prefill_ms", "decode_ms")
@@ -45,28 +45,28 @@ def main(
     config = open_parent(checkpoint).config
     settings = ScenarioSettings(engine=name, prompt_tokens=int(prompt), generated_tokens=int(generated))
     scenario, space, size = scenario_of(settings, torch.device("cpu")), derive_space(config), int(batch)
-    engine = ENGINES[name](config, scenario)
+    engine = ENGINES[name](scenario)
     plan, models = Plan.of(space, config), architectures(space)
     asked = plan.stacks | models | {f"{model} again": blocks for model, blocks in models.items()}
+    configs = {model: Architecture(blocks).configure(config) for model, blocks in asked.items()}
+    samples: Samples = {(model, size): [] for model in asked}
     said = f"{Path(checkpoint).name}, {dict(engine.environment)}, {scenario}, batch {batch}, {rounds} rounds"
     print(said, flush=True)
     with engine.conditions():
-        measured = list(_rounds(engine, asked, size, int(rounds)))
+        measure_in_turns(engine, configs, samples, lambda: _missing(samples, int(rounds)), int(rounds), "time stacks")
+    measured = {model: each for (model, _), each in samples.items()}
     with KEPT.open("a") as file:
-        kept = [{stack: asdict(sample) for stack, sample in samples.items()} for samples in measured]
+        kept = [{model: asdict(each[index]) for model, each in measured.items()} for index in range(int(rounds))]
         file.write(json.dumps({"setting": said, "rounds": kept}) + "\n")
     rows = tuple(cost_rows(config, space, scenario, size, part_times(plan, measured)))
     table = CostTable(scenario=scenario, batch_sizes=(size,), rows=rows)
-    times = {
-        model: summarise([samples[each] for samples in measured for each in (model, f"{model} again")])
-        for model in models
-    }
+    times = {model: summarise([*measured[model], *measured[f"{model} again"]]) for model in models}
     known = [_timed(table, models[model], size, times[model]) for model in list(models)[:FITTED]]
     after = fitted(table, size, known)
     lines = {
         model: (
             *_errors(_timed(table, blocks, size, times[model])),
-            *_floor(measured, model),
+            *_floor(measured[model], measured[f"{model} again"]),
             *_errors(_timed(after, blocks, size, times[model])),
         )
         for model, blocks in models.items()
@@ -92,7 +92,7 @@ def architectures(space: Space) -> dict[str, Stack]:
     return {"parent": tuple(layer.parent for layer in space.layers), **drawn}
 
 
-def _timed(table: CostTable, blocks: Stack, batch_size: int, times: Times) -> Timed:
+def _timed(table: CostTable, blocks: Stack, batch_size: int, times: Sample) -> Timed:
     cost = table.totals([block.name for block in blocks], batch_size).cost
     return Timed(predicted=(cost.prefill_ms, cost.decode_ms), measured=(times.prefill_ms, times.decode_ms))
 
@@ -102,16 +102,13 @@ def _errors(model: Timed) -> Iterator[float]:
     return (predicted / measured - 1 for predicted, measured in zip(model.predicted, model.measured, strict=True))
 
 
-def _floor(measured: Sequence[Mapping[str, Sample]], model: str) -> Iterator[float]:
+def _floor(first: Sequence[Sample], again: Sequence[Sample]) -> Iterator[float]:
     """How far the same model's two times are apart: prefill, decode."""
-    first, again = (summarise([samples[name] for samples in measured]) for name in (model, f"{model} again"))
-    return (getattr(first, quantity) / getattr(again, quantity) - 1 for quantity in QUANTITIES)
+    return (getattr(summarise(first), each) / getattr(summarise(again), each) - 1 for each in QUANTITIES)
 
 
-def _rounds(engine: Engine, asked: Mapping[str, Stack], batch: int, count: int) -> Iterator[dict[str, Sample]]:
-    for index in range(count):
-        print(f"round {index + 1} of {count}", file=sys.stderr, flush=True)
-        yield {name: engine.measure(blocks, batch) for name, blocks in asked.items()}
+def _missing(samples: Samples, rounds: int) -> list[tuple[str, int]]:
+    return [task for task, each in samples.items() if len(each) < rounds]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from puzzle import Recipe
 from puzzle.artefacts import Cost, Totals
-from puzzle.costs import scenario_of, time_checkpoints
+from puzzle.costs import scenario_of, summarise, time_models
 from puzzle.parents import open_parent
 
 PAPER = {"speed": 2.17, "kept": 0.984}
@@ -34,7 +34,8 @@ def main(folder: str, threads: str = "1") -> None:
     (batch_size,) = recipe.scenario.batch_sizes
     parent = open_parent(recipe.parent)
     models = {"parent": parent.path, "child": run / "child"}
-    times = time_checkpoints(parent.config, models, scenario, batch_size, ROUNDS)
+    measured = time_models([(path, batch_size) for path in models.values()], scenario, ROUNDS)
+    times = {name: summarise(samples) for name, samples in zip(models, measured, strict=True)}
     speeds = {}
     for name, time in times.items():
         cost = Cost(prefill_ms=time.prefill_ms, decode_ms=time.decode_ms)

@@ -7,7 +7,7 @@ import pytest
 import puzzle.baseline
 from puzzle.artefacts import Bounds, CostTable, ScoreTable, Solution
 from puzzle.baseline import uniform_architecture, uniform_space
-from puzzle.costs import Times
+from puzzle.costs import Sample
 from puzzle.parents import Parent
 from puzzle.pipeline import Pipeline
 from puzzle.runs import Run
@@ -37,12 +37,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     def time_architectures(
         config: object, models: Sequence[tuple[Architecture, int]], costs: CostTable, repeats: int
-    ) -> list[Times]:
-        def one(architecture: Architecture) -> Times:
+    ) -> list[Sample]:
+        def one(architecture: Architecture) -> Sample:
             names = [block.name for block in architecture.blocks]
             factor = factors["kv4"] if any("kv4" in name for name in names) else 1.0
             decode_ms = costs.totals(names, 2).cost.decode_ms * factor
-            return Times(prefill_ms=0.0, decode_ms=decode_ms, prefill_ms_spread=0.0, decode_ms_spread=0.0)
+            return Sample(prefill_ms=0.0, decode_ms=decode_ms)
 
         return [one(architecture) for architecture, _ in models]
 

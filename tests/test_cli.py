@@ -228,7 +228,7 @@ def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: 
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "torch, cpu, float32, prompt 4, generate 2"
     assert [line.partition(": ")[0] for line in lines] == [f"{pico_recipe.parent}, batch {size}" for size in (1, 2)]
-    assert all("generated tok/s, prefill " in line for line in lines)
+    assert all("generated tok/s (+-" in line and "rounds), prefill " in line for line in lines)
     line = complaint(capsys, "bench", pico_recipe.parent, "--set", "engine=tarch")
     assert "scenario.engine: Input should be 'torch', 'vllm', 'llama.cpp' or 'roofline', found 'tarch'" in line
 

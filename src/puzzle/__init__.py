@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from puzzle.child.realise import Child, realise  # of the module, or mypy takes the name for it
     from puzzle.child.refine import refine
     from puzzle.correct import TrueScore
-    from puzzle.costs import measure_costs, time_checkpoints
+    from puzzle.costs import measure_costs, time_models
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
     from puzzle.errors import PuzzleError
@@ -40,7 +40,7 @@ __all__ = [
     "Pipeline", "PuzzleConfig", "PuzzleError", "PuzzleForCausalLM", "Quality", "Recipe", "Run", "Scenario",
     "ScoreTable", "Solution", "Space", "Statistics", "TokenData", "Totals", "TrueScore", "build_library", "calibrate",
     "create_folder", "derive_space", "distil", "export_hf", "frontier", "measure_costs", "measure_speed", "open_parent",
-    "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve", "time_checkpoints",
+    "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve", "time_models",
 ]
 # fmt: on
 
@@ -48,7 +48,7 @@ _HOMES = {
     "artefacts": "Bounds Cost CostTable LibraryIndex Scenario ScoreTable Solution Totals",
     "child": "Child realise refine",
     "correct": "TrueScore",
-    "costs": "measure_costs time_checkpoints",
+    "costs": "measure_costs time_models",
     "data": "TokenData prepare_data",
     "distill": "distil",
     "errors": "PuzzleError",

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from puzzle.artefacts import CostTable, ScoreName, ScoreTable, Solution, Totals
-from puzzle.costs import fixed_memory, subblock_memory, time_architectures
+from puzzle.costs import Sample, fixed_memory, subblock_memory, summarise, time_models
 from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest
 from puzzle.variants import (
@@ -34,6 +35,13 @@ _MEASURED_WIDTHS = 3
 """For each number of KV heads, so many widths are measured whose predicted times are nearest to the child's and within
 this factor of it; the others are taken as predicted, times the error found for these."""
 _ROUNDS = 3
+
+
+def time_architectures(
+    config: PuzzleConfig, models: Sequence[tuple[Architecture, int]], costs: CostTable, rounds: int
+) -> list[Sample]:
+    configs = [(architecture.configure(config), batch_size) for architecture, batch_size in models]
+    return [summarise(each) for each in time_models(configs, costs.scenario, rounds, enough=lambda samples: True)]
 
 
 def uniform_architecture(

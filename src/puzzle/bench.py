@@ -3,16 +3,15 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from puzzle.artefacts import Cost, Scenario, Totals
-from puzzle.costs import Times, scenario_of, time_checkpoints
+from puzzle.costs import Sample, relative_standard_error, scenario_of, summarise, time_models
+from puzzle.device import choose_device
 from puzzle.errors import PuzzleError
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings, parse_overrides, validate
 from puzzle.runs import is_run_folder
 
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[str]:
@@ -27,20 +26,21 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
     for path in checkpoints:
         if is_run_folder(path):
             raise PuzzleError(f"{path} is a run folder; give its child, {path / 'child'}")
-    scenario = scenario_of(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    models = {str(path): open_parent(str(path)) for path in checkpoints}
-    largest = max(models.values(), key=lambda model: model.num_params)
+    scenario = scenario_of(settings, choose_device("auto"))
+    models = {path: open_parent(str(path)).path for path in checkpoints}
     yield str(scenario)
     for batch_size in settings.batch_sizes:
-        paths = {name: model.path for name, model in models.items()}
-        for name, times in time_checkpoints(largest.config, paths, scenario, batch_size, _ROUNDS).items():
-            yield f"{name}, batch {batch_size}: {_line(scenario, batch_size, times)}"
+        measured = time_models([(path, batch_size) for path in models.values()], scenario, _ROUNDS)
+        for name, samples in zip(models, measured, strict=True):
+            yield f"{name}, batch {batch_size}: {_line(scenario, batch_size, samples)}"
 
 
-def _line(scenario: Scenario, batch_size: int, times: Times) -> str:
+def _line(scenario: Scenario, batch_size: int, samples: Sequence[Sample]) -> str:
+    times, generated = summarise(samples), scenario.generated_tokens
     cost = Cost(prefill_ms=times.prefill_ms, decode_ms=times.decode_ms)
-    totals = Totals(batch_size=batch_size, generated_tokens=scenario.generated_tokens, cost=cost)
+    totals = Totals(batch_size=batch_size, generated_tokens=generated, cost=cost)
+    error = relative_standard_error([sample.request_ms(generated) for sample in samples])
     return (
-        f"{totals.throughput_tok_s:,.0f} generated tok/s, prefill {times.prefill_ms:.4g} ms "
-        f"(+- {times.prefill_ms_spread:.2g}), decode step {times.decode_ms:.4g} ms (+- {times.decode_ms_spread:.2g})"
+        f"{totals.throughput_tok_s:,.0f} generated tok/s (+- {error:.1%}, {len(samples)} rounds), "
+        f"prefill {times.prefill_ms:.4g} ms, decode step {times.decode_ms:.4g} ms"
     )

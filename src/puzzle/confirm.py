@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable, Serving, Solution, Totals
-from puzzle.costs import Sample, Timed, Times, doubt, fitted, sample_architectures, summarise
+from puzzle.costs import Sample, Timed, fitted, relative_standard_error, summarise, time_models
 from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.quantities import COSTS, QUANTITIES, SETTINGS
 from puzzle.recipe import TargetSettings
@@ -31,6 +32,18 @@ _MOST_NOISE = 0.05
 _RIGHT = 0.02
 """A prediction that is off by less counts as right."""
 _MODELS = ("parent", "child", "blend")
+
+
+def doubt(values: Sequence[float]) -> float:
+    """Two standard errors, as a share."""
+    return 2 * relative_standard_error(values)
+
+
+def sample_architectures(
+    config: PuzzleConfig, models: Sequence[tuple[Architecture, int]], costs: CostTable, rounds: int
+) -> list[list[Sample]]:
+    configs = [(architecture.configure(config), batch_size) for architecture, batch_size in models]
+    return time_models(configs, costs.scenario, rounds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +225,7 @@ def _load(
     return _share(target, predicted, [summarise(each) for each in samples]), doubt(rounds)
 
 
-def _share(target: TargetSettings, predicted: Sequence[Totals], times: Sequence[Sample | Times]) -> float:
+def _share(target: TargetSettings, predicted: Sequence[Totals], times: Sequence[Sample]) -> float:
     """Of the scarcest, with sizes as counted and these times of parent and child."""
     parent, child, *_ = (_with_times(totals, each) for totals, each in zip(predicted, times, strict=True))
     bounds = _times_only(resolve_bounds(target, parent.as_dict()))
@@ -229,7 +242,7 @@ def _timed(predicted: Totals, rounds: Sequence[Sample]) -> Timed:
     )
 
 
-def _with_times(totals: Totals, times: Sample | Times) -> Totals:
+def _with_times(totals: Totals, times: Sample) -> Totals:
     """Sizes as counted, times as measured."""
     return replace(totals, cost=replace(totals.cost, prefill_ms=times.prefill_ms, decode_ms=times.decode_ms))
 

@@ -103,6 +103,14 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_share(device: torch.device) -> float:
+    """Part of a GPU's memory that no process has taken; 1 on a CPU."""
+    if not is_gpu(device):
+        return 1.0
+    free, total = torch.cuda.mem_get_info(device)
+    return free / total
+
+
 def seconds(device: torch.device) -> float:
     """The clock for work on this device, read when all work given to it is done; only differences mean anything.
 

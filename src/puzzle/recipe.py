@@ -186,8 +186,10 @@ class ScenarioSettings(Section):
 class CostSettings(Section):
     """Measurement of costs."""
 
-    repeats: PositiveInt = 5
-    """Rounds of measurement; each measures every variant once."""
+    repeats: PositiveInt = 3
+    """Rounds over all variants, in turns; those whose times scatter get up to four times as many."""
+    reuse: bool = True
+    """Take measurements kept from earlier runs on this machine, unless they are clearly off by now."""
 
 
 _bounds: dict[str, Any] = {

@@ -193,6 +193,7 @@ COST = Stage(
     result="costs",
     reads=("cost",),
     inputs=("shapes", "space", "scenario", "environment"),
+    version=2,
     work=_cost_work,
 )
 SEARCH = Stage(
@@ -251,7 +252,7 @@ EVALUATE = Stage(
 SPEED = Stage(
     name="speed",
     help="Time whole models on the engine.",
-    reads=("cost",),
+    reads=("cost.repeats",),
     inputs=("scenario", "environment", "batch_size", "models"),
 )
 EXPORT = Stage(

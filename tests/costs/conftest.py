@@ -1,16 +1,21 @@
 """A run at pico size, and an engine whose times are planted."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from puzzle.costs import Sample
+from puzzle.costs import ENGINES, Model, Sample
+from puzzle.engines import python_of
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
-from puzzle.variants import BlockVariant, Space, derive_space
+from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 EMPTY_LAYER_MS = 0.25
 FIXED_MS = 3.0
@@ -22,26 +27,54 @@ def planted_ms(name: str, batch_size: int) -> float:
 
 
 class FakeEngine:
-    """Additive and exact, but for the slow rounds; a decode step takes a tenth of a prefill."""
+    """Additive and exact, but for `slowdown`; a decode step takes a tenth of a prefill."""
 
+    slow_start: ClassVar[bool] = False
     environment: Mapping[str, str] = {"engine": "fake 1", "device": "abacus", "threads": "1"}
 
-    def __init__(self, fail_after: int | None = None, slow_every: int | None = None) -> None:
+    def __init__(self, slowdown: Callable[[int], float] = lambda call: 1.0, fail_after: int | None = None) -> None:
         self.calls: list[tuple[tuple[BlockVariant, ...], int]] = []
-        self.fail_after, self.slow_every = fail_after, slow_every
+        self._slowdown, self._fail_after = slowdown, fail_after
 
     def conditions(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
-        if len(self.calls) == self.fail_after:
+    def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+        assert isinstance(model, PuzzleConfig)
+        stack = Architecture.of(model).blocks
+        return [[self._sample(stack, batch_size) for _ in range(rounds)] for batch_size in batch_sizes]
+
+    def _sample(self, stack: tuple[BlockVariant, ...], batch_size: int) -> Sample:
+        if len(self.calls) == self._fail_after:
             raise KeyboardInterrupt
-        self.calls.append((tuple(blocks), batch_size))
-        prefill_ms = FIXED_MS + sum(
-            EMPTY_LAYER_MS + planted_ms(block.attention.name, batch_size) + planted_ms(block.ffn.name, batch_size)
-            for block in blocks
-        )
+        factor = self._slowdown(len(self.calls))
+        self.calls.append((stack, batch_size))
+        times = self.times(stack, batch_size)
+        return Sample(prefill_ms=factor * times.prefill_ms, decode_ms=factor * times.decode_ms)
+
+    def times(self, stack: Sequence[BlockVariant], batch_size: int) -> Sample:
+        subblocks_ms = sum(planted_ms(variant.name, batch_size) for block in stack for variant in block.subblocks)
+        prefill_ms = FIXED_MS + EMPTY_LAYER_MS * len(stack) + subblocks_ms
         return Sample(prefill_ms=prefill_ms, decode_ms=prefill_ms / 10)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], FakeEngine]:
+    """Lets the engine `torch` be another one."""
+
+    def put(engine: FakeEngine) -> FakeEngine:
+        monkeypatch.setitem(ENGINES, "torch", lambda scenario: engine)
+        return engine
+
+    return put
+
+
+def installed(*names: str) -> None:
+    """Skip without this engine; fail instead where PUZZLE_REQUIRE_ENGINES is set."""
+    try:
+        python_of(*names)
+    except PuzzleError as error:
+        (pytest.fail if os.environ.get("PUZZLE_REQUIRE_ENGINES") else pytest.skip)(str(error))
 
 
 @pytest.fixture(scope="session")
@@ -62,13 +95,13 @@ def run(pico_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def opened(pico_checkpoint: Path, folder: Path) -> Iterator[Run]:
+def opened(pico_checkpoint: Path, folder: Path, **cost: object) -> Iterator[Run]:
     recipe = Recipe.model_validate(
         {
             "parent": str(pico_checkpoint),
             "data": {"source": "unused.txt"},
             "scenario": {"batch_sizes": [2, 3], "prompt_tokens": 6, "generated_tokens": 5},
-            "cost": {"repeats": 3},
+            "cost": {"repeats": 3, **cost},
             "execution": {"device": "cpu", "threads": 1},
         }
     )

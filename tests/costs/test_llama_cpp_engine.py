@@ -1,4 +1,4 @@
-"""The engine `llama.cpp` beside a stand-in for its interpreter: what is asked, and errors."""
+"""The engine `llama.cpp`: what its process is asked, beside a stand-in, and errors; and the real one, if installed."""
 
 import json
 import sys
@@ -8,30 +8,32 @@ import pytest
 import torch
 from gguf import GGUFReader
 from tests.conftest import pico_puzzle
+from tests.costs.conftest import installed
 
 from puzzle.artefacts import Scenario
 from puzzle.costs import Sample
 from puzzle.costs.llama_cpp_engine import LlamaCppEngine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import save_checkpoint
-from puzzle.variants import BlockVariant
 
-# Called as `python llama_cpp_worker.py DESCRIPTOR`; notes requests, and keeps the files they name.
+SCENARIO = Scenario(engine="llama.cpp", device="cpu", dtype="bfloat16", prompt_tokens=16, generated_tokens=8)
+# Called as `python serve.py SCRIPT DESCRIPTOR`; notes requests, and keeps the files they name.
 STAND_IN = """#!{python}
 import json, os, shutil, sys
 if sys.argv[1] == "-c":
     print("1.2.3")
     sys.exit()
-answers = os.fdopen(int(sys.argv[2]), "w", buffering=1)
+answers = os.fdopen(int(sys.argv[3]), "w", buffering=1)
 for count, line in enumerate(sys.stdin):
     request = json.loads(line)
     shutil.copy(request["model"], {folder!r} + f"/{{count}}.gguf")
     with open({folder!r} + "/requests", "a") as file:
         file.write(line)
-    if request["batch_size"] == 13:
+    if 13 in request["batch_sizes"]:
         answers.write(json.dumps({{"error": "MemoryError: no\\nroom"}}) + "\\n")
     else:
-        answers.write(json.dumps({{"prefill_ms": 4.0, "decode_ms": 0.5}}) + "\\n")
+        samples = [[[4.0, 0.5 * size]] * request["rounds"] for size in request["batch_sizes"]]
+        answers.write(json.dumps({{"samples": samples}}) + "\\n")
 """
 
 
@@ -42,18 +44,18 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LlamaCppEngine:
     python.write_text(STAND_IN.format(python=sys.executable, folder=str(tmp_path)))
     python.chmod(0o755)
     monkeypatch.setenv("PUZZLE_ENGINES", str(tmp_path))
-    scenario = Scenario(engine="llama.cpp", device="cpu", dtype="bfloat16", prompt_tokens=16, generated_tokens=8)
-    return LlamaCppEngine(pico_puzzle("kv4+w48", "kv2+w48").config, scenario)
+    return LlamaCppEngine(SCENARIO)
 
 
-def test_a_stack_is_a_file_of_its_shapes_with_random_weights(engine: LlamaCppEngine, tmp_path: Path) -> None:
+def test_a_model_is_a_file_of_its_shapes_with_random_weights(engine: LlamaCppEngine, tmp_path: Path) -> None:
+    config = pico_puzzle("kv4+w48", "kv1+w16").config
     with engine.conditions():
-        assert engine.measure([BlockVariant.parse(name) for name in ("kv4+w48", "kv1+w16")], 3) == Sample(
-            prefill_ms=4.0, decode_ms=0.5
-        )
+        one, three = engine.measure(config, [1, 3], 2)
+    assert one == [Sample(prefill_ms=4.0, decode_ms=0.5)] * 2
+    assert three == [Sample(prefill_ms=4.0, decode_ms=1.5)] * 2
     assert engine.environment["engine"] == "llama.cpp (llama-cpp-python 1.2.3)"
     (request,) = map(json.loads, (tmp_path / "requests").read_text().splitlines())
-    assert (request["prompt_tokens"], request["generated_tokens"], request["batch_size"]) == (16, 8, 3)
+    assert (request["prompt_tokens"], request["generated_tokens"], request["batch_sizes"]) == (16, 8, [1, 3])
     assert (request["threads"], request["cache_type"]) == (torch.get_num_threads(), 30)
     assert not Path(request["model"]).exists()
     reader = GGUFReader(tmp_path / "0.gguf")
@@ -66,25 +68,37 @@ def test_a_stack_is_a_file_of_its_shapes_with_random_weights(engine: LlamaCppEng
 
 
 def test_a_checkpoint_is_timed_by_its_shapes(engine: LlamaCppEngine, tmp_path: Path) -> None:
-    save_checkpoint(pico_puzzle("none+w24", "kv1+linear"), tmp_path / "child", extra_files_from=tmp_path)
+    model = pico_puzzle("none+w24", "kv1+linear")
+    save_checkpoint(model, tmp_path / "child", extra_files_from=tmp_path)
     with engine.conditions():
-        engine.measure_checkpoint(tmp_path / "child", 1)
-        engine.measure([BlockVariant.parse(name) for name in ("none+w24", "kv1+linear")], 1)
+        engine.measure(tmp_path / "child", [1], 1)
+        engine.measure(model.config, [1], 1)
     assert (tmp_path / "0.gguf").read_bytes() == (tmp_path / "1.gguf").read_bytes()
 
 
 def test_what_llama_cpp_refuses_is_one_line(engine: LlamaCppEngine) -> None:
     with engine.conditions(), pytest.raises(PuzzleError, match=r"llama\.cpp cannot run this") as caught:
-        engine.measure([BlockVariant.parse("kv4+w48")], 13)
+        engine.measure(pico_puzzle("kv4+w48").config, [13], 1)
     assert "\n" not in str(caught.value)
 
 
 def test_a_variant_without_a_form_there_is_refused_by_name(engine: LlamaCppEngine) -> None:
-    with engine.conditions(), pytest.raises(PuzzleError, match=r"layer 1: attention gqa \(window\)"):
-        engine.measure([BlockVariant.parse("kv4+w48"), BlockVariant.parse("kv4win8+w48")], 1)
+    with engine.conditions(), pytest.raises(PuzzleError, match=r"layer 1: .*window"):
+        engine.measure(pico_puzzle("kv4+w48", "kv4win8+w48").config, [1], 1)
 
 
 def test_a_missing_engine_says_how_to_get_it(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUZZLE_ENGINES", "/nowhere")
     with pytest.raises(PuzzleError, match="`puzzle engines install llama-cpp` does it"), engine.conditions():
         pass
+
+
+def test_the_real_engine() -> None:
+    """Batch sizes in one go, mixed blocks, and on after a refusal."""
+    installed("llama-cpp")
+    engine = LlamaCppEngine(SCENARIO)
+    with engine.conditions():
+        for names in (["kv4+w48", "kv1+none", "linear+w16"], ["none+w48", "kv2+w48"]):
+            measured = engine.measure(pico_puzzle(*names).config, [1, 2], 3)
+            assert [len(samples) for samples in measured] == [3, 3]
+            assert all(sample.prefill_ms > 0 and sample.decode_ms > 0 for samples in measured for sample in samples)

@@ -30,7 +30,7 @@ def test_predicted_bytes_are_the_allocated_ones(
     model = pico_puzzle(*blocks, **overrides).to(dtype)
     cost = fixed_memory(model.config, dtype)
     for block in Architecture.of(model.config).blocks:
-        for variant in (block.attention, block.ffn):
+        for variant in block.subblocks:
             cost = cost + subblock_memory(variant, model.config, dtype, PROMPT + GENERATED)
 
     parameters = list(model.parameters())

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.roofline import RooflineEngine, _pairs, read_machine
+from puzzle.costs import Sample, read_machine
+from puzzle.costs.roofline import RooflineEngine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants import BlockVariant
+from puzzle.variants import Architecture
 
 CONFIG = PuzzleConfig(
     vocab_size=1000,
@@ -42,12 +41,18 @@ def machine(tmp_path: Path) -> str:
 
 
 def engine(machine: str, dtype: str = "bfloat16") -> RooflineEngine:
-    scenario = Scenario(engine="roofline", device=machine, dtype=dtype, prompt_tokens=512, generated_tokens=64)
-    return RooflineEngine(CONFIG, scenario)
+    return RooflineEngine(
+        Scenario(engine="roofline", device=machine, dtype=dtype, prompt_tokens=512, generated_tokens=64)
+    )
+
+
+def times(machine: str, *blocks: str, batch_size: int) -> Sample:
+    ((sample,),) = engine(machine).measure(Architecture.parse(blocks).configure(CONFIG), [batch_size], 1)
+    return sample
 
 
 def test_a_decode_step_moves_every_weight_and_the_cache_once(machine: str) -> None:
-    found = engine(machine).measure([BlockVariant.parse("kv4+w1024")], 1).decode_ms
+    found = times(machine, "kv4+w1024", batch_size=1).decode_ms
     attention = 2 * 256 * 256 + 2 * 256 * 128 + 256
     ffn = 3 * 256 * 1024 + 256
     cache = (512 + 32) * 2 * 4 * 32
@@ -56,28 +61,34 @@ def test_a_decode_step_moves_every_weight_and_the_cache_once(machine: str) -> No
     assert found == pytest.approx(1e3 * 2 * values / (0.5 * 100e9) + 3e-3)
 
 
+def test_a_window_bounds_the_cache_that_is_moved(machine: str) -> None:
+    full, window = (times(machine, block, batch_size=8).decode_ms for block in ("kv4+none", "kv4win100s4+none"))
+    assert full - window == pytest.approx(1e3 * 8 * 2 * (544 - 103) * 2 * 4 * 32 / (0.5 * 100e9))
+
+
 def test_a_prefill_of_a_large_batch_is_bound_by_operations(machine: str) -> None:
-    one, none = (engine(machine).measure([BlockVariant.parse(name)], 32) for name in ("none+w1024", "none+none"))
+    one, none = (times(machine, name, batch_size=32) for name in ("none+w1024", "none+none"))
     tokens = 32 * 512
     expected_ms = 1e3 * 2 * (3 * 256 * 1024 + 256) * tokens / (0.5 * 1e12)
     assert one.prefill_ms - none.prefill_ms == pytest.approx(expected_ms)
-    assert none.prefill_ms > 3e-3
+    ends_ms = 1e3 * 2 * (1000 * 256 + tokens * 256) / (0.5 * 100e9)  # embeddings and head move more than they compute
+    assert none.prefill_ms == pytest.approx(ends_ms + 3e-3)
+
+
+def test_attention_computes_half_of_all_pairs_in_a_prefill(machine: str) -> None:
+    one, none = (times(machine, name, batch_size=32) for name in ("kv4+none", "none+none"))
+    weights = 2 * (2 * 256 * 256 + 2 * 256 * 128 + 256) * 512
+    pairs = 4 * 256 * 512 * 513 / 2
+    assert one.prefill_ms - none.prefill_ms == pytest.approx(1e3 * 32 * (weights + pairs) / (0.5 * 1e12))
 
 
 def test_devices_share_the_work_and_pay_for_the_reduction(machine: str) -> None:
-    blocks = [BlockVariant.parse("none+w1024")] * 4
-    single, four = engine(machine).measure(blocks, 32), engine(f"4x{machine}").measure(blocks, 32)
+    blocks = ["none+w1024"] * 4
+    single, four = times(machine, *blocks, batch_size=32), times(f"4x{machine}", *blocks, batch_size=32)
     layers_ms = 4 * 3e-3
     moved = 32 * 512 * 256 * 2 * 2 * 3 / 4
     reduce_ms = 4 * (1e3 * moved / 10e9 + 5e-3)
     assert four.prefill_ms == pytest.approx((single.prefill_ms - layers_ms) / 4 + layers_ms + reduce_ms)
-
-
-@given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 80))
-def test_pairs_of_queries_and_keys(new: int, before: int, window: int) -> None:
-    context = new + before
-    expected = sum(min(position, window) for position in range(before + 1, context + 1))
-    assert _pairs(new, context, min(window, context)) == pytest.approx(expected)
 
 
 def test_known_machines_are_read() -> None:

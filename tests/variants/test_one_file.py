@@ -17,7 +17,7 @@ COMMON = {"linear", "none"}
 FAMILY = SOURCE / "modeling"
 """Holds the family's own attention and FFN, of which `gqa` and `gated` are sizes."""
 PENDING = {
-    "baseline.py", "costs/roofline.py", "costs/slopes.py", "export/capability.py", "export/deci.py", "export/rows.py",
+    "baseline.py", "export/capability.py", "export/deci.py", "export/rows.py",
     "export/stock.py", "library/elastic.py", "library/groups.py", "library/statistics.py",
     "report/choice.py", "report/evidence.py", "variants/__init__.py",
 }  # fmt: skip

@@ -100,9 +100,6 @@ class CostRow:
     kv_bytes_per_sequence: int
     prefill_ms: float
     decode_ms: float
-    prefill_ms_spread: float = 0.0
-    """Half the distance between the quartiles of the repeated measurements."""
-    decode_ms_spread: float = 0.0
 
     @property
     def cost(self) -> Cost:

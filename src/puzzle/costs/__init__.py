@@ -1,28 +1,27 @@
 """Costs of blocks and of whole models: the memory model, the engines' times, and the table made of both."""
 
-from puzzle.costs.compare import sample_architectures, time_architectures, time_checkpoints
-from puzzle.costs.engine import Engine, Sample, Times, doubt, summarise
+from puzzle.costs.engine import Engine, Model, Sample
 from puzzle.costs.fit import Timed, fitted
-from puzzle.costs.memory import fixed_memory, subblock_memory
 from puzzle.costs.roofline import Machine, read_machine
-from puzzle.costs.stage import ENGINES, measure_costs, scenario_of
+from puzzle.costs.stage import measure_costs, scenario_of
+from puzzle.costs.table import fixed_memory, subblock_memory
+from puzzle.costs.timing import ENGINES, ratio_standard_error, relative_standard_error, summarise, time_models
 
 __all__ = [
     "ENGINES",
     "Engine",
     "Machine",
+    "Model",
     "Sample",
     "Timed",
-    "Times",
-    "doubt",
     "fitted",
     "fixed_memory",
     "measure_costs",
+    "ratio_standard_error",
     "read_machine",
-    "sample_architectures",
+    "relative_standard_error",
     "scenario_of",
     "subblock_memory",
     "summarise",
-    "time_architectures",
-    "time_checkpoints",
+    "time_models",
 ]

@@ -12,39 +12,36 @@ from contextlib import contextmanager
 
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # from malloc.h
-_KEEP = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
-# Once set, the thresholds no longer move by themselves; these are where glibc's own end up with large tensors.
-_GIVE_BACK = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 64 * 2**20, _M_MMAP_THRESHOLD: 32 * 2**20}
+from puzzle.device import is_gpu
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # from malloc.h
 KEPT_FROM_START = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 """Environment variables that say the same to a process that is to be started."""
-KEPT = "glibc, freed memory kept"
-"""What an engine's `environment` calls it."""
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Let the process keep what it frees until the end of the block; no effect without glibc."""
-    if not _is_glibc():
-        yield
-        return
-    _set(_KEEP)
-    try:
-        yield
-    finally:
-        _set(_GIVE_BACK)
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def keeps_memory(device: torch.device) -> bool:
-    """Whether there is anything to say: of a GPU's memory an allocator of torch's own keeps what is freed."""
-    return device.type == "cpu" and _is_glibc()
+    """Whether glibc must be told: on a GPU, torch's own allocator keeps what is freed."""
+    return not is_gpu(device) and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
-def _is_glibc() -> bool:
-    return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+def allocator_name(device: torch.device) -> str:
+    """What an engine's `environment` calls it."""
+    return "glibc, freed memory kept" if keeps_memory(device) else "as it comes"
 
 
-def _set(options: dict[int, int]) -> None:
-    for option, value in options.items():
-        ctypes.CDLL(None).mallopt(option, value)
+@contextmanager
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """Let the process keep what it frees on this device until the end of the block."""
+    if not keeps_memory(device):
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        # Once set, the thresholds no longer move by themselves; these are where glibc's own end up with large tensors.
+        for option, value in ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 64 * 2**20), (_MMAP_THRESHOLD, 32 * 2**20)):
+            libc.mallopt(option, value)
+        libc.malloc_trim(ctypes.c_size_t(0))

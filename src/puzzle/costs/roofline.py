@@ -2,30 +2,29 @@
 
 A subblock takes the longer of two times: its operations at the machine's peak rate, and the bytes it must move
 at its bandwidth, each peak times the share that good engines reach. Under tensor parallelism each subblock ends in an
-all-reduce (Pope et al. 2023, section 3). Caches, launches within a subblock and imperfect overlap are not modelled.
-
-Symbols: B batch, P prompt tokens, G generated tokens, D hidden size, V vocabulary, N devices.
+all-reduce over the N of them (Pope et al. 2023, section 3). Caches, launches within a subblock and imperfect overlap
+are not modelled.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.engine import Sample
+from puzzle.costs.engine import Model, Sample
 from puzzle.errors import PuzzleError, one_line
 from puzzle.explain import explain
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
-from puzzle.variants import BlockVariant, GroupedQuery, Variant, num_params
+from puzzle.variants import Architecture, Variant
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -47,22 +46,13 @@ class Machine(BaseModel):
     layer_us: Annotated[float, Field(ge=0)] = 2.0
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one step asks of the machine."""
-
-    operations: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations, self.bytes + other.bytes)
-
-
 class RooflineEngine:
     """Stacks of the parent's shapes on the machine that `scenario.device` names, such as `h100-sxm` or `8xh100-sxm`."""
 
-    def __init__(self, config: PuzzleConfig, scenario: Scenario) -> None:
-        self._config, self._scenario = config, scenario
+    slow_start: ClassVar[bool] = False
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
         self._machine, self._devices = read_machine(scenario.device)
         if scenario.dtype not in self._machine.peak_tflops:
             known = ", ".join(self._machine.peak_tflops)
@@ -77,70 +67,43 @@ class RooflineEngine:
     def conditions(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
-        """Calculate a prefill, and a decode step in the middle of the answer."""
-        prompt, generated = self._scenario.prompt_tokens, self._scenario.generated_tokens
-        return Sample(
-            prefill_ms=self._step_ms(blocks, batch_size, new=prompt, context=prompt),
-            decode_ms=self._step_ms(blocks, batch_size, new=1, context=prompt + generated // 2),
-        )
+    def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+        """Calculate a prefill, and a decode step in the middle of the answer, from a model's shapes."""
+        config = model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
+        prompt, middle = self._scenario.prompt_tokens, self._scenario.generated_tokens // 2
 
-    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
-        """Calculate a model's times from its shapes."""
-        model = open_parent(str(checkpoint))
-        return RooflineEngine(model.config, self._scenario).measure(model.architecture.blocks, batch_size)
+        def sample(batch_size: int) -> Sample:
+            return Sample(
+                prefill_ms=self._step_ms(config, batch_size, new=prompt, context=prompt),
+                decode_ms=self._step_ms(config, batch_size, new=1, context=prompt + middle),
+            )
 
-    def _step_ms(self, blocks: Sequence[BlockVariant], batch_size: int, new: int, context: int) -> float:
+        return [[sample(batch_size)] * rounds for batch_size in batch_sizes]
+
+    def _step_ms(self, config: PuzzleConfig, batch_size: int, new: int, context: int) -> float:
         """One step of `new` tokens a sequence, after which the cache holds `context`."""
-        subblocks = [
-            subblock for block in blocks for subblock in (block.attention, block.ffn) if subblock.kind != "none"
-        ]
-        seconds = [self._seconds(self._work(subblock, batch_size, new, context)) for subblock in subblocks]
-        reduces = len(subblocks) * self._all_reduce_s(batch_size * new)
-        outer = self._seconds(self._outer_work(batch_size, new))
-        return 1e3 * (sum(seconds) + reduces + outer + 1e-6 * self._machine.layer_us * len(blocks))
+        size, blocks = self._dtype.itemsize, Architecture.of(config).blocks
+        counts = Counter(variant for block in blocks for variant in block.subblocks if not variant.absent)
+        tokens, hidden, head = batch_size * new, config.hidden_size, config.vocab_size * config.hidden_size
 
-    def _seconds(self, work: Work) -> float:
+        def subblock_s(variant: Variant) -> float:
+            """Weights are read once for all tokens; each sequence reads its cache whole and adds what is new."""
+            cache = variant.kv_bytes(config, context, self._dtype) + new * variant.kv_bytes(config, 1, self._dtype)
+            moved = variant.weight_bytes(config, self._dtype) + batch_size * cache + 2 * tokens * hidden * size
+            return self._seconds(batch_size * variant.operations(config, new, context), moved)
+
+        seconds = sum(count * subblock_s(variant) for variant, count in counts.items())
+        seconds += self._seconds(2.0 * head * batch_size, size * (head + tokens * hidden))  # embeddings and head
+        if self._devices > 1:  # a ring moves 2 (N - 1) / N of each subblock's output over each link
+            moved = tokens * hidden * size * 2 * (self._devices - 1) / self._devices
+            seconds += counts.total() * (moved / (1e9 * self._machine.link_gb_s) + 1e-6 * self._machine.link_us)
+        return 1e3 * (seconds + 1e-6 * self._machine.layer_us * len(blocks))
+
+    def _seconds(self, operations: float, moved_bytes: float) -> float:
         machine = self._machine
-        operations = 1e12 * machine.peak_tflops[self._scenario.dtype] * machine.compute_share * self._devices
+        rate = 1e12 * machine.peak_tflops[self._scenario.dtype] * machine.compute_share * self._devices
         bandwidth = 1e9 * machine.memory_gb_s * machine.bandwidth_share * self._devices
-        return max(work.operations / operations, work.bytes / bandwidth)
-
-    def _work(self, variant: Variant, batch_size: int, new: int, context: int) -> Work:
-        """Of one subblock: its matrices once for all tokens, and for attention every query with the keys it sees."""
-        size, tokens = self._dtype.itemsize, batch_size * new
-        params = num_params(variant, self._config)
-        hidden = self._config.hidden_size
-        work = Work(2.0 * params * tokens, float(size * (params + 2 * tokens * hidden)))
-        if not isinstance(variant, GroupedQuery):
-            return work
-        cached = batch_size * variant.kv_values(self._config, context)
-        per_token = variant.kv_values(self._config, 1)
-        seen = cached / batch_size / per_token  # keys that the last query sees
-        pairs = batch_size * _pairs(new, context, seen)
-        assert self._config.head_dim is not None
-        width = self._config.num_attention_heads * self._config.head_dim
-        return work + Work(4.0 * pairs * width, float(size * (cached + tokens * per_token)))
-
-    def _outer_work(self, batch_size: int, new: int) -> Work:
-        """Embeddings of all new tokens, and the head for the last of each sequence."""
-        config, size = self._config, self._dtype.itemsize
-        head = config.vocab_size * config.hidden_size
-        return Work(2.0 * head * batch_size, float(size * (head + batch_size * new * config.hidden_size)))
-
-    def _all_reduce_s(self, tokens: int) -> float:
-        """Of one subblock's output over the devices: a ring moves 2 (N - 1) / N of it over each link."""
-        if self._devices == 1:
-            return 0.0
-        moved = tokens * self._config.hidden_size * self._dtype.itemsize * 2 * (self._devices - 1) / self._devices
-        return moved / (1e9 * self._machine.link_gb_s) + 1e-6 * self._machine.link_us
-
-
-def _pairs(new: int, context: int, window: float) -> float:
-    """Of one sequence: over its `new` last tokens, the sum of keys each sees, at most `window`; causal."""
-    first = context - new + 1
-    growing = max(0.0, min(context, window) - first + 1)
-    return growing * (first + first + growing - 1) / 2 + (new - growing) * window
+        return max(operations / rate, moved_bytes / bandwidth)
 
 
 def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine, int]:

@@ -1,37 +1,28 @@
 """The stage `costs`: every variant of every layer in the recipe's scenario, measured on the engine."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from puzzle.artefacts import CostRow, CostTable, Scenario
-from puzzle.costs.engine import Engine, Sample, spread, summarise, typical
-from puzzle.costs.journal import Journal, Key
-from puzzle.costs.kept import KeptMeasurements, model_shapes
-from puzzle.costs.llama_cpp_engine import LlamaCppEngine
-from puzzle.costs.roofline import RooflineEngine
+from puzzle.costs.engine import Engine, Sample
+from puzzle.costs.kept import KeptMeasurements, kept_folder, model_shapes
 from puzzle.costs.slopes import PADS, Plan
 from puzzle.costs.table import cost_rows, part_times
-from puzzle.costs.torch_engine import TorchEngine
-from puzzle.costs.vllm_engine import VLLMEngine
+from puzzle.costs.timing import ENGINES, MOST, Samples, Task, measure_in_turns, relative_standard_error, typical
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
-from puzzle.runs import Run, digest, progress, read_parsed, write_text
-from puzzle.variants import Space
+from puzzle.runs import Run, read_parsed, write_text
+from puzzle.stages import COST
+from puzzle.variants import Architecture, Space
 
-ENGINES: dict[str, Callable[[PuzzleConfig, Scenario], Engine]] = {
-    "torch": TorchEngine,
-    "vllm": VLLMEngine,
-    "llama.cpp": LlamaCppEngine,
-    "roofline": RooflineEngine,
-}
-
-_BUSY = 0.05
-"""Relative spread of a typical stack's times from which on the machine counts as busy; an idle one has 1 to 3 %. Kept
-measurements may be off by as much."""
+_PRECISION = 0.03
+"""Stacks are measured again while the relative standard error of their request time is larger."""
+_OFF = 0.05
+"""Kept measurements are not used where the pads' request time differs by more, and by more than two standard errors."""
 
 
 def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSettings | None = None) -> CostTable:
@@ -45,33 +36,31 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     run.apply_threads()
     settings = settings or run.recipe.scenario
     scenario = scenario_of(settings, run.device)
-    engine = ENGINES[settings.engine](parent.config, scenario)
+    engine = ENGINES[settings.engine](scenario)
     environment = dict(engine.environment)
-    stage = run.stage(
-        "cost",
-        version=3,
-        settings={
-            "scenario": settings.model_dump(mode="json"),
-            "cost": run.recipe.cost.model_dump(mode="json"),
-            "device": scenario.device,
-            "environment": environment,
-        },
-        inputs=[model_shapes(parent.config), _names(space)],
+    stage = run.open(
+        COST,
+        shapes=model_shapes(parent.config),
+        space=[[[v.name for v in layer.attention], [v.name for v in layer.ffn]] for layer in space.layers],
+        scenario=[str(scenario), settings.batch_sizes],
+        environment=environment,
     )
     file = stage.path / "costs.json"
     if stage.done:
         return read_parsed(file, CostTable.from_json)
     plan, batch_sizes = Plan.of(space, parent.config), tuple(dict.fromkeys(settings.batch_sizes))
-    journal = Journal(stage.path / "measurements.jsonl")
-    kept = KeptMeasurements(parent.config, scenario, environment)
-    rows: list[CostRow] = []
+    folder = kept_folder(stage.path / "measurements", shared=run.recipe.cost.reuse)
+    kept = KeptMeasurements(folder, scenario, environment)
+    stacks = {name: Architecture(stack).configure(parent.config) for name, stack in plan.stacks.items()}
     with engine.conditions():
-        for batch_size in batch_sizes:
-            measured = _Measuring(run, engine, plan, batch_size, journal, kept).rounds(run.recipe.cost.repeats)
-            rows += cost_rows(parent.config, space, scenario, batch_size, part_times(plan, measured))
+        samples = _Stacks(run, engine, stacks, batch_sizes, kept, scenario).samples()
+    rows: list[CostRow] = []
+    for batch_size in batch_sizes:
+        times = part_times(plan, {name: samples[name, batch_size] for name in stacks})
+        rows += cost_rows(parent.config, space, scenario, batch_size, times)
     table = CostTable(scenario=scenario, batch_sizes=batch_sizes, rows=tuple(rows), environment=environment)
     write_text(file, table.to_json())
-    stage.commit(measurements=len(journal.samples))
+    stage.commit(measurements=sum(map(len, samples.values())))
     return table
 
 
@@ -88,85 +77,76 @@ def scenario_of(settings: ScenarioSettings, device: torch.device) -> Scenario:
 
 
 @dataclass(frozen=True)
-class _Measuring:
-    """The stacks of a plan at one batch size."""
+class _Stacks:
+    """The stacks of a plan at all batch sizes: kept measurements where there are, the others measured in turns."""
 
     run: Run
     engine: Engine
-    plan: Plan
-    batch_size: int
-    journal: Journal
+    stacks: Mapping[str, PuzzleConfig]
+    batch_sizes: Sequence[int]
     kept: KeptMeasurements
+    scenario: Scenario
 
-    def rounds(self, count: int) -> list[dict[str, Sample]]:
-        """For each round, the samples by the name of the stack: kept ones, and measured ones where there are none.
+    def samples(self) -> Samples:
+        """At least `cost.repeats` rounds of every stack, up to `MOST` times as many where times scatter."""
+        rounds = self.run.recipe.cost.repeats
+        samples: Samples = {(name, batch_size): [] for name in self.stacks for batch_size in self.batch_sizes}
+        for batch_size in self.batch_sizes:
+            self._use_kept(samples, batch_size, rounds)
 
-        Measured twice as often where times scatter; what then still does is said, and not kept for later runs.
-        """
-        used = self._use_kept(count)
-        measured = self._measure(count)
-        if len(used) == len(self.plan.stacks) - 1:
-            return measured
-        if _scatter(measured) > _BUSY:
-            count *= 2
-            used, measured = set(), self._measure(count)
-        if (scatter := _scatter(measured)) > _BUSY:
+        def wanted() -> list[Task]:
+            least = min(map(len, samples.values()))
+            if least < rounds:
+                return [task for task, each in samples.items() if len(each) == least]
+            return [task for task, each in samples.items() if len(each) < MOST * rounds and error(each) > _PRECISION]
+
+        def error(each: Sequence[Sample]) -> float:
+            return relative_standard_error(self._requests_ms(each))
+
+        def keep(task: Task) -> None:
+            name, batch_size = task
+            if name != PADS:
+                pads_ms = typical(self._requests_ms(samples[PADS, batch_size]))
+                self.kept.put(self.stacks[name], batch_size, samples[task], pads_ms)
+
+        measure_in_turns(self.engine, self.stacks, samples, wanted, rounds, "costs", keep)
+        scatter = statistics.median(map(error, samples.values()))
+        if scatter > _PRECISION:
             self.run.log_warning(
-                f"costs: prefill times at batch {self.batch_size} scatter by {scatter:.0%} over {count} rounds; "
-                "close other programs or raise cost.repeats if predictions are to be exact"
+                f"costs: times scatter, the typical stack's is known to {2 * scatter:.0%} only; close other programs, "
+                "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
             )
-            return measured
-        for name in self.plan.stacks.keys() - used:
-            self.kept.put(self.plan.stacks[name], self.batch_size, [samples[name] for samples in measured])
-        return measured
+        return samples
 
-    def _use_kept(self, count: int) -> set[str]:
-        """Put kept measurements into the journal, unless the pads take another time by now; names of their stacks."""
-        earlier = {name: self.kept.get(stack, self.batch_size)[:count] for name, stack in self.plan.stacks.items()}
-        usable = {name for name, samples in earlier.items() if len(samples) == count and name != PADS}
-        if not usable or len(earlier[PADS]) < count:
-            return set()
-        now = [samples[PADS] for samples in self._measure(count, [PADS])]
-        if _differ(now, earlier[PADS]):
-            self.run.log(f"costs: kept measurements at batch {self.batch_size} are off by now; measuring anew")
-            return set()
-        for name in usable:
-            for index, sample in enumerate(earlier[name]):
-                key = self._key(name, index)
-                if key not in self.journal.samples:
-                    self.journal.add(key, sample)
-        shown = f"{len(usable)} of {len(self.plan.stacks)} measurements at batch {self.batch_size}"
-        self.run.log(f"costs: {shown} are those of an earlier run, kept in {self.kept.folder}")
-        return usable
+    def _use_kept(self, samples: Samples, batch_size: int, rounds: int) -> None:
+        """Take kept samples into `samples` if the pads, which are always measured, take as long as they did then."""
+        found = {name: self.kept.get(stack, batch_size) for name, stack in self.stacks.items()}
+        kept = {name: each for name, each in found.items() if each is not None}
+        if not kept:
+            return
+        pads = samples[PADS, batch_size]
 
-    def _measure(self, count: int, names: Sequence[str] | None = None) -> list[dict[str, Sample]]:
-        """Rounds over all stacks, so that what slows the machine for a while slows all of them."""
-        names = list(self.plan.stacks) if names is None else names
-        keys = [self._key(name, index) for index in range(count) for name in names]
-        missing = [key for key in keys if key not in self.journal.samples]
-        if missing:
-            with progress(f"costs at batch {self.batch_size}", len(keys), len(keys) - len(missing)) as bar:
-                for key in missing:
-                    self.journal.add(key, self.engine.measure(self.plan.stacks[key.stack], self.batch_size))
-                    bar.advance()
-        return [{name: self.journal.samples[self._key(name, index)] for name in names} for index in range(count)]
+        def wanted() -> list[Task]:
+            return [(PADS, batch_size)] if len(pads) < rounds else []
 
-    def _key(self, stack: str, index: int) -> Key:
-        return Key(stack=stack, batch_size=self.batch_size, round=index)
+        measure_in_turns(self.engine, self.stacks, samples, wanted, rounds, "costs of the pads")
+        pads_ms, error = typical(self._requests_ms(pads)), relative_standard_error(self._requests_ms(pads))
+        changes = {name: pads_ms / each.pads_ms - 1 for name, each in kept.items()}
+        used = [name for name, change in changes.items() if abs(change) <= max(_OFF, 2 * error)]
+        for name in used:
+            samples[name, batch_size] += kept[name].samples
+        lines = []
+        if used:
+            dates, load = sorted(kept[name].measured for name in used), max(kept[name].load for name in used)
+            change = max((changes[name] for name in used), key=abs)
+            lines.append(
+                f"{len(used)} of {len(self.stacks) - 1} stacks as measured from {dates[0]} to {dates[-1]} "
+                f"(load up to {load:g}; {self.kept.folder}), the pads take {change:+.1%} now"
+            )
+        if len(used) < len(kept):
+            change = max(changes.values(), key=abs)
+            lines.append(f"{len(kept) - len(used)} stacks measured anew, the pads take {change:+.1%} now")
+        self.run.log(f"costs at batch {batch_size}: {'; '.join(lines)}")
 
-
-def _scatter(rounds: Sequence[Mapping[str, Sample]]) -> float:
-    """Relative spread of the prefill times of the typical stack."""
-    by_stack = [[samples[stack].prefill_ms for samples in rounds] for stack in rounds[0]]
-    return statistics.median(spread(times_ms) / typical(times_ms) for times_ms in by_stack)
-
-
-def _differ(now: Sequence[Sample], earlier: Sequence[Sample]) -> bool:
-    """Whether a stack takes clearly more or less time than it did."""
-    before, after = summarise(earlier), summarise(now)
-    ratios = (after.prefill_ms / before.prefill_ms, after.decode_ms / before.decode_ms)
-    return any(abs(ratio - 1) > _BUSY for ratio in ratios)
-
-
-def _names(space: Space) -> str:
-    return digest([[[v.name for v in layer.attention], [v.name for v in layer.ffn]] for layer in space.layers])
+    def _requests_ms(self, samples: Sequence[Sample]) -> list[float]:
+        return [sample.request_ms(self.scenario.generated_tokens) for sample in samples]

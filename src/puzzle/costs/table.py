@@ -1,70 +1,68 @@
-"""From samples and shapes to the rows of a cost table."""
+"""The rows of a cost table: exact sizes from the modules' real shapes (law 10), times from samples of stacks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 import torch
 
-from puzzle.artefacts import CostRow, Scenario
+from puzzle.artefacts import Cost, CostRow, Scenario
 from puzzle.artefacts.costs import Part
-from puzzle.costs.engine import Sample, Times, spread, typical
-from puzzle.costs.memory import fixed_memory, subblock_memory
-from puzzle.costs.slopes import FIXED, PartName, Plan, StackTimes, part_name
-from puzzle.modeling import PuzzleConfig
-from puzzle.variants import Space
+from puzzle.costs.engine import Sample
+from puzzle.costs.slopes import FIXED, PartName, Plan, part_name
+from puzzle.costs.timing import summarise
+from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.variants import Space, Variant
+
+
+def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int) -> Cost:
+    """Parameters, weight bytes and KV bytes of one subblock, its norm and biases included.
+
+    Args:
+        dtype: in which weights and KV cache are held.
+        tokens: of one sequence at full length, prompt and generated.
+    """
+    return Cost(
+        params=variant.num_params(config),
+        weight_bytes=variant.weight_bytes(config, dtype),
+        kv_bytes_per_sequence=variant.kv_bytes(config, tokens, dtype),
+    )
+
+
+def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
+    """What every child has: embeddings, final norm and head, a tied head counted once."""
+    parameters = empty_model(config).named_parameters()
+    params = sum(parameter.numel() for name, parameter in parameters if not name.startswith("model.layers."))
+    return Cost(params=params, weight_bytes=params * dtype.itemsize)
+
+
+def part_times(plan: Plan, samples: Mapping[str, Sequence[Sample]]) -> dict[PartName, Sample]:
+    """What every part adds to a model's times; at least 0, where noise says otherwise.
+
+    Args:
+        samples: by the name of the stack, one a round.
+    """
+    stacks = {name: summarise(rounds) for name, rounds in samples.items()}
+    prefill_ms = plan.costs({name: times.prefill_ms for name, times in stacks.items()})
+    decode_ms = plan.costs({name: times.decode_ms for name, times in stacks.items()})
+    return {
+        part: Sample(prefill_ms=max(prefill_ms[part], 0.0), decode_ms=max(decode_ms[part], 0.0)) for part in prefill_ms
+    }
 
 
 def cost_rows(
-    config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, times: Mapping[PartName, Times]
+    config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, times: Mapping[PartName, Sample]
 ) -> Iterator[CostRow]:
     """The rows at one batch size: what is fixed, then every variant of every layer."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
-    parts: list[tuple[int, Part, str, PartName]] = [(-1, "fixed", "", FIXED)]
-    sizes = {FIXED: fixed_memory(config, dtype)}
+
+    def row(layer: int, part: Part, variant: str, size: Cost, timed_as: PartName) -> CostRow:
+        cost = size + Cost(prefill_ms=times[timed_as].prefill_ms, decode_ms=times[timed_as].decode_ms)
+        return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **vars(cost))
+
+    yield row(-1, "fixed", "", fixed_memory(config, dtype), FIXED)
+    alternatives = {variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)}
+    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in alternatives}
     for index, layer in enumerate(space.layers):
         for variant in (*layer.attention, *layer.ffn):
-            name = part_name(variant)
             last = variant.subblock == "ffn" and index == len(space.layers) - 1
-            parts.append((index, variant.subblock, variant.name, ("last ffn", variant.name) if last else name))
-            sizes[name] = sizes.get(name) or subblock_memory(variant, config, dtype, tokens)
-    for index, part, variant_name, timed_as in parts:
-        size = sizes[part, variant_name]
-        yield CostRow(
-            layer=index,
-            part=part,
-            variant=variant_name,
-            batch_size=batch_size,
-            params=size.params,
-            weight_bytes=size.weight_bytes,
-            kv_bytes_per_sequence=size.kv_bytes_per_sequence,
-            **asdict(times[timed_as]),
-        )
-
-
-def part_times(plan: Plan, rounds: Sequence[Mapping[str, Sample]]) -> dict[PartName, Times]:
-    """Times of every part, and their spreads over the rounds.
-
-    Args:
-        rounds: for each round the samples by the name of the stack.
-    """
-    prefill = _costs(plan, [{stack: sample.prefill_ms for stack, sample in samples.items()} for samples in rounds])
-    decode = _costs(plan, [{stack: sample.decode_ms for stack, sample in samples.items()} for samples in rounds])
-    return {
-        part: Times(
-            prefill_ms=prefill[part][0],
-            decode_ms=decode[part][0],
-            prefill_ms_spread=prefill[part][1],
-            decode_ms_spread=decode[part][1],
-        )
-        for part in prefill
-    }
-
-
-def _costs(plan: Plan, rounds: Sequence[StackTimes]) -> dict[PartName, tuple[float, float]]:
-    """Cost and spread of every part, in ms."""
-    stack_ms = {stack: typical([times[stack] for times in rounds]) for stack in rounds[0]}
-    by_round = [plan.costs(times) for times in rounds]
-    return {
-        part: (max(cost_ms, 0.0), spread([costs[part] for costs in by_round]))
-        for part, cost_ms in plan.costs(stack_ms).items()
-    }
+            timed_as: PartName = ("last ffn", variant.name) if last else part_name(variant)
+            yield row(index, variant.subblock, variant.name, sizes[variant], timed_as)

@@ -4,23 +4,22 @@ Shapes: B batch, T tokens.
 """
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.allocator import KEPT, freed_memory_kept, keeps_memory
-from puzzle.costs.engine import Sample, clock, processor_name
+from puzzle.costs.allocator import allocator_name, freed_memory_kept
+from puzzle.costs.engine import Model, Sample
+from puzzle.device import device_name, is_gpu, times_ms
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents import open_parent
-from puzzle.variants import Architecture, BlockVariant
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
@@ -30,46 +29,48 @@ _ALIGNMENT = 64
 
 
 class TorchEngine:
-    """Stacks of blocks with random weights, of the parent's own shapes."""
+    """Shapes with random weights, and checkpoints with their own."""
 
-    def __init__(self, config: PuzzleConfig, scenario: Scenario) -> None:
-        self._config, self._scenario = config, scenario
+    slow_start: ClassVar[bool] = False
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
         self._device, self._dtype = torch.device(scenario.device), getattr(torch, scenario.dtype)
         self._pool = torch.empty(0, dtype=self._dtype, device=self._device)
-        self._warm: set[tuple[tuple[BlockVariant, ...], int]] = set()
         self._loaded: dict[Path, PuzzleForCausalLM] = {}
+        self._warm: set[object] = set()
 
     @property
     def environment(self) -> Mapping[str, str]:
         return {
             "engine": f"torch {torch.__version__}, transformers {transformers.__version__}",
-            "device": _device_name(self._device),
+            "device": device_name(self._device),
             "threads": str(torch.get_num_threads()),
-            "allocator": KEPT if keeps_memory(self._device) else "as it comes",
+            "allocator": allocator_name(self._device),
         }
 
     def conditions(self) -> AbstractContextManager[None]:
-        return _conditions(self._device)
+        return freed_memory_kept(self._device)
 
-    def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
-        """Time these blocks once; before the first, an uncounted run starts threads and heap (a GPU: per shape)."""
-        model = self._build(blocks)
-        shape = () if self._device.type == "cpu" else tuple(blocks)
-        if (shape, batch_size) not in self._warm:
-            time_model(model, self._scenario, batch_size)
-            self._warm.add((shape, batch_size))
-        return time_model(model, self._scenario, batch_size)
+    def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+        """Time a model; an uncounted run before the first starts threads and heap (on a GPU: for each shape)."""
+        if isinstance(model, PuzzleConfig):
+            runnable, shape = self.build(model), str(model.blocks) if is_gpu(self._device) else ""
+        else:
+            if model not in self._loaded:  # they stay for the next round
+                self._loaded[model] = open_parent(str(model)).load(dtype=self._dtype, device=self._device)
+            runnable, shape = self._loaded[model], str(model)
+        measured = []
+        for batch_size in batch_sizes:
+            if (shape, batch_size) not in self._warm:
+                time_model(runnable, self._scenario, batch_size)
+                self._warm.add((shape, batch_size))
+            measured.append([time_model(runnable, self._scenario, batch_size) for _ in range(rounds)])
+        return measured
 
-    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
-        """Time a whole model; it stays loaded for the next round."""
-        if checkpoint not in self._loaded:
-            self._loaded[checkpoint] = open_parent(str(checkpoint)).load(dtype=self._dtype, device=self._device)
-            time_model(self._loaded[checkpoint], self._scenario, batch_size)
-        return time_model(self._loaded[checkpoint], self._scenario, batch_size)
-
-    def _build(self, blocks: Sequence[BlockVariant]) -> PuzzleForCausalLM:
-        """The stack with weights out of the pool, so that a new stack costs neither memory nor time."""
-        model = empty_model(Architecture(tuple(blocks)).configure(self._config))
+    def build(self, config: PuzzleConfig) -> PuzzleForCausalLM:
+        """A model with random weights out of a pool, so that the next one costs neither memory nor time."""
+        model = empty_model(config)
         parameters = dict(model.named_parameters())
         sizes = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters.values()]
         if sum(sizes) > len(self._pool):
@@ -83,40 +84,31 @@ class TorchEngine:
         return finish(model, self._device)
 
 
+@torch.no_grad()
 def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) -> Sample:
     """One prefill, then decode steps around the middle of the answer; a `PuzzleError` if memory does not suffice."""
+    cache, device = DynamicCache(config=model.config), model.device
+    count = batch_size * scenario.prompt_tokens
+    tokens_BT = (torch.arange(count, device=device) % model.config.vocab_size).view(batch_size, -1)
+
+    def step() -> None:
+        """Let the model read `tokens_BT`, and put the next token of every sequence into its place."""
+        nonlocal tokens_BT
+        output = model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        tokens_BT = output.logits.argmax(-1)
+
     try:
-        return _time_model(model, scenario, batch_size)
+        (prefill_ms,) = times_ms(device, step, 1)
+        _extend(cache, max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS))
+        steps_ms = times_ms(device, step, WARM_UP_STEPS + DECODE_STEPS)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise PuzzleError(
             f"scenario.batch_sizes: {batch_size} x {scenario.total_tokens} tokens do not fit into the memory of "
-            f"{_device_name(model.device)}; use smaller batch sizes or shorter texts"
+            f"{device_name(device)}; use smaller batch sizes or shorter texts"
         ) from None
-
-
-@torch.no_grad()
-def _time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) -> Sample:
-    cache, device = DynamicCache(config=model.config), model.device
-    count = batch_size * scenario.prompt_tokens
-    prompt_BT = (torch.arange(count, device=device) % model.config.vocab_size).view(batch_size, -1)
-    start = _now(device)
-    token_B1 = _step(model, prompt_BT, cache)
-    prefill_ms = 1e3 * (_now(device) - start)
-    _extend(cache, max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS))
-    steps_ms = []
-    for _ in range(WARM_UP_STEPS + DECODE_STEPS):
-        start = _now(device)
-        token_B1 = _step(model, token_B1, cache)
-        steps_ms.append(1e3 * (_now(device) - start))
     return Sample(prefill_ms=prefill_ms, decode_ms=statistics.median(steps_ms[WARM_UP_STEPS:]))
-
-
-def _step(model: PuzzleForCausalLM, tokens_BT: Tensor, cache: DynamicCache) -> Tensor:
-    """The next token of every sequence, [B, 1]."""
-    output = model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return output.logits.argmax(-1)
 
 
 def _extend(cache: DynamicCache, tokens: int) -> None:
@@ -126,19 +118,3 @@ def _extend(cache: DynamicCache, tokens: int) -> None:
     """
     for layer in cache.layers:
         layer.update(*(past[:, :, -1:].expand(-1, -1, tokens, -1) for past in (layer.keys, layer.values)))
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when all work given to the device is done; `generate` waits for every token as well."""
-    if device.type == "cpu":
-        return clock(torch.get_num_threads())()
-    torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def _conditions(device: torch.device) -> AbstractContextManager[None]:
-    return freed_memory_kept() if keeps_memory(device) else nullcontext()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

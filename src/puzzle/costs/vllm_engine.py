@@ -1,102 +1,84 @@
 """The engine `vllm`: the unmodified server's engine, in an environment of its own, at the deployed batch.
 
-A stack is a checkpoint without weights: vLLM's Transformers backend runs the model's own code and fills it with dummy
-numbers. Every measurement starts the engine anew, which takes seconds and is not counted.
+Shapes are a checkpoint without weights: vLLM's Transformers backend runs the model's own code and fills it with dummy
+numbers. Starting the engine takes seconds to minutes: once for all batch sizes and rounds of a model, and not counted.
 """
 
 import math
-import shutil
-import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.allocator import KEPT, KEPT_FROM_START, keeps_memory
-from puzzle.costs.engine import Sample
+from puzzle.costs.allocator import KEPT_FROM_START, allocator_name, keeps_memory
+from puzzle.costs.engine import Model, Sample
 from puzzle.costs.worker import Worker
-from puzzle.engines import ENVIRONMENTS, python_of, version_of
+from puzzle.device import free_share, release_memory
 from puzzle.modeling import PuzzleConfig, save_configuration
-from puzzle.variants import Architecture, BlockVariant
+from puzzle.parents import open_parent
+from puzzle.variants import Architecture
 
-_ROUNDS = 5
 _CACHE_GIB = 1
 """Beside what a full batch takes: vLLM allots its cache in blocks of equal size over layers that differ."""
-_WORKER = Path(__file__).with_name("vllm_worker.py")
+_MEMORY_SHARE = 0.9
+"""vLLM's own default; here of what is free once this process has released what it no longer uses."""
 
 
 class VLLMEngine:
-    """Stacks of blocks in vLLM; one worker process for all measurements."""
+    """One worker process for all measurements, in which every model has an engine of its own."""
 
-    def __init__(self, config: PuzzleConfig, scenario: Scenario) -> None:
-        self._config, self._scenario = config, scenario
-        self._worker: Worker | None = None
+    slow_start: ClassVar[bool] = True
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario, self._device = scenario, torch.device(scenario.device)
+        self._worker = Worker("vllm", "time_vllm.py", scenario)
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
-        version = version_of(python_of(*ENVIRONMENTS["vllm"]), "vllm")
         return {
-            "engine": f"vllm {version}, Transformers backend",
+            "engine": f"vllm {self._worker.version('vllm')}, Transformers backend",
             "device": self._scenario.device,
             "threads": str(torch.get_num_threads()),
-            "allocator": KEPT if self._keeps_memory else "as it comes",
+            "allocator": allocator_name(self._device),
         }
 
-    @contextmanager
-    def conditions(self) -> Iterator[None]:
-        """One worker process for all measurements inside."""
-        variables = KEPT_FROM_START if self._keeps_memory else {}
-        self._worker = Worker("vllm", python_of(*ENVIRONMENTS["vllm"]), _WORKER, torch.get_num_threads(), variables)
-        try:
-            yield
-        finally:
-            self._worker.close()
-            self._worker = None
+    def conditions(self) -> AbstractContextManager[None]:
+        """The worker process; servers preload an allocator that keeps memory, as vLLM does where it brings one."""
+        return self._worker.running(KEPT_FROM_START if keeps_memory(self._device) else {})
 
-    def measure(self, blocks: Sequence[BlockVariant], batch_size: int) -> Sample:
-        """Time these blocks with dummy weights."""
-        folder = Path(tempfile.mkdtemp(prefix="puzzle-vllm-"))
-        try:
-            save_configuration(Architecture(tuple(blocks)).configure(self._config), folder)
-            return self._time(folder, batch_size, load_format="dummy", model_impl="transformers")
-        finally:
-            shutil.rmtree(folder)
+    def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+        """Time a checkpoint in the code that vLLM chooses, which for a parent may be its own, or shapes in ours."""
+        if isinstance(model, Path):
+            return self._time(model, open_parent(str(model)).config, batch_sizes, rounds, "auto", "auto")
+        with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
+            save_configuration(model, Path(folder))
+            return self._time(Path(folder), model, batch_sizes, rounds, "dummy", "transformers")
 
-    def measure_checkpoint(self, checkpoint: Path, batch_size: int) -> Sample:
-        """Time any checkpoint that vLLM loads, in the code it chooses itself: a parent's may be of its own."""
-        return self._time(checkpoint, batch_size, load_format="auto", model_impl="auto")
-
-    def _time(self, checkpoint: Path, batch_size: int, **how: str) -> Sample:
-        scenario = self._scenario
-        assert self._worker is not None, "measure inside `conditions`"
-        answer = self._worker.ask(
-            {
-                "checkpoint": str(checkpoint),
-                **how,
-                "dtype": scenario.dtype,
-                "batch_size": batch_size,
-                "prompt_tokens": scenario.prompt_tokens,
-                "generated_tokens": scenario.generated_tokens,
-                "rounds": _ROUNDS,
-                "cache_gib": _CACHE_GIB + math.ceil(self._cache_bytes(batch_size) / 2**30),
-            }
+    def _time(
+        self,
+        checkpoint: Path,
+        config: PuzzleConfig,
+        batch_sizes: Sequence[int],
+        rounds: int,
+        load_format: str,
+        model_impl: str,
+    ) -> list[list[Sample]]:
+        dtype, tokens = getattr(torch, self._scenario.dtype), max(batch_sizes) * self._scenario.total_tokens
+        variants = (variant for block in Architecture.of(config).blocks for variant in block.subblocks)
+        cache_bytes = sum(variant.kv_bytes(config, tokens, dtype) for variant in variants)
+        release_memory()
+        return self._worker.time(
+            checkpoint,
+            batch_sizes,
+            rounds,
+            load_format=load_format,
+            model_impl=model_impl,
+            dtype=self._scenario.dtype,
+            cache_gib=_CACHE_GIB + math.ceil(cache_bytes / 2**30),
+            memory_share=_MEMORY_SHARE * free_share(self._device),
         )
-        return Sample(
-            prefill_ms=statistics.median(answer["prefill_ms"]), decode_ms=statistics.median(answer["decode_ms"])
-        )
-
-    @property
-    def _keeps_memory(self) -> bool:
-        """Servers preload an allocator that does: vLLM itself one that it brings, or it warns that there is none."""
-        return keeps_memory(torch.device(self._scenario.device))
-
-    def _cache_bytes(self, batch_size: int) -> int:
-        """What a full batch of the parent would take; no child takes more."""
-        dtype: torch.dtype = getattr(torch, self._scenario.dtype)
-        tokens, config = batch_size * self._scenario.total_tokens, self._config
-        values = sum(block.attention.kv_values(config, tokens) for block in Architecture.of(config).blocks)
-        return values * dtype.itemsize

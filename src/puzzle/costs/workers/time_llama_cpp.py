@@ -1,20 +1,14 @@
-"""Times GGUF files in llama.cpp: run by the interpreter of its environment, so it imports nothing of puzzle.
+"""Times GGUF files in llama.cpp, in the process of `serve.py`."""
 
-Reads one request a line from standard input, answers each with one line on the descriptor named in argv[1]:
-{"model", "cache_type", "threads", "batch_size", "prompt_tokens", "generated_tokens", "warm_up_steps", "steps"} ->
-{"prefill_ms": 1.0, "decode_ms": 1.0} or {"error": "..."}.
-"""
-
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
+
+llama_cpp.llama_backend_init()
 
 _MICRO_BATCH = 512
 """Tokens that are computed at once; the server's default."""
@@ -23,8 +17,8 @@ _MICRO_BATCH = 512
 class _Sequences:
     """A batch of sequences in one context, each with a cache of its own."""
 
-    def __init__(self, model: Any, request: dict[str, Any]) -> None:
-        self.size, self.length = request["batch_size"], 0
+    def __init__(self, model: Any, request: dict[str, Any], batch_size: int) -> None:
+        self.size, self.length = batch_size, 0
         self._capacity = self.size * request["prompt_tokens"]
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self._context = llama_cpp.llama_init_from_model(model, self._parameters(request))
@@ -72,10 +66,24 @@ class _Sequences:
         llama_cpp.llama_free(self._context)
 
 
-def measure(request: dict[str, Any]) -> dict[str, float]:
+def measure(request: dict[str, Any]) -> list[list[tuple[float, float]]]:
+    """Prefill and decode step in ms, of every round, for each batch size.
+
+    Args:
+        request: also has "cache_type", "warm_up_steps" and "steps".
+    """
+    with _loaded(request["model"]) as model:
+        return [
+            [_round(model, request, batch_size) for _ in range(request["rounds"])]
+            for batch_size in request["batch_sizes"]
+        ]
+
+
+def _round(model: Any, request: dict[str, Any], batch_size: int) -> tuple[float, float]:
     """One prefill, then decode steps around the middle of the answer."""
     # Of one thread the processor time says more: it leaves out what other programs take.
     clock = time.process_time if request["threads"] == 1 else time.perf_counter
+    sequences = _Sequences(model, request, batch_size)
 
     def milliseconds(tokens: int) -> float:
         sequences.extend(tokens)
@@ -83,20 +91,18 @@ def measure(request: dict[str, Any]) -> dict[str, float]:
         sequences.compute()
         return 1e3 * (clock() - began)
 
-    with _loaded(request["model"]) as model:
-        sequences = _Sequences(model, request)
-        milliseconds(min(request["prompt_tokens"], -(-_MICRO_BATCH // sequences.size)))
-        sequences.clear()
-        prefill_ms = milliseconds(request["prompt_tokens"])
-        skipped = (request["generated_tokens"] - request["steps"]) // 2 - request["warm_up_steps"]
-        while skipped > 0:
-            milliseconds(min(skipped, request["prompt_tokens"]))
-            skipped -= request["prompt_tokens"]
-        for _ in range(request["warm_up_steps"]):
-            milliseconds(1)
-        decode_ms = statistics.median(milliseconds(1) for _ in range(request["steps"]))
-        sequences.close()
-    return {"prefill_ms": prefill_ms, "decode_ms": decode_ms}
+    milliseconds(min(request["prompt_tokens"], -(-_MICRO_BATCH // sequences.size)))
+    sequences.clear()
+    prefill_ms = milliseconds(request["prompt_tokens"])
+    skipped = (request["generated_tokens"] - request["steps"]) // 2 - request["warm_up_steps"]
+    while skipped > 0:
+        milliseconds(min(skipped, request["prompt_tokens"]))
+        skipped -= request["prompt_tokens"]
+    for _ in range(request["warm_up_steps"]):
+        milliseconds(1)
+    decode_ms = statistics.median(milliseconds(1) for _ in range(request["steps"]))
+    sequences.close()
+    return prefill_ms, decode_ms
 
 
 @contextmanager
@@ -110,19 +116,3 @@ def _loaded(path: str) -> Iterator[Any]:
         yield model
     finally:
         llama_cpp.llama_model_free(model)
-
-
-def main() -> None:
-    llama_cpp.llama_backend_init()
-    # Standard output belongs to llama.cpp; answers have a descriptor of their own.
-    with os.fdopen(int(sys.argv[1]), "w", buffering=1) as answers:
-        for line in sys.stdin:
-            try:
-                answer: dict[str, Any] = measure(json.loads(line))
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main()

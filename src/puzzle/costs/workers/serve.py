@@ -1,0 +1,30 @@
+"""The main loop of an engine's process; run by the interpreter of the engine's environment: imports nothing of puzzle.
+
+    python serve.py SCRIPT DESCRIPTOR
+
+Reads one request a line from standard input, lets `measure(request)` of SCRIPT answer it, and writes one line to the
+descriptor: {"samples": [[[prefill_ms, decode_ms], ...one a round], ...one list a batch size]} or {"error": "..."}.
+Requests: see `Worker.time`. Standard output belongs to the engine, which prints what it likes.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+
+def main(script: str, descriptor: str) -> None:
+    """Answer until standard input ends."""
+    with os.fdopen(int(descriptor), "w", buffering=1) as answers:
+        measure = runpy.run_path(str(Path(__file__).with_name(script)))["measure"]
+        for line in sys.stdin:
+            try:
+                answer = {"samples": measure(json.loads(line))}
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
