@@ -13,7 +13,7 @@ from puzzle.quantities import QUANTITIES
 from puzzle.report.data import Check, Curve, ReportData, Rows
 from puzzle.report.table import TIMES, value_of
 from puzzle.units import format_number, format_ratio
-from puzzle.variants import SUBBLOCKS, BlockVariant
+from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant
 
 COLOURS = {"attention": "#6fc7b7", "ffn": "#93abef", "other": "#f2c14e"}
 _MODELS = {"parent": ("#6b7280", "circle"), "child": ("#1d6fc4", "diamond"), "uniform": ("#d9660f", "triangle-up")}
@@ -52,9 +52,7 @@ def _layer_axis(num_layers: int) -> dict[str, Any]:
 
 def architecture(data: ReportData) -> go.Figure:
     """One column a layer: attention above the line, FFN below, each as tall as its share of the parent's size."""
-    blocks, parents = (
-        [BlockVariant.parse(name) for name in names] for names in (data.solution.blocks, data.parent_blocks)
-    )
+    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.parent_blocks))
     layers, traces = [*range(len(blocks))], []
     for sign, which in zip((1, -1), SUBBLOCKS, strict=True):
         pairs = [(block.subblock(which), own.subblock(which)) for block, own in zip(blocks, parents, strict=True)]
@@ -78,33 +76,32 @@ def architecture(data: ReportData) -> go.Figure:
 
 def scores(data: ReportData) -> go.Figure:
     """Layers across, variants down: the KL with that subblock alone replaced, as colour; a dot on what was chosen."""
+    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.parent_blocks))
     by_key = {(row.layer, row.block): row for row in data.scores.rows}
     scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
     labels, z, hover, dots = list[str](), [], [], []
     for which in SUBBLOCKS:
         for variant in sorted({block.subblock(which) for block in scored}, key=lambda variant: variant.order):
-            names = [replace(BlockVariant.parse(own), **{which: variant}).name for own in data.parent_blocks]
+            label = f"{_LABELS[which]} {variant.name}"
+            names = [replace(own, **{which: variant}).name for own in parents]
             rows = [by_key.get((layer, name)) for layer, name in enumerate(names)]
-            labels.append(f"{_LABELS[which]} {variant.name}")
-            z.append([None if row is None else math.log10(max(row.kl, _FLOOR)) for row in rows])
+            values = [(getattr(row, "kl", math.nan), getattr(row, "kl_se", math.nan)) for row in rows]
+            labels.append(label)
+            z.append([math.log10(max(kl, _FLOOR)) for kl, _ in values])
             hover.append(
                 [
-                    f"layer {row.layer}, {labels[-1]}<br>KL {format_number(row.kl)} ± {format_number(row.kl_se, 2)}"
-                    if row
-                    else ""
-                    for row in rows
+                    f"layer {layer}, {label}<br>KL {format_number(kl)} ± {format_number(error, 2)}"
+                    for layer, (kl, error) in enumerate(values)
                 ]
             )
-            dots.append(["●" * (BlockVariant.parse(own).subblock(which) == variant) for own in data.solution.blocks])
+            dots.append(["●" * (block.subblock(which) == variant) for block in blocks])
     powers = [math.log10(row.kl) for row in data.scores.rows if row.kl > _FLOOR] or [-6.0, 0.0]
     ticks = [*range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]
     bar = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8, "len": 1, "outlinewidth": 0}
-    bar |= {
-        "tickvals": ticks,
-        "ticktext": [f"{10.0**tick:g}" if tick > -4 else f"10<sup>{tick}</sup>" for tick in ticks],
-    }
+    names = [f"{10.0**tick:g}" if tick > -4 else f"10<sup>{tick}</sup>" for tick in ticks]
     text = {"text": dots, "texttemplate": "%{text}", "hovertext": hover, "hoverinfo": "text"}
-    heat = go.Heatmap(z=z, zmin=ticks[0], zmax=ticks[-1], colorscale=_HEAT, colorbar=bar, xgap=1, ygap=1, **text)
+    heat = go.Heatmap(z=z, zmin=ticks[0], zmax=ticks[-1], colorscale=_HEAT, xgap=1, ygap=1, **text)
+    heat.colorbar = bar | {"tickvals": ticks, "ticktext": names}
     down = {"autorange": "reversed", "tickvals": [*range(len(labels))], "ticktext": labels, "showgrid": False}
     return _figure(22 * len(labels) + 96, [heat], margin_t=44, xaxis=_layer_axis(data.scores.num_layers), yaxis=down)
 
