@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from puzzle.engines import ENVIRONMENTS, python_of
+from puzzle.engines.capability import reader
+from puzzle.engines.environments import ENVIRONMENTS, python_of
 from puzzle.errors import PuzzleError
-from puzzle.export import TARGETS
 from puzzle.modeling import PuzzleConfig
 from puzzle.recipe import Recipe, ScenarioSettings
 from puzzle.search import check_asked, check_spans
@@ -21,8 +21,7 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
         PuzzleError: something does; names the setting.
     """
     for name in recipe.deploy:
-        if name not in TARGETS:
-            raise PuzzleError(f"deploy: found {name!r}; use of {', '.join(TARGETS)}")
+        reader(name)
     longest = config.max_position_embeddings
     if recipe.data.sequence_length > longest:
         raise PuzzleError(

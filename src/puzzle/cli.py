@@ -261,7 +261,7 @@ def bench(arguments: argparse.Namespace) -> None:
 )
 def engines(arguments: argparse.Namespace) -> None:
     """List the inference engines beside torch, or install one into an environment of its own."""
-    from puzzle.engines import install, installed
+    from puzzle.engines.environments import install, installed
 
     if arguments.action == "install":
         install(arguments.name)

@@ -25,8 +25,9 @@ from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import choose_device
 from puzzle.distill import distil, distillation_curve
+from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.evaluate import evaluate, measure_speed
-from puzzle.export import deployable, export_hf
+from puzzle.export import export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
@@ -315,7 +316,8 @@ def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
         attention=settings.attention,
         ffn=settings.ffn,
     )
-    return deployable(space, config, recipe.deploy)
+    engines = (recipe.scenario.engine, *(each.scenario.engine for each in recipe.scenarios))
+    return deployable(space, config, [*recipe.deploy, *(TIMED_AS[engine] for engine in engines if engine in TIMED_AS)])
 
 
 def run_stage(run: Run, name: str) -> Pipeline:

@@ -373,7 +373,8 @@ class Recipe(Section):
     """Data type in which models run in calibration, BLD, scoring, GKD and evaluation."""
     space: SpaceSettings = SpaceSettings()
     deploy: list[Text] = []
-    """Engines and formats that must run the child, such as `vllm` or `gguf` (docs/engines.md); restricts the space."""
+    """Engines and formats that must run the child, such as `vllm` or `gguf` (docs/engines.md). They restrict the space,
+    as engines that are timed do."""
     calibration: CalibrationSettings = CalibrationSettings()
     library: LibrarySettings = LibrarySettings()
     score: ScoreSettings = ScoreSettings()

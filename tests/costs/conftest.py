@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from puzzle.costs import ENGINES, Model, Sample
-from puzzle.engines import python_of
+from puzzle.engines.environments import python_of
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent

@@ -68,7 +68,7 @@ def test_a_model_is_a_file_of_its_shapes_with_random_weights(engine: LlamaCppEng
 
 
 def test_a_checkpoint_is_timed_by_its_shapes(engine: LlamaCppEngine, tmp_path: Path) -> None:
-    model = pico_puzzle("none+w24", "kv1+linear")
+    model = pico_puzzle("none+w24", "linear+none")
     save_checkpoint(model, tmp_path / "child", extra_files_from=tmp_path)
     with engine.conditions():
         engine.measure(tmp_path / "child", [1], 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.engines.readers import LlamaCpp, Vllm
 
-from puzzle.engines import program_of, python_of
+from puzzle.engines.environments import program_of, python_of
 from puzzle.errors import PuzzleError
 
 

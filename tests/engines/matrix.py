@@ -18,53 +18,35 @@ from tests.conftest import pico_puzzle
 from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, logits_of, save
 from tests.engines.readers import Answer, LlamaCpp, Transformers, Vllm
 
-from puzzle.engines import python_of
-from puzzle.export import check, export_deci, export_gguf
+from puzzle.engines.capability import refusals
+from puzzle.engines.environments import python_of
+from puzzle.export import export_deci, export_gguf
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 ALTERNATIVES = {
     "fewer KV heads": "kv2+w48",
     "one KV head": "kv1+w48",
-    "window": "kv4win6+w48",
-    "window with sinks": "kv4win6s2+w48",
+    "narrower FFN": "kv4+w16",
     "linear attention": "linear+w48",
     "no attention": "none+w48",
-    "narrower FFN": "kv4+w16",
     "low-rank FFN": "kv4+rank6",
     "linear FFN": "kv4+linear",
     "no FFN": "kv4+none",
+    "window": "kv4win6+w48",
+    "window with sinks": "kv4win6s2+w48",
 }
+"""Every row of the table of `puzzle.engines.capability`, and one KV head."""
+_WINDOWS = "kv2win6+none {} none+linear kv1win6+rank6 linear+none none+w48 kv4+w48 kv1win6+w16"
 STACKS = (
     *MIXED,
-    ("none+none", "none+w48", "kv4+none", "kv1+w16", "none+w16", "kv2+none", "none+none", "kv4+w16"),
-    (
-        "kv2win6+none",
-        "kv4win6+w16",
-        "none+linear",
-        "kv1win6+rank6",
-        "linear+none",
-        "none+w48",
-        "kv4+w48",
-        "kv1win6+w16",
-    ),
-    (
-        "kv2win6+none",
-        "kv4win9+w16",
-        "none+linear",
-        "kv1win3+rank6",
-        "linear+none",
-        "none+w48",
-        "kv4+w48",
-        "kv1win6+w16",
-    ),
+    tuple(_WINDOWS.format("kv4win6+w16").split()),
+    tuple(_WINDOWS.format("kv4win9+w16").split()),
 )
 BIASES = {
     "biases of attention": ("attention_bias",),
     "biases of attention and FFN": ("attention_bias", "mlp_bias"),
 }
 """Switches of the parent's configuration."""
-_BIASED = len(MIXED)
-"""The one of `STACKS` that every format holds."""
 GREEDY = 64
 _SIZES = {"head_dim": 32}
 """The smallest for which vLLM has an attention on the CPU."""
@@ -91,7 +73,7 @@ class Column:
     """One format as one engine reads it."""
 
     title: str
-    target: str
+    reader: str
     """Its name in the capability table."""
     write: Callable[[Path, Path], Path]
     """From the child's folder, and a path, to what the engine reads."""
@@ -99,14 +81,13 @@ class Column:
 
     def holds(self, stack: Stack) -> bool:
         """Whether the format has all these blocks where they stand."""
-        findings = check(pico_puzzle(*stack.blocks, **stack.settings).config, self.target)
-        return not any(finding.verdict == "no" for finding in findings)
+        return not refusals(pico_puzzle(*stack.blocks, **stack.settings).config, self.reader)
 
     def stacks(self) -> list[Stack]:
         """All rotations of the alternatives, the further stacks, and those with biases, as far as the format can."""
         blocks = tuple(block for block in ALTERNATIVES.values() if self.holds(Stack((block,) * 3)))
         rotations = [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
-        biased = [Stack(each, biases) for biases in BIASES.values() for each in (blocks, STACKS[_BIASED])]
+        biased = [Stack(each, biases) for biases in BIASES.values() for each in (blocks, MIXED[0])]
         return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if self.holds(stack)]
 
     def differences(self, folder: Path) -> Found:

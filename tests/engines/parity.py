@@ -13,15 +13,15 @@ VOCAB = 288
 TOKENS = [65, 3, 200, 17, 90, 91, 92, 5, 5, 130, 7, 44]
 ROUNDING = 1e-4
 """Largest difference of logits of size 10, in float32; measured are up to 2.4e-5 (docs/engines.md)."""
-PLAIN = "kv4+w48"
-ATTENTIONS = ("kv4", "kv2", "kv1", "linear", "none")
-FFNS = ("w48", "w16", "rank6", "linear", "none")
-POSITIONS = ("first", "middle", "last")
-MIXED = (
-    ("none+w48", "kv4+none", "linear+linear", "none+none", "kv1+w16", "none+linear", "none+w48", "kv2+none"),
-    ("none+none", "none+linear", "kv4+rank6", "linear+none", "kv2+linear", "none+w16", "kv4+w48", "none+none"),
-    ("linear+none", "linear+none", "none+rank6", "none+linear", "kv4+linear", "kv1+none", "none+none", "none+linear"),
-    ("kv4+none", "kv2+none", "kv1+none", "none+w48", "none+w16", "none+linear", "linear+w48", "linear+none"),
+MIXED = tuple(
+    tuple(blocks.split())
+    for blocks in (
+        "none+none none+w48 kv4+none kv1+w16 none+w16 kv2+none none+none kv4+w16",  # any format
+        "none+w48 kv4+none linear+w48 none+none kv1+w16 linear+none none+w48 kv2+none",  # llama.cpp as well
+        "none+none linear+none kv4+w16 linear+w16 kv2+none none+w16 kv4+w48 linear+none",
+        "kv4+none kv2+none kv1+none none+w48 none+w16 linear+w48 linear+none none+none",
+        "none+linear kv4+rank6 linear+none kv2+linear none+rank6 linear+linear kv1+none none+linear",  # own modules
+    )
 )
 
 
@@ -32,12 +32,6 @@ def save(folder: Path, *blocks: str, **overrides: object) -> tuple[PuzzleForCaus
     save_byte_tokenizer(folder)
     save_checkpoint(model, folder / "child", extra_files_from=folder)
     return model, folder / "child"
-
-
-def in_position(attention: str, ffn: str, position: str) -> list[str]:
-    blocks = [PLAIN] * 4
-    blocks[{"first": 0, "middle": 1, "last": 3}[position]] = f"{attention}+{ffn}"
-    return blocks
 
 
 @torch.no_grad()

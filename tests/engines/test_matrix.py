@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
-from tests.engines.matrix import PAGE, block_of, columns, render
+from tests.engines.matrix import ALTERNATIVES, PAGE, block_of, columns, render
 from tests.engines.readers import LlamaCpp, Vllm
+
+from puzzle.engines.capability import READERS
+from puzzle.variants import BlockVariant
+
+
+def test_every_row_of_the_table_is_measured() -> None:
+    blocks = [BlockVariant.parse(block) for block in ALTERNATIVES.values()]
+    assert {variant.cell for block in blocks for variant in (block.attention, block.ffn)} == set(READERS["hf"].runs)
 
 
 def test_the_matrix_of_the_docs_is_what_is_measured(llama_cpp: LlamaCpp, vllm: Vllm, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from puzzle.export import export_gguf
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 
-BLOCKS = ("none+w48", "kv1+none", "kv2+w16", "linear+linear", "none+none", "kv4+rank6")
+BLOCKS = ("none+w48", "kv1+none", "kv2+w16", "linear+w48", "none+none", "kv4+w16")
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}answer: "
 MESSAGES = [{"role": "user", "content": "How are you?"}]
 TOKENS = 24

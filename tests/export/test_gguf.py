@@ -11,8 +11,6 @@ from tests.export.conftest import SaveChild
 
 from puzzle.errors import PuzzleError
 from puzzle.export import export_gguf
-from puzzle.export.gguf_tokenizer import read_vocabulary
-from puzzle.modeling import PuzzleConfig
 
 gguf = pytest.importorskip("gguf", reason="pip install puzzle-llm[gguf]")
 
@@ -56,6 +54,15 @@ def test_types(save_child: SaveChild, tmp_path: Path, dtype: Any, error: float) 
     assert float((values - expected).abs().max() / expected.abs().max()) <= error
 
 
+def test_rows_are_layers_but_for_the_gaps_of_llama_cpp(save_child: SaveChild, tmp_path: Path) -> None:
+    """Empty layers vanish, absent FFNs are of zeros, and the bias of a linear attention takes a row of its own."""
+    _, child = save_child("none+none", "kv4+none", "linear+w48", "none+w16", attention_bias=True)
+    found = fields(export_gguf(child, tmp_path / "model.gguf"))
+    assert found["deci.attention.head_count"] == [4, 4, 0, 0]
+    assert found["deci.attention.head_count_kv"] == [4, 0, 0, 0]
+    assert found["deci.feed_forward_length"] == [32, 32, 48, 16]
+
+
 def test_without_the_package(save_child: SaveChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, child = save_child("kv4+w48")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -83,33 +90,7 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-LLAMA3_SPLIT = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {
-            "type": "Split",
-            "pattern": {
-                "Regex": "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
-                "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-            },
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    ],
-}
-
-
-@pytest.mark.parametrize(("ignore_merges", "name"), [(True, "llama-bpe"), (False, "smaug-bpe")])
-def test_llama_3_tokenizers_are_known(save_child: SaveChild, ignore_merges: bool, name: str) -> None:
-    _, child = save_child("kv4+w48")
-    model = json.loads((child / "tokenizer.json").read_text())["model"] | {"ignore_merges": ignore_merges}
-    edit_json(child / "tokenizer.json", {"pre_tokenizer": LLAMA3_SPLIT, "model": model})
-    config = PuzzleConfig.from_pretrained(child)
-    assert read_vocabulary(child, config).pre_tokenizer == name
-
-
-def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild) -> None:
+def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild, tmp_path: Path) -> None:
     _, child = save_child("kv4+w48")
     begin = {"id": "<eos>", "type_id": 0}
     template = {
@@ -120,5 +101,6 @@ def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild) -> None:
     }
     edit_json(child / "tokenizer.json", {"post_processor": template})
     edit_json(child / "tokenizer_config.json", {"bos_token": "<eos>"})
-    vocabulary = read_vocabulary(child, PuzzleConfig.from_pretrained(child))
-    assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.special["bos"]) == (True, False, 0)
+    found = fields(export_gguf(child, tmp_path / "m"))
+    names = ("add_bos_token", "add_eos_token", "bos_token_id")
+    assert [found[f"tokenizer.ggml.{name}"] for name in names] == [True, False, 0]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import pico_puzzle, random_tokens
+from tests.conftest import random_tokens
 from tests.export.conftest import SaveChild
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle.errors import PuzzleError
-from puzzle.export import export_stock, is_stock
+from puzzle.export import export_stock
 
 
 @pytest.mark.parametrize("sizes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}])
@@ -22,17 +22,8 @@ def test_logits_are_equal_without_our_code(save_child: SaveChild, tmp_path: Path
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("differing", ["kv1+w20", "kv2+w16", "none+w20", "kv2+linear"])
+@pytest.mark.parametrize("differing", ["kv1+w20", "kv2+w16", "none+w20", "kv2+linear", "kv2win8+w20"])
 def test_layers_that_differ_are_refused(save_child: SaveChild, tmp_path: Path, differing: str) -> None:
     _, child = save_child("kv2+w20", differing)
     with pytest.raises(PuzzleError, match=r"export to llama: layer.* 1"):
         export_stock(child, tmp_path / "out")
-
-
-def test_is_stock() -> None:
-    assert is_stock(pico_puzzle("kv2+w20", "none+none").config)
-    assert not is_stock(pico_puzzle("none+none", "none+none").config)
-    config = pico_puzzle("kv2+w20").config
-    assert config.blocks is not None
-    config.blocks[0]["attention"]["window"] = 8
-    assert not is_stock(config)

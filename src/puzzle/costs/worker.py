@@ -12,7 +12,7 @@ import torch
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Sample
-from puzzle.engines import ENVIRONMENTS, python_of, version_of
+from puzzle.engines.environments import ENVIRONMENTS, python_of, version_of
 from puzzle.errors import PuzzleError, one_line
 
 _SERVE = Path(__file__).parent / "workers" / "serve.py"

@@ -1,26 +1,22 @@
-"""Export: one file per format."""
+"""Export: one file per format. Which engine runs what is in `puzzle.engines.capability`."""
 
 from pathlib import Path
-from typing import get_args
 
 from puzzle.errors import PuzzleError
-from puzzle.export.capability import Finding, check, deployable, require, supported, table
 from puzzle.export.deci import export_deci
-from puzzle.export.gguf import GGUFType, export_gguf, write_random
+from puzzle.export.gguf import DTYPES, GGUFType, export_gguf, write_random
 from puzzle.export.hf import export_hf
-from puzzle.export.stock import export_stock, is_stock
-from puzzle.export.targets import TARGETS, Target
+from puzzle.export.stock import export_stock
 
-FORMATS = ("deci", "tensorrt-llm", "mlx-lm", "gguf", "llama")
-"""What a finished child is converted to; `hf` is what it is."""
+FORMATS = ("hf", "deci", "gguf", "llama")
 
 
 def check_format(to: str, dtype: str = "f16") -> None:
-    """That there is such a format; a PuzzleError if not."""
-    if to not in ("hf", *FORMATS):
-        raise PuzzleError(f"export: format {to!r} is unknown; use one of hf, {', '.join(FORMATS)}")
-    if dtype not in get_args(GGUFType):
-        raise PuzzleError(f"export: dtype {dtype!r} is unknown; use one of {', '.join(get_args(GGUFType))}")
+    """A `PuzzleError` unless there is such a format, and such a type of GGUF files."""
+    if to not in FORMATS:
+        raise PuzzleError(f"export: format {to!r} is unknown; use one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise PuzzleError(f"export: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
 
 
 def convert(child: Path, to: str, target: Path | None = None, *, dtype: GGUFType = "f16") -> Path:
@@ -38,29 +34,20 @@ def convert(child: Path, to: str, target: Path | None = None, *, dtype: GGUFType
             return export_gguf(child, target or child.with_name(f"{child.name}-{dtype}.gguf"), dtype=dtype)
         case "llama":
             return export_stock(child, target or child.with_name(f"{child.name}-llama"))
-        case "deci" | "tensorrt-llm" | "mlx-lm":
-            return export_deci(child, target or child.with_name(f"{child.name}-{to}"), reader=to)
+        case "deci":
+            return export_deci(child, target or child.with_name(f"{child.name}-deci"))
         case _:
             return child
 
 
 __all__ = [
     "FORMATS",
-    "TARGETS",
-    "Finding",
     "GGUFType",
-    "Target",
-    "check",
     "check_format",
     "convert",
-    "deployable",
     "export_deci",
     "export_gguf",
     "export_hf",
     "export_stock",
-    "is_stock",
-    "require",
-    "supported",
-    "table",
     "write_random",
 ]

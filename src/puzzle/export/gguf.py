@@ -3,42 +3,31 @@
 `puzzle.export.rows` says which tensors a file has; here they get their types, and the model its metadata.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from puzzle.engines.capability import require
 from puzzle.errors import PuzzleError
-from puzzle.export.capability import require
-from puzzle.export.checkpoint import ChildFiles, open_child
-from puzzle.export.gguf_tokenizer import Vocabulary, read_vocabulary
-from puzzle.export.rows import Row, RowTensor, compile_rows
-from puzzle.modeling import FAMILIES, PuzzleConfig
+from puzzle.export.checkpoint import open_child
+from puzzle.export.gguf_tokenizer import add_tokenizer
+from puzzle.export.rows import FileTensor, Row, compile_rows
+from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.runs import write_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
-_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-_MAX_ROWS = 512
-"""LLAMA_MAX_LAYERS."""
-_NOISE_ROWS = 2**15
-"""Of 32 random weights, which are repeated in a model that is only timed."""
-
-
-@dataclass(frozen=True)
-class _FileTensor:
-    """A tensor of the file: what it is made from, and the type it is stored in."""
-
-    name: str
-    tensor: RowTensor
-    type: str
+DTYPES: tuple[GGUFType, ...] = get_args(GGUFType)
+_NOISE_BLOCKS = 2**15
+"""Blocks of 32 random weights, which are repeated in a model that is only timed."""
 
 
 def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
@@ -51,23 +40,19 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
         PuzzleError: llama.cpp cannot run a layer or the tokenizer, or the package `gguf` is missing.
     """
     gguf = _import_gguf()
-    if dtype not in _FILE_TYPES:
-        raise PuzzleError(f"export to gguf: type {dtype!r} is unknown; use one of {', '.join(_FILE_TYPES)}")
     if target.is_dir():
         raise PuzzleError(f"export to gguf: {target} is a folder; name a file")
     child = open_child(source)
-    rows = _rows(child.config)
-    vocabulary = read_vocabulary(child.path, child.config)
-    frequencies = rope_factors(child.config)
+    require(child.config, "gguf")
+
+    def read(name: str) -> Tensor:
+        return dict(child.checkpoint.read([name]))[name]
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, "deci")
-        _add_metadata(gguf, writer, child.path.resolve().name, child.config, rows, dtype)
-        _add_vocabulary(gguf, writer, vocabulary)
-        tensors = list(_file_tensors(child.config, rows, dtype, frequencies))
-        _write_header(gguf, writer, tensors)
-        _write_tensors(gguf, writer, tensors, _reader(child, frequencies))
-        writer.close()
+        writer.add_name(child.path.resolve().name)
+        add_tokenizer(writer, child.path, child.config.vocab_size)
+        _write(gguf, writer, child.config, dtype, lambda tensor: tensor.value(read))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write)
@@ -80,34 +65,22 @@ def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path
     Raises:
         PuzzleError: llama.cpp cannot run a layer, or the package `gguf` is missing.
     """
-    gguf, rows = _import_gguf(), _rows(config)
-    writer = gguf.GGUFWriter(target, "deci")
-    _add_metadata(gguf, writer, "random", config, rows, dtype)
-    writer.add_tokenizer_model("none")
-    tensors = list(_file_tensors(config, rows, dtype, rope_factors(config)))
-    noise = np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_ROWS, 32)).astype(np.float32)
-    encoded = {kind: _encoded(gguf, noise, kind).view(np.uint8) for kind in {tensor.type for tensor in tensors}}
-    for tensor, size in zip(tensors, _write_header(gguf, writer, tensors), strict=True):
-        if tensor.tensor.source is None:
-            writer.write_tensor_data(_encoded(gguf, tensor.tensor.value(_no_read).numpy(), tensor.type))
-        elif len(tensor.tensor.shape) == 1:
-            writer.write_tensor_data(np.ones(tensor.tensor.shape, np.float32))
-        else:
-            writer.write_tensor_data(np.resize(encoded[tensor.type], size))
-    writer.close()
-    return target
-
-
-def _no_read(name: str) -> Tensor:
-    raise AssertionError(f"{name} is filled")
-
-
-def _rows(config: PuzzleConfig) -> list[Row]:
+    gguf = _import_gguf()
     require(config, "gguf")
-    rows = compile_rows(config)
-    if len(rows) > _MAX_ROWS:
-        raise PuzzleError(f"export to gguf: {len(rows)} rows are needed and llama.cpp allows {_MAX_ROWS}")
-    return rows
+    noise = np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 32)).astype(np.float32)
+    encoded = {name: _encoded(gguf, noise, name).view(np.uint8) for name in ("f16", dtype)}
+
+    def value(tensor: FileTensor) -> "Tensor | NDArray[np.uint8]":
+        """Norms are ones; of matrices the encoded bytes, which repeat."""
+        if tensor.source is None:
+            return tensor.value(_no_read)
+        return torch.ones(tensor.shape) if len(tensor.shape) == 1 else encoded[_type_of(tensor.shape, dtype)]
+
+    writer = gguf.GGUFWriter(target, "deci")
+    writer.add_name("random")
+    writer.add_tokenizer_model("none")
+    _write(gguf, writer, config, dtype, value)
+    return target
 
 
 def rope_factors(config: PuzzleConfig) -> Tensor | None:
@@ -116,10 +89,9 @@ def rope_factors(config: PuzzleConfig) -> Tensor | None:
     if rope.get("rope_type", "default") == "default":
         return None
     assert config.head_dim is not None
-    rotary = FAMILIES[config.base_model_type].rotary(config=config)
+    rotary = type(empty_model(config).model.rotary_emb)(config=config)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    unscaled = rope["rope_theta"] ** -exponents
-    return (unscaled / rotary.inv_freq.double()).float()
+    return (rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()
 
 
 def _import_gguf() -> ModuleType:
@@ -130,70 +102,69 @@ def _import_gguf() -> ModuleType:
     return gguf
 
 
-def _file_tensors(
-    config: PuzzleConfig, rows: list[Row], dtype: str, frequencies: Tensor | None
-) -> Iterator[_FileTensor]:
-    matrix = (config.vocab_size, config.hidden_size)
-    outer = [
-        RowTensor("token_embd.weight", matrix, "model.embed_tokens.weight"),
-        RowTensor("output_norm.weight", (config.hidden_size,), "model.norm.weight"),
-    ]
-    if not config.tie_word_embeddings:
-        outer.append(RowTensor("output.weight", matrix, "lm_head.weight"))
-    if frequencies is not None:
-        outer.append(RowTensor("rope_freqs.weight", tuple(frequencies.shape), "rope_freqs"))
-    named = [(tensor.name, tensor) for tensor in outer]
-    named += [(f"blk.{index}.{tensor.name}", tensor) for index, row in enumerate(rows) for tensor in row.tensors]
-    for name, tensor in named:
-        yield _FileTensor(name, tensor, _type_of(tensor.shape, dtype))
+def _no_read(name: str) -> Tensor:
+    raise AssertionError(f"{name} has no source")
 
 
-def _type_of(shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1:
-        return "f32"
-    return "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
-
-
-def _reader(child: ChildFiles, frequencies: Tensor | None) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
-        if name == "rope_freqs":
-            assert frequencies is not None
-            return frequencies
-        return child.read(name)
-
-    return read
-
-
-def _write_header(gguf: ModuleType, writer: Any, tensors: list[_FileTensor]) -> list[int]:
-    """All that comes before the tensors' values; how many bytes those have."""
-    sizes = []
+def _write(
+    gguf: ModuleType,
+    writer: Any,
+    config: PuzzleConfig,
+    dtype: GGUFType,
+    value: "Callable[[FileTensor], Tensor | NDArray[np.uint8]]",
+) -> None:
+    """Metadata and header, then the values one tensor at a time; `value` may give bytes, which are repeated to fill."""
+    rows = compile_rows(config)
+    _add_metadata(gguf, writer, config, rows, dtype)
+    tensors, sizes = _file_tensors(config, rows), []
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.type.upper()]
-        byte_shape = gguf.quants.quant_shape_to_byte_shape(tensor.tensor.shape, kind)
+        kind = gguf.GGMLQuantizationType[_type_of(tensor.shape, dtype).upper()]
+        byte_shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
         sizes.append(int(np.prod(byte_shape)))
         writer.add_tensor_info(tensor.name, byte_shape, np.dtype(np.uint8), sizes[-1], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return sizes
+    for tensor, size in zip(tensors, sizes, strict=True):
+        values = value(tensor)
+        if isinstance(values, Tensor):
+            encoded = _encoded(gguf, values.float().contiguous().numpy(), _type_of(tensor.shape, dtype))
+        else:
+            encoded = np.resize(values, size)
+        writer.write_tensor_data(encoded)
+    writer.close()
 
 
-def _write_tensors(gguf: ModuleType, writer: Any, tensors: list[_FileTensor], read: Callable[[str], Tensor]) -> None:
-    for tensor in tensors:
-        values = tensor.tensor.value(read).float().contiguous().numpy()
-        writer.write_tensor_data(_encoded(gguf, values, tensor.type))
+def _file_tensors(config: PuzzleConfig, rows: list[Row]) -> list[FileTensor]:
+    matrix = (config.vocab_size, config.hidden_size)
+    tensors = [
+        FileTensor("token_embd.weight", matrix, "model.embed_tokens.weight"),
+        FileTensor("output_norm.weight", (config.hidden_size,), "model.norm.weight"),
+    ]
+    if not config.tie_word_embeddings:
+        tensors.append(FileTensor("output.weight", matrix, "lm_head.weight"))
+    if (factors := rope_factors(config)) is not None:
+        tensors.append(FileTensor("rope_freqs.weight", tuple(factors.shape), fill=factors))
+    tensors += [
+        replace(tensor, name=f"blk.{index}.{tensor.name}") for index, row in enumerate(rows) for tensor in row.tensors
+    ]
+    return tensors
 
 
-def _encoded(gguf: ModuleType, values: "NDArray[np.float32]", dtype: str) -> "NDArray[Any]":
+def _type_of(shape: tuple[int, ...], dtype: GGUFType) -> GGUFType:
+    if len(shape) == 1:
+        return "f32"
+    return "f16" if dtype == "q8_0" and shape[-1] % 32 else dtype
+
+
+def _encoded(gguf: ModuleType, values: "NDArray[np.float32]", dtype: GGUFType) -> "NDArray[Any]":
     encoded: NDArray[Any] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[dtype.upper()])
     return encoded
 
 
-def _add_metadata(gguf: ModuleType, writer: Any, name: str, config: PuzzleConfig, rows: list[Row], dtype: str) -> None:
-    rope = config.rope_parameters or {}
+def _add_metadata(gguf: ModuleType, writer: Any, config: PuzzleConfig, rows: list[Row], dtype: GGUFType) -> None:
     writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[dtype]])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -202,7 +173,7 @@ def _add_metadata(gguf: ModuleType, writer: Any, name: str, config: PuzzleConfig
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
     writer.add_head_count(_scalar_if_equal([row.head_count for row in rows]))
     writer.add_head_count_kv(_scalar_if_equal([row.head_count_kv for row in rows]))
@@ -212,17 +183,3 @@ def _add_metadata(gguf: ModuleType, writer: Any, name: str, config: PuzzleConfig
 def _scalar_if_equal(values: list[int]) -> int | list[int]:
     """Tools that show or quantise a file ask for a scalar where layers agree."""
     return values[0] if len(set(values)) == 1 else values
-
-
-def _add_vocabulary(gguf: ModuleType, writer: Any, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types([gguf.TokenType[kind.upper()] for kind in vocabulary.kinds])
-    writer.add_token_merges(vocabulary.merges)
-    for name, token_id in vocabulary.special.items():
-        getattr(writer, f"add_{name}_token_id")(token_id)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from puzzle import engines
+from puzzle.engines import environments as engines
 from puzzle.errors import PuzzleError
 
 

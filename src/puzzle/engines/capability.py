@@ -1,0 +1,146 @@
+"""Which children each engine can run, layer by layer; asked before anything is searched or written.
+
+A reader is a format of `puzzle.export` as one engine reads it. What it can run is data here, a row for each
+`Variant.cell`; tests/engines compare logits for each row, and docs/engines.md shows the table.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
+from puzzle.variants import SUBBLOCKS, Architecture, LayerSpace, Space, Subblock, Variant
+
+_SIZES = {"fewer KV heads": "", "narrower FFN": ""}
+_OWN_MODULES = dict.fromkeys(("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN"), "")
+"""What runs wherever the child's own code does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What one engine can run of one format. None: no restriction."""
+
+    engine: str
+    runs: Mapping[str, str]
+    """By `Variant.cell`: what is written instead, with the same result; empty: the subblock as it is."""
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    """Why a cell that is not in `runs` cannot run, where the format itself could express it."""
+    families: tuple[str, ...] | None = None
+    """Of parents, by transformers' `model_type`."""
+    activations: tuple[str, ...] | None = None
+    rope_types: tuple[str, ...] | None = None
+    one_window: bool = False
+    """Whether all windows must have the same size."""
+
+    def refusal(self, cell: str) -> str | None:
+        """Why subblocks of this cell cannot run; None: they can."""
+        return None if cell in self.runs else self.refuses.get(cell, "this format cannot express it")
+
+
+_NO_LINEAR = "vLLM's DeciLM has no linear replacements"
+
+READERS: Mapping[str, Reader] = {
+    "hf": Reader(
+        engine="transformers, with the code in the checkpoint",
+        runs=_SIZES | _OWN_MODULES | {"window": "", "window with sinks": ""},
+        refuses={"other kinds": "the checkpoint does not carry the code of kinds from outside this package"},
+    ),
+    "vllm": Reader(
+        engine="vLLM's Transformers backend, with the hf checkpoint",
+        runs=_SIZES | _OWN_MODULES | {"window": ""},
+        refuses={"window with sinks": "vLLM's attention has no sinks"},
+        one_window=True,
+    ),
+    "deci": Reader(
+        engine="vLLM's own DeciLMForCausalLM",
+        runs=_SIZES | {"no attention": "in the first layer: one KV head with zero weights", "no FFN": ""},
+        refuses={"linear attention": _NO_LINEAR, "linear FFN": _NO_LINEAR},
+        families=("llama",),
+        activations=("silu",),
+    ),
+    "gguf": Reader(
+        engine="llama.cpp, architecture deci",
+        runs=_SIZES
+        | {"linear attention": "", "no attention": "in the first layer: a linear attention with zero weights"}
+        | {"no FFN": "an FFN of width 32 with zero weights"},
+        families=("llama",),
+        activations=("silu",),
+        rope_types=("default", "linear", "llama3"),
+    ),
+}
+"""By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`."""
+
+TIMED_AS: Mapping[str, str] = {"vllm": "vllm", "llama.cpp": "gguf"}
+"""By a scenario's engine, the reader that is timed: the space is restricted to what it can run."""
+
+
+def reader(name: str) -> Reader:
+    """The reader of this name; a `PuzzleError` that lists them if there is none."""
+    if name not in READERS:
+        raise PuzzleError(f"deploy: found {name!r}; use {', '.join(READERS)}")
+    return READERS[name]
+
+
+def refusals(config: PuzzleConfig, name: str) -> list[str]:
+    """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
+    chosen = reader(name)
+    blocks = list(enumerate(Architecture.of(config).blocks))
+    variants = [(layer, block.subblock(subblock)) for layer, block in blocks for subblock in SUBBLOCKS]
+    found = _of_the_whole_model(config, chosen, [variant for _, variant in variants])
+    for layer, variant in variants:
+        if (reason := chosen.refusal(variant.cell)) is not None:
+            found.append(f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reason}")
+    return found
+
+
+def require(config: PuzzleConfig, name: str) -> None:
+    """A `PuzzleError` with the first layer and the reason, if the reader `name` cannot run the model."""
+    if found := refusals(config, name):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise PuzzleError(f"export to {name}: {found[0]}{more}; restrict the space by `deploy`, or export to hf")
+
+
+def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Space:
+    """`space` without the variants that one of these readers cannot run.
+
+    Raises:
+        PuzzleError: a reader is unknown, cannot run the parent itself, or needs windows of one size.
+    """
+    for name in names:
+        require(config, name)
+
+    def kept(layer: LayerSpace, subblock: Subblock) -> tuple[Variant, ...]:
+        own, *others = layer.subblock(subblock)
+        runs = (each for each in others if all(reader(name).refusal(each.cell) is None for name in names))
+        return (own, *runs)
+
+    deployed = Space(tuple(LayerSpace(kept(layer, "attention"), kept(layer, "ffn")) for layer in space.layers))
+    windows = _windows(variant for layer in deployed.layers for variant in layer.attention)
+    for name in names:
+        if reader(name).one_window and len(windows) > 1:
+            sizes = ", ".join(map(str, windows))
+            raise PuzzleError(f"deploy: {name} needs windows of one size; space.attention has them of {sizes}")
+    return deployed
+
+
+def _of_the_whole_model(config: PuzzleConfig, chosen: Reader, variants: Sequence[Variant]) -> list[str]:
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    limited = (
+        ("parents of the family", config.base_model_type, chosen.families),
+        ("hidden_act", config.hidden_act, chosen.activations),
+        ("rope_type", rope, chosen.rope_types),
+    )
+    found = [
+        f"{what} {value}: {chosen.engine} runs {', '.join(allowed)}"
+        for what, value, allowed in limited
+        if allowed is not None and value not in allowed
+    ]
+    windows = _windows(variants)
+    if chosen.one_window and len(windows) > 1:
+        found.append(f"windows of {', '.join(map(str, windows))} tokens: {chosen.engine} runs one size")
+    return found
+
+
+def _windows(variants: Iterable[Variant]) -> list[int]:
+    """Their sizes, in order."""
+    return sorted({window for variant in variants if (window := variant.module_config().get("window"))})

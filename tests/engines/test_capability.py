@@ -1,0 +1,123 @@
+"""What an engine cannot run is refused beforehand, with the layer and the reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.conftest import pico_puzzle
+
+from puzzle.engines.capability import READERS, deployable, refusals, require
+from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleConfig
+from puzzle.pipeline import Pipeline
+from puzzle.recipe import Recipe
+from puzzle.runs import create_folder, open_run
+from puzzle.variants import REGISTRY, ParentSubblock, State, Unsized, Variant, derive_space
+
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+
+
+def config_of(*blocks: str, **overrides: object) -> PuzzleConfig:
+    return pico_puzzle(*blocks, **overrides).config
+
+
+def table() -> str:
+    """All readers as a Markdown table; footnotes say what is written instead, or why something cannot run."""
+    notes: dict[str, int] = {}
+
+    def cell(name: str, row: str) -> str:
+        reason = READERS[name].refusal(row)
+        note = READERS[name].runs[row] if reason is None else reason
+        number = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
+        return ("yes" if reason is None else "no") + number
+
+    rows = [*READERS["hf"].runs, "other kinds"]
+    lines = [["", *READERS], ["---"] * (len(READERS) + 1)]
+    lines += [[row, *(cell(name, row) for name in READERS)] for row in rows]
+    lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in READERS.values())])
+    for title, attribute in (("families", "families"), ("activations", "activations"), ("rope", "rope_types")):
+        lines.append([title, *(", ".join(getattr(reader, attribute) or ["all"]) for reader in READERS.values())])
+    lines_of_text = [f"| {' | '.join(line)} |" for line in lines]
+    footnotes = [f"{number}. {note}" for note, number in notes.items()]
+    engines = [f"- `{name}`: {reader.engine}" for name, reader in READERS.items()]
+    return "\n".join([*lines_of_text, "", *footnotes, "", *engines, ""])
+
+
+def test_the_table_in_the_documentation_is_this_one() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8"), f"put into {PAGE}:\n{table()}"
+
+
+def test_a_model_of_sizes_alone_runs_everywhere() -> None:
+    config = config_of("kv4+w256", "kv1+w512", "none+none", head_dim=8, attention_bias=True)
+    assert all(refusals(config, name) == [] for name in READERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("hf", []),
+        ("vllm", ["layer 3: attention kv4win8s2 (window with sinks)"]),
+        ("gguf", ["layer 2: ffn linear (linear FFN)", "layer 3: attention kv4win8s2", "layer 3: ffn rank4 (low-rank"]),
+        ("deci", ["layer 0: attention linear (linear attention)", "layer 2: ffn linear", "layer 3: att", "layer 3: f"]),
+    ],
+)
+def test_layers_are_refused_one_by_one(name: str, refused: list[str]) -> None:
+    found = refusals(config_of("linear+none", "none+w48", "none+linear", "kv4win8s2+rank4"), name)
+    assert len(found) == len(refused)
+    assert all(line.startswith(start) for line, start in zip(found, refused, strict=True))
+
+
+def test_what_concerns_the_whole_model() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    assert "rope_type yarn" in refusals(config_of("kv4+w48", rope_parameters=rope), "gguf")[0]
+    windows = config_of("kv4win4+w48", "kv4win8+w48")
+    assert "windows of 4, 8 tokens" in refusals(windows, "vllm")[0]
+    with pytest.raises(PuzzleError, match=r"export to gguf: layer 0: attention kv4win4 \(window\).*\(and 1 more\)"):
+        require(windows, "gguf")
+
+
+@dataclass(frozen=True)
+class Mine(Unsized):
+    subblock = "ffn"
+    kind = "mine"
+    closed_form = True
+
+    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
+        return True
+
+    def initialise(self, parent: ParentSubblock) -> State:
+        raise NotImplementedError
+
+
+def test_kinds_from_outside_are_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("kv4+w256")
+    monkeypatch.setitem(REGISTRY["ffn"], "mine", Mine)
+    assert config.blocks is not None
+    config.blocks[0]["ffn"] = {"kind": "mine"}
+    for name in READERS:
+        with pytest.raises(PuzzleError, match=r"layer 0: ffn mine \(other kinds\)"):
+            require(config, name)
+
+
+def test_a_space_is_restricted_to_what_is_deployed_on() -> None:
+    config = config_of("kv4+w48", "kv4+w48")
+    space = derive_space(config, ffn_widths=[16], attention=["linear", "none", "kv4win8"], ffn=["linear", "none"])
+    assert deployable(space, config, []) == deployable(space, config, ["hf"]) == space
+    deci = deployable(space, config, ["deci", "gguf"])
+    assert [variant.name for variant in deci.layers[1].attention] == ["kv4", "kv2", "kv1", "none"]
+    assert [variant.name for variant in deci.layers[1].ffn] == ["w48", "w16", "none"]
+    with pytest.raises(PuzzleError, match="deploy: found 'lamma'; use hf, vllm"):
+        deployable(space, config, ["lamma"])
+    windows = derive_space(config, attention=["kv4win8", "kv2win4"], ffn=[])
+    with pytest.raises(PuzzleError, match=r"deploy: vllm needs windows of one size; .* 4, 8"):
+        deployable(windows, config, ["vllm"])
+
+
+def test_engines_that_are_timed_restrict_the_space_too(pico_recipe: Recipe, tmp_path: Path) -> None:
+    scenario = pico_recipe.scenario.model_dump() | {"engine": "llama.cpp"}
+    recipe = Recipe.model_validate(pico_recipe.model_dump() | {"scenario": scenario})
+    create_folder(tmp_path / "run", recipe)
+    with open_run(tmp_path / "run") as run:
+        ffn = {variant.name for layer in Pipeline(run).full_space.layers for variant in layer.ffn}
+    assert "none" in ffn
+    assert "linear" not in ffn
