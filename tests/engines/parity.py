@@ -1,12 +1,17 @@
 """Children of all kinds, and how far an engine's logits are from torch's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.conftest import pico_puzzle, save_byte_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
+from puzzle.modeling import MODULES, PuzzleConfig, PuzzleForCausalLM, save_checkpoint
+from puzzle.variants import REGISTRY, ParentSubblock, State, Variant, register
 
 VOCAB = 288
 """More than the tokenizer has: the rest only pads the embeddings."""
@@ -23,6 +28,38 @@ MIXED = tuple(
         "none+linear kv4+rank6 linear+none kv2+linear none+rank6 linear+linear kv1+none none+linear",  # own modules
     )
 )
+
+
+class Gain(nn.Module):
+    def __init__(self, config: Any, entry: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.weight * hidden_states
+
+
+@dataclass(frozen=True)
+class GainFFN(Variant):
+    """A kind from outside the package."""
+
+    subblock = "ffn"
+    kind = grammar = "gain"
+    module = Gain
+
+    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
+        return True
+
+    def initialise(self, parent: ParentSubblock) -> State:
+        raise NotImplementedError
+
+
+@contextmanager
+def kind_from_outside() -> Iterator[None]:
+    """`gain` is an FFN inside."""
+    register(GainFFN)
+    yield
+    del REGISTRY["ffn"]["gain"], MODULES["ffn", "gain"]
 
 
 def save(folder: Path, *blocks: str, **overrides: object) -> tuple[PuzzleForCausalLM, Path]:

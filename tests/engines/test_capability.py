@@ -1,10 +1,10 @@
 """What an engine cannot run is refused beforehand, with the layer and the reason."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tests.conftest import pico_puzzle
+from tests.engines.parity import kind_from_outside
 
 from puzzle.engines.capability import READERS, deployable, refusals, require
 from puzzle.errors import PuzzleError
@@ -12,7 +12,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import REGISTRY, ParentSubblock, State, Unsized, Variant, derive_space
+from puzzle.variants import derive_space
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 
@@ -31,7 +31,7 @@ def table() -> str:
         number = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
         return ("yes" if reason is None else "no") + number
 
-    rows = [*READERS["hf"].runs, "other kinds"]
+    rows = READERS["hf"].runs
     lines = [["", *READERS], ["---"] * (len(READERS) + 1)]
     lines += [[row, *(cell(name, row) for name in READERS)] for row in rows]
     lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in READERS.values())])
@@ -76,27 +76,13 @@ def test_what_concerns_the_whole_model() -> None:
         require(windows, "gguf")
 
 
-@dataclass(frozen=True)
-class Mine(Unsized):
-    subblock = "ffn"
-    kind = "mine"
-    closed_form = True
-
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return True
-
-    def initialise(self, parent: ParentSubblock) -> State:
-        raise NotImplementedError
-
-
-def test_kinds_from_outside_are_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of("kv4+w256")
-    monkeypatch.setitem(REGISTRY["ffn"], "mine", Mine)
-    assert config.blocks is not None
-    config.blocks[0]["ffn"] = {"kind": "mine"}
-    for name in READERS:
-        with pytest.raises(PuzzleError, match=r"layer 0: ffn mine \(other kinds\)"):
-            require(config, name)
+def test_kinds_from_outside_run_where_the_code_in_the_checkpoint_does() -> None:
+    with kind_from_outside():
+        config = config_of("kv4+w256", "kv4+gain")
+        assert refusals(config, "hf") == refusals(config, "vllm") == []
+        for name in ("deci", "gguf"):
+            with pytest.raises(PuzzleError, match=r"layer 1: ffn gain \(other kinds\): this format cannot express it"):
+                require(config, name)
 
 
 def test_a_space_is_restricted_to_what_is_deployed_on() -> None:

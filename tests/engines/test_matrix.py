@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tests.engines.matrix import ALTERNATIVES, PAGE, block_of, columns, render
+from tests.engines.matrix import ALTERNATIVES, PAGE, block_of, measure, render
+from tests.engines.parity import kind_from_outside
 from tests.engines.readers import LlamaCpp, Vllm
 
 from puzzle.engines.capability import READERS
@@ -10,13 +11,11 @@ from puzzle.variants import BlockVariant
 
 
 def test_every_row_of_the_table_is_measured() -> None:
-    blocks = [BlockVariant.parse(block) for block in ALTERNATIVES.values()]
+    with kind_from_outside():
+        blocks = [BlockVariant.parse(block) for block in ALTERNATIVES.values()]
     assert {variant.cell for block in blocks for variant in (block.attention, block.ffn)} == set(READERS["hf"].runs)
 
 
 def test_the_matrix_of_the_docs_is_what_is_measured(llama_cpp: LlamaCpp, vllm: Vllm, tmp_path: Path) -> None:
     """`python -m tests.engines.matrix` writes it anew."""
-    matrix = {
-        column: column.differences(tmp_path / str(index)) for index, column in enumerate(columns(llama_cpp, vllm))
-    }
-    assert render(matrix) == block_of(PAGE.read_text()).group()
+    assert render(measure(llama_cpp, vllm, tmp_path)) == block_of(PAGE.read_text()).group()

@@ -12,8 +12,10 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.variants import SUBBLOCKS, Architecture, LayerSpace, Space, Subblock, Variant
 
 _SIZES = {"fewer KV heads": "", "narrower FFN": ""}
-_OWN_MODULES = dict.fromkeys(("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN"), "")
-"""What runs wherever the child's own code does."""
+_OWN_CODE = dict.fromkeys(
+    ("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN", "window", "other kinds"), ""
+)
+"""What runs wherever the code in the checkpoint does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,11 @@ _NO_LINEAR = "vLLM's DeciLM has no linear replacements"
 READERS: Mapping[str, Reader] = {
     "hf": Reader(
         engine="transformers, with the code in the checkpoint",
-        runs=_SIZES | _OWN_MODULES | {"window": "", "window with sinks": ""},
-        refuses={"other kinds": "the checkpoint does not carry the code of kinds from outside this package"},
+        runs=_SIZES | _OWN_CODE | {"window with sinks": ""},
     ),
     "vllm": Reader(
         engine="vLLM's Transformers backend, with the hf checkpoint",
-        runs=_SIZES | _OWN_MODULES | {"window": ""},
+        runs=_SIZES | _OWN_CODE,
         refuses={"window with sinks": "vLLM's attention has no sinks"},
         one_window=True,
     ),
@@ -143,4 +144,4 @@ def _of_the_whole_model(config: PuzzleConfig, chosen: Reader, variants: Sequence
 
 def _windows(variants: Iterable[Variant]) -> list[int]:
     """Their sizes, in order."""
-    return sorted({window for variant in variants if (window := variant.module_config().get("window"))})
+    return sorted({window for variant in variants if (window := variant.entry().get("window"))})

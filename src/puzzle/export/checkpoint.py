@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import write_json
-from puzzle.variants import Architecture
+from puzzle.variants import Architecture, BlockVariant, Subblock, parse_variant
 
 NO_OP = {"no_op": True}
 _NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py", "README.md")
@@ -28,6 +30,7 @@ class Layer:
 
     index: int
     """In the child."""
+    block: BlockVariant
     attention: dict[str, Any] | None
     ffn: dict[str, Any] | None
 
@@ -46,10 +49,18 @@ def open_child(path: Path) -> Parent:
 def layers_of(config: PuzzleConfig) -> list[Layer]:
     """The layers but for empty ones, which are the identity: formats other than `hf` leave them out."""
     layers = [
-        Layer(index, block.attention.deci(config), block.ffn.deci(config))
+        Layer(index, block, block.attention.deci(config), block.ffn.deci(config))
         for index, block in enumerate(Architecture.of(config).blocks)
     ]
     return [layer for layer in layers if (layer.attention, layer.ffn) != (NO_OP, NO_OP)]
+
+
+def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Tensor]:
+    """The weights of a variant, by their names in the layer, that let it add nothing: zeros, and norms of ones."""
+    return {
+        tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0, dtype=config.dtype)
+        for tensor, shape in parse_variant(subblock, name).shapes(config).items()
+    }
 
 
 def write_checkpoint(
@@ -100,7 +111,10 @@ def _write_weights(child: Parent, folder: Path, numbers: Mapping[int, int], adde
     weight_map: dict[str, str] = {}
     total_bytes = 0
     for file, stored in names.items():
-        tensors = {_renumbered(name, numbers): tensor for name, tensor in child.checkpoint.read(stored)}
+        tensors = {
+            re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: str(numbers[int(layer[0])]), name): tensor
+            for name, tensor in child.checkpoint.read(stored)
+        }
         tensors |= added if not weight_map else {}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -108,10 +122,3 @@ def _write_weights(child: Parent, folder: Path, numbers: Mapping[int, int], adde
     if len(names) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
-
-
-def _renumbered(name: str, numbers: Mapping[int, int]) -> str:
-    if not name.startswith("model.layers."):
-        return name
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    return f"model.layers.{numbers[int(layer)]}.{rest}"

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from puzzle.engines.capability import require
 from puzzle.errors import PuzzleError
-from puzzle.export.checkpoint import NO_OP, layers_of, open_child, write_checkpoint
-from puzzle.modeling import PuzzleConfig
+from puzzle.export.checkpoint import NO_OP, layers_of, open_child, silent, write_checkpoint
 
 _CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
 """vLLM reads `block_configs` by attribute: the checkpoint carries a class that has them so."""
@@ -46,7 +44,8 @@ def export_deci(source: Path, target: Path) -> Path:
     added: dict[str, Tensor] = {}
     if layers[0].attention == NO_OP:
         blocks[0]["attention"] = _ATTENTION | {"n_heads_in_group": child.config.num_attention_heads}
-        added = _zero_attention(child.config)
+        one_head = silent("attention", "kv1", child.config)
+        added = {f"model.layers.0.{name}": tensor for name, tensor in one_head.items()}
     fields = child.config.to_dict()
     config = {
         "architectures": ["DeciLMForCausalLM"],
@@ -57,18 +56,3 @@ def export_deci(source: Path, target: Path) -> Path:
         "block_configs": blocks,
     }
     return write_checkpoint(child, target, config, layers, added=added, code=[_CONFIGURATION])
-
-
-def _zero_attention(config: PuzzleConfig) -> dict[str, Tensor]:
-    """The first layer's attention, of one KV head, that adds nothing."""
-    assert config.head_dim is not None
-    hidden, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-    shapes = {"q": (inner, hidden), "k": (config.head_dim, hidden), "v": (config.head_dim, hidden)}
-    shapes["o"] = (hidden, inner)
-    tensors = {"model.layers.0.input_layernorm.weight": torch.ones(hidden, dtype=config.dtype)}
-    for name, shape in shapes.items():
-        projection = f"model.layers.0.self_attn.{name}_proj"
-        tensors[f"{projection}.weight"] = torch.zeros(shape, dtype=config.dtype)
-        if config.attention_bias:
-            tensors[f"{projection}.bias"] = torch.zeros(shape[0], dtype=config.dtype)
-    return tensors

@@ -72,7 +72,7 @@ def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path
 
     def value(tensor: FileTensor) -> "Tensor | NDArray[np.uint8]":
         """Norms are ones; of matrices the encoded bytes, which repeat."""
-        if tensor.source is None or len(tensor.shape) == 1:
+        if isinstance(tensor.source, Tensor) or len(tensor.shape) == 1:
             return tensor.value(lambda _: torch.ones(tensor.shape))
         return encoded[_type_of(tensor.shape, dtype)]
 
@@ -141,7 +141,7 @@ def _file_tensors(config: PuzzleConfig, rows: list[Row]) -> list[FileTensor]:
     if not config.tie_word_embeddings:
         tensors.append(FileTensor("output.weight", matrix, "lm_head.weight"))
     if (factors := rope_factors(config)) is not None:
-        tensors.append(FileTensor("rope_freqs.weight", tuple(factors.shape), fill=factors))
+        tensors.append(FileTensor("rope_freqs.weight", tuple(factors.shape), factors))
     tensors += [
         replace(tensor, name=f"blk.{index}.{tensor.name}") for index, row in enumerate(rows) for tensor in row.tensors
     ]

@@ -45,8 +45,7 @@ def _sizes(config: PuzzleConfig, layers: list[Layer]) -> tuple[int, int]:
         raise no_llama("all layers are empty")
     for layer in layers:
         if "n_heads_in_group" not in (layer.attention or {}) or "intermediate_size" not in (layer.ffn or {}):
-            block = (config.blocks or [])[layer.index]
-            raise no_llama(f"layer {layer.index} has {block['attention']} and {block['ffn']}")
+            raise no_llama(f"layer {layer.index} has {layer.block}")
         if (layer.attention, layer.ffn) != (layers[0].attention, layers[0].ffn):
             raise no_llama(f"layers {layers[0].index} and {layer.index} differ")
     assert layers[0].attention is not None
