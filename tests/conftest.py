@@ -23,7 +23,8 @@ from puzzle.parents import Parent
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
-from puzzle.variants import Architecture, BlockVariant, GatedFFN, Space, num_params
+from puzzle.variants import Architecture, BlockVariant, Space
+from puzzle.variants.kinds.gated import GatedFFN
 
 torch.set_num_threads(1)
 
@@ -68,7 +69,7 @@ def pico_puzzle(*blocks: str, **overrides: object) -> PuzzleForCausalLM:
     fields = pico_llama(**overrides).config.to_dict()
     for not_carried in ("model_type", "architectures", "transformers_version"):
         del fields[not_carried]
-    config = Architecture(tuple(map(BlockVariant.parse, blocks))).configure(PuzzleConfig(**fields))
+    config = Architecture.parse(blocks).configure(PuzzleConfig(**fields))
     torch.manual_seed(1)
     return randomise(PuzzleForCausalLM(config))
 
@@ -209,7 +210,7 @@ def toy_costs(pico_pipeline: Pipeline) -> CostTable:
     rows = []
     for layer, layer_space in enumerate(pico_pipeline.space.layers):
         for variant in (*layer_space.attention, *layer_space.ffn):
-            params = num_params(variant, config)
+            params = variant.num_params(config)
             sizes = {"params": params, "weight_bytes": 4 * params, "kv_bytes_per_sequence": 0}
             row = CostRow(
                 layer=layer,

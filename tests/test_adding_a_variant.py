@@ -16,16 +16,8 @@ from puzzle.modeling import MODULES
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import (
-    REGISTRY,
-    Architecture,
-    GatedFFN,
-    ParentSubblock,
-    build_subblock,
-    num_params,
-    parse_variant,
-    split_state,
-)
+from puzzle.variants import REGISTRY, Architecture, ParentSubblock, parse_variant, split_state
+from puzzle.variants.kinds.gated import GatedFFN
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-variant.md"
 
@@ -75,7 +67,7 @@ def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) ->
     assert mean.expected_loss(parent, state) == pytest.approx(expected, abs=1e-5)
     assert 0 < expected < 1
     hidden_BTD = torch.randn(2, 3, 32)
-    layer = build_subblock(mean, parent.config, state)
+    layer = mean.build(parent.config, state)
     torch.testing.assert_close(layer(hidden_BTD), hidden_BTD + statistics["output_mean"])
 
 
@@ -89,7 +81,7 @@ def test_it_is_built_scored_and_weighed_like_any_other(pipeline: Pipeline) -> No
     kls = {row.block: row.kl for row in pipeline.scores.rows if row.layer == 1}
     assert kls.keys() == {"kv4+w64", "kv4+w16", "kv4+mean", "kv4+none"}
     assert kls["kv4+mean"] > kls["kv4+w64"]
-    assert num_params(parse_variant("ffn", "mean"), pipeline.parent.config) == 2 * 32
+    assert parse_variant("ffn", "mean").num_params(pipeline.parent.config) == 2 * 32
 
 
 def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_a_token_sees_its_window_and_the_sinks_alone(implementation: str, window
     layer = model.model.layers[0]
 
     def output(hidden_BTD: Tensor) -> Tensor:
-        return layer.attention_contribution(hidden_BTD, **model.model.context(hidden_BTD))[0]
+        return layer.subblock_output("attention", hidden_BTD, **model.model.context(hidden_BTD))[0]
 
     expected_TD = output(hidden_BTD)
     for token in range(10):

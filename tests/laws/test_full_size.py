@@ -8,8 +8,9 @@ from tests.conftest import pico_llama
 from torch import Tensor
 
 from puzzle.parents import open_parent
-from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, Start, Variant, build_subblock, split_state
-from puzzle.variants.kinds.grouped_query import keep_groups, merge_heads
+from puzzle.variants import ParentSubblock, Start, Variant, split_state
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery, keep_groups, merge_heads
 from puzzle.variants.least_squares import refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
@@ -33,12 +34,8 @@ def test_the_own_variant_starts_as_the_parents_subblock(
     model = parent.load()
     hidden_BTD = torch.randn(2, 7, 32)
     context = model.model.context(hidden_BTD)
-    contribution = {
-        "attention": lambda layer: layer.attention_contribution(hidden_BTD, **context),
-        "ffn": lambda layer: layer.ffn_contribution(hidden_BTD),
-    }[variant.subblock]
-    built = build_subblock(variant, parent.config, found)
-    assert torch.equal(contribution(built), contribution(model.model.layers[2]))
+    layers = (variant.build(parent.config, found), model.model.layers[2])
+    assert torch.equal(*(layer.subblock_output(variant.subblock, hidden_BTD, **context) for layer in layers))
 
 
 def test_merging_into_as_many_heads_changes_nothing() -> None:

@@ -39,7 +39,9 @@ def test_leaving_such_layers_out_changes_nothing() -> None:
 
 
 def _copy_kept_layers(small: PuzzleForCausalLM, large: PuzzleForCausalLM) -> None:
-    kept: list[PuzzleDecoderLayer] = [layer for layer in large.model.layers if layer.has_attention or layer.has_ffn]
+    kept: list[PuzzleDecoderLayer] = [
+        layer for layer in large.model.layers if layer.has("attention") or layer.has("ffn")
+    ]
     for source, target in zip(small.model.layers, kept, strict=True):
         target.load_state_dict(source.state_dict())
     large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())

@@ -162,7 +162,7 @@ def test_attention_gets_the_callers_arguments(monkeypatch: pytest.MonkeyPatch) -
     model = pico_puzzle(*MIXED)
     seen: list[object] = []
     for layer in model.model.layers:
-        if layer.has_attention:
+        if layer.has("attention"):
             layer.self_attn.register_forward_pre_hook(
                 lambda _, args, kwargs: seen.append(kwargs["attention_instances"]), with_kwargs=True
             )

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from puzzle.modeling import save_checkpoint
 from puzzle.parents import Parent, open_parent
-from puzzle.variants import Architecture, ParentSubblock, derive_space, num_params, split_state
+from puzzle.variants import Architecture, ParentSubblock, derive_space, split_state
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 
@@ -143,7 +143,7 @@ def test_a_child_can_be_the_next_parent(tmp_path: Path) -> None:
         assert space.layers[layer].parent == own
         for variant in (own.attention, own.ffn):
             state = split_state(parent.layer_state(layer), variant.subblock)
-            assert num_params(variant, parent.config) == sum(tensor.numel() for tensor in state.values())
+            assert variant.num_params(parent.config) == sum(tensor.numel() for tensor in state.values())
             subblock = ParentSubblock(config=parent.config, variant=variant, state=state, statistics={})
             assert variant.initialise(subblock).keys() == state.keys()
     smaller = Architecture((space.layers[3].blocks()[-1], *parent.architecture.blocks[1:]))

@@ -5,7 +5,9 @@ from tests.conftest import pico_puzzle
 from torch import Tensor
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.variants import GatedFFN, GroupedQuery, ParentSubblock, State, Subblock, split_state
+from puzzle.variants import ParentSubblock, State, Subblock, split_state
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
 
 TOKENS = 200
 

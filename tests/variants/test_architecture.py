@@ -17,7 +17,7 @@ BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 
 
 def architecture(*names: str) -> Architecture:
-    return Architecture(tuple(map(BlockVariant.parse, names)))
+    return Architecture.parse(names)
 
 
 def test_a_person_can_read_it() -> None:

@@ -12,18 +12,10 @@ from torch import Tensor
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.variants import (
-    GroupedQuery,
-    LinearAttention,
-    NoAttention,
-    ParentSubblock,
-    Start,
-    State,
-    build_subblock,
-    parse_variant,
-    split_state,
-    variant_from_entry,
-)
+from puzzle.variants import ParentSubblock, Start, State, parse_variant, split_state, variant_from_entry
+from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants.kinds.linear import LinearAttention
+from puzzle.variants.kinds.none import NoAttention
 
 IMPORTANCE = Start(kv_heads="importance")
 PAPER = Start(method="paper")
@@ -48,8 +40,8 @@ def attention_of(heads: int, bias: bool) -> PuzzleForCausalLM:
 def output(model: PuzzleForCausalLM, variant: GroupedQuery | LinearAttention, state: State, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     hidden_BTD = torch.randn(2, 7, 32, dtype=torch.float64, generator=generator)
-    layer = build_subblock(variant, model.config, state)
-    return layer.attention_contribution(hidden_BTD, **model.model.context(hidden_BTD))
+    layer = variant.build(model.config, state)
+    return layer.subblock_output("attention", hidden_BTD, **model.model.context(hidden_BTD))
 
 
 @given(WINDOWS)
@@ -165,9 +157,9 @@ def test_spare_query_heads_are_silent_and_can_wake() -> None:
     assert all(torch.equal(queries[i], own[head]) for i, head in enumerate([1, 0, 3, 2]))
     silent = start["self_attn.o_proj.weight"].unflatten(1, (4, -1)).abs().amax((0, 2)) == 0
     assert silent.tolist() == [False, True, False, True]
-    layer = build_subblock(GroupedQuery(2), model.config, start)
+    layer = GroupedQuery(2).build(model.config, start)
     hidden_BTD = torch.randn(2, 7, 32, dtype=torch.float64)
-    layer.attention_contribution(hidden_BTD, **model.model.context(hidden_BTD)).square().sum().backward()
+    layer.subblock_output("attention", hidden_BTD, **model.model.context(hidden_BTD)).square().sum().backward()
     gradient = layer.self_attn.o_proj.weight.grad.unflatten(1, (4, -1))
     assert (gradient.abs().amax((0, 2)) > 0).all()
 
@@ -181,9 +173,9 @@ def test_the_papers_linear_map_is_attention_to_itself(heads: int, bias: bool) ->
     start = LinearAttention().initialise(parent)
     hidden_BTD = torch.randn(3, 1, 32, dtype=torch.float64)
     context = model.model.context(hidden_BTD)
-    linear = build_subblock(LinearAttention(), model.config, start)
-    expected_BTD = model.model.layers[1].attention_contribution(hidden_BTD, **context)
-    torch.testing.assert_close(linear.attention_contribution(hidden_BTD, **context), expected_BTD)
+    linear = LinearAttention().build(model.config, start)
+    expected_BTD = model.model.layers[1].subblock_output("attention", hidden_BTD, **context)
+    torch.testing.assert_close(linear.subblock_output("attention", hidden_BTD, **context), expected_BTD)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -193,12 +185,12 @@ def test_the_expected_loss_is_that_on_the_calibration_text(start: Start, bias: b
     layer = model.model.layers[1]
     hidden_BTD = torch.randn(4, 30, 32, dtype=torch.float64) + 0.3
     with torch.no_grad():
-        wanted_BTD = layer.attention_contribution(hidden_BTD, **model.model.context(hidden_BTD))
+        wanted_BTD = layer.subblock_output("attention", hidden_BTD, **model.model.context(hidden_BTD))
         normed_ND = layer.input_layernorm(hidden_BTD).flatten(0, 1)
         statistics = moments(normed_ND, wanted_BTD.flatten(0, 1)) | {"output_power": wanted_BTD.square().mean()}
         parent = replace(subblock(model, statistics), start=start)
         state = LinearAttention().initialise(parent)
-        found_BTD = build_subblock(LinearAttention(), model.config, state).attention_contribution(hidden_BTD)
+        found_BTD = LinearAttention().build(model.config, state).subblock_output("attention", hidden_BTD)
         error = float((found_BTD - wanted_BTD).square().sum() / wanted_BTD.square().sum())
     assert LinearAttention().expected_loss(parent, state) == pytest.approx(error, rel=1e-9)
     assert NoAttention().expected_loss(parent, {}) == 1.0

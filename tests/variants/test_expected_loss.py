@@ -10,21 +10,11 @@ from tests.conftest import pico_puzzle
 from tests.variants.conftest import activation_moments, moments, pico_parent, subblock
 from torch import Tensor
 
-from puzzle.variants import (
-    GatedFFN,
-    LinearFFN,
-    LowRankFFN,
-    NoFFN,
-    ParentSubblock,
-    Space,
-    Start,
-    Subblock,
-    Variant,
-    build_subblock,
-    derive_space,
-    expected_losses,
-    prune_space,
-)
+from puzzle.variants import ParentSubblock, Space, Start, Subblock, Variant, derive_space, expected_losses, prune_space
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.linear import LinearFFN
+from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.none import NoFFN
 
 VARIANTS = [GatedFFN(48), GatedFFN(20), LowRankFFN(6), LinearFFN(), NoFFN()]
 STARTS = [Start(), Start(channels="independent"), Start(method="paper")]
@@ -52,7 +42,7 @@ def test_the_expected_loss_is_the_measured_one(variant: Variant, start: Start, b
     parent, hidden_ND, output_ND = calibrated(bias)
     parent = replace(parent, start=start)
     state = variant.initialise(parent)
-    found_ND = build_subblock(variant, parent.config, state)(hidden_ND) - hidden_ND
+    found_ND = variant.build(parent.config, state)(hidden_ND) - hidden_ND
     measured = float((found_ND - output_ND).square().sum() / output_ND.square().sum())
     assert variant.expected_loss(parent, state) == pytest.approx(measured, rel=1e-9, abs=1e-12)
 
@@ -68,7 +58,7 @@ def test_rounded_weights_lose_what_rounding_loses(variant: Variant) -> None:
         worse = state | {"mlp.down_proj.weight": 0.5 * state["mlp.down_proj.weight"]}
     if isinstance(variant, LinearFFN):
         worse = state | {"mlp.linear_mlp.weight": 0.5 * state["mlp.linear_mlp.weight"]}
-    found_ND = build_subblock(variant, parent.config, worse)(hidden_ND) - hidden_ND
+    found_ND = variant.build(parent.config, worse)(hidden_ND) - hidden_ND
     measured = float((found_ND - output_ND).square().sum() / output_ND.square().sum())
     found = variant.expected_loss(parent, worse)
     assert found == pytest.approx(measured, rel=1e-9)

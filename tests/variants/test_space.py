@@ -9,8 +9,9 @@ from tests.conftest import pico_puzzle
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants import GatedFFN, GroupedQuery, derive_space
-from puzzle.variants.kinds.gated import hardware_multiple
+from puzzle.variants import derive_space
+from puzzle.variants.kinds.gated import GatedFFN, hardware_multiple
+from puzzle.variants.kinds.grouped_query import GroupedQuery
 
 
 def config(heads: int = 8, kv_heads: int = 8, width: int = 512, layers: int = 2) -> PuzzleConfig:
@@ -62,7 +63,7 @@ def test_ffn_widths(width: int, expected: list[int]) -> None:
 def test_every_size_fits(kv_heads: int, queries: int, width: int) -> None:
     multiple = hardware_multiple(width)
     space = derive_space(config(kv_heads * queries, kv_heads, width, layers=1)).layers[0]
-    counts = [variant.num_kv_heads for variant in space.attention if isinstance(variant, GroupedQuery)]
+    counts = [variant.num_key_value_heads for variant in space.attention if isinstance(variant, GroupedQuery)]
     widths = [variant.intermediate_size for variant in space.ffn if isinstance(variant, GatedFFN)]
     assert (counts[0], widths[0]) == (kv_heads, width)
     assert counts[-1] == 1

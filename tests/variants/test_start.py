@@ -12,17 +12,12 @@ from tests.variants.conftest import activation_moments, moments, pico_parent, sp
 from torch import Tensor
 from torch.nn.functional import linear
 
-from puzzle.variants import (
-    GatedFFN,
-    GroupedQuery,
-    LinearAttention,
-    LinearFFN,
-    LowRankFFN,
-    NoAttention,
-    NoFFN,
-    Start,
-    build_subblock,
-)
+from puzzle.variants import Start
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
+from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.none import NoAttention, NoFFN
 from puzzle.variants.least_squares import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
 
 _NORM = "post_attention_layernorm."
@@ -54,9 +49,9 @@ def test_equal_kv_heads_merge_without_loss() -> None:
     parent = subblock(model, "attention", {})
     hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
     context = model.model.context(hidden_BTD)
-    merged = build_subblock(GroupedQuery(2), model.config, GroupedQuery(2).initialise(parent))
-    expected_BTD = model.model.layers[1].attention_contribution(hidden_BTD, **context)
-    torch.testing.assert_close(merged.attention_contribution(hidden_BTD, **context), expected_BTD)
+    merged = GroupedQuery(2).build(model.config, GroupedQuery(2).initialise(parent))
+    expected_BTD = model.model.layers[1].subblock_output("attention", hidden_BTD, **context)
+    torch.testing.assert_close(merged.subblock_output("attention", hidden_BTD, **context), expected_BTD)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -76,7 +71,7 @@ def test_a_narrower_ffn_keeps_the_best_channels_and_refits(width: int, bias: boo
     np.testing.assert_allclose(
         start["mlp.down_proj.weight"].numpy(), _lstsq_refit(weight, activation_NI.numpy(), kept), rtol=1e-6, atol=1e-9
     )
-    build_subblock(GatedFFN(width), parent.config, start)
+    GatedFFN(width).build(parent.config, start)
 
 
 def _lstsq_refit(weight: np.ndarray, activation: np.ndarray, kept: list[int]) -> np.ndarray:
@@ -115,7 +110,7 @@ def test_linear_variants_recover_a_linear_subblock(variant: LinearAttention | Li
     true_weight = torch.randn(32, 32, dtype=torch.float64)
     offset = 1.0 if bias else 0.0
     parent = subblock(model, variant.subblock, moments(input_ND, input_ND @ true_weight.T + offset))
-    layer = build_subblock(variant, model.config, variant.initialise(parent))
+    layer = variant.build(model.config, variant.initialise(parent))
     hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
     norm = layer.input_layernorm if variant.subblock == "attention" else layer.post_attention_layernorm
     expected_BTD = hidden_BTD + norm(hidden_BTD) @ true_weight.T + offset
@@ -146,7 +141,7 @@ def test_a_low_rank_map_is_the_best_of_its_rank(bias: bool) -> None:
     if bias:
         expected = output_ND.numpy().mean(0) - found @ input_ND.numpy().mean(0)
         np.testing.assert_allclose(start["mlp.expand_proj.bias"].numpy(), expected, rtol=1e-5, atol=1e-6)
-    build_subblock(LowRankFFN(rank), parent.config, start)
+    LowRankFFN(rank).build(parent.config, start)
 
 
 @settings(max_examples=30, deadline=None)
@@ -186,7 +181,7 @@ def test_the_papers_starts_are_weights_alone(bias: bool) -> None:
     found_ND = linear(hidden_ND, start["mlp.linear_mlp.weight"], start.get("mlp.linear_mlp.bias"))
     torch.testing.assert_close(found_ND, expected_ND)
     low = LowRankFFN(31).initialise(parent)
-    found_ND = build_subblock(LowRankFFN(31), parent.config, low).mlp(hidden_ND)
+    found_ND = LowRankFFN(31).build(parent.config, low).mlp(hidden_ND)
     lost = torch.linalg.svdvals(start["mlp.linear_mlp.weight"])[-1]
     assert (found_ND - expected_ND).norm() <= lost * hidden_ND.norm() * (1 + 1e-9)
     assert all(map(torch.equal, [s[f"{_NORM}weight"] for s in (narrow, start, low)], [state[f"{_NORM}weight"]] * 3))

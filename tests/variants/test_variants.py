@@ -17,23 +17,18 @@ from puzzle.variants import (
     SUBBLOCKS,
     Architecture,
     BlockVariant,
-    GatedFFN,
-    GroupedQuery,
-    LinearAttention,
-    LinearFFN,
-    LowRankFFN,
-    NoAttention,
-    NoFFN,
     Subblock,
     Variant,
-    build_subblock,
-    num_params,
     parse_variant,
     register,
     split_state,
     variant_from_entry,
-    weight_bytes,
 )
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
+from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.none import NoAttention, NoFFN
 
 ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))
 FFN = st.one_of(
@@ -53,7 +48,9 @@ def test_a_variant_from_its_name_and_from_its_entry(variant: Variant) -> None:
 @given(st.builds(BlockVariant, ATTENTION, FFN))
 def test_a_block_from_its_name(block: BlockVariant) -> None:
     assert BlockVariant.parse(block.name) == block
-    assert (block.subblock("attention"), block.subblock("ffn")) == (block.attention, block.ffn)
+    assert (block.subblock("attention"), block.subblock("ffn")) == block.subblocks == (block.attention, block.ffn)
+    assert BlockVariant.alone(block.attention) == BlockVariant(block.attention, NoFFN())
+    assert BlockVariant.alone(block.ffn) == BlockVariant(NoAttention(), block.ffn)
 
 
 @given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvwins0123456789linearonek+ -", max_size=12))
@@ -151,14 +148,14 @@ def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> 
     model = pico_puzzle("kv2+w48", "kv1+w5", "linear+linear", "none+rank3", "none+none", **overrides)
     architecture = Architecture.of(model.config)
     counts = [
-        num_params(variant, model.config) for block in architecture.blocks for variant in (block.attention, block.ffn)
+        variant.num_params(model.config) for block in architecture.blocks for variant in (block.attention, block.ffn)
     ]
     for layer, block in zip(model.model.layers, architecture.blocks, strict=True):
         state = layer.state_dict()
         for subblock in ("attention", "ffn"):
             expected = sum(tensor.numel() for tensor in split_state(state, subblock).values())
-            assert num_params(block.subblock(subblock), model.config) == expected
-            assert weight_bytes(block.subblock(subblock), model.config, torch.bfloat16) == 2 * expected
+            assert block.subblock(subblock).num_params(model.config) == expected
+            assert block.subblock(subblock).weight_bytes(model.config, torch.bfloat16) == 2 * expected
     outer = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
     outer += 0 if model.config.tie_word_embeddings else model.lm_head.weight.numel()
     assert sum(counts) + outer == model.num_parameters()
@@ -171,24 +168,24 @@ def test_sizes_are_those_of_the_configuration_not_derived() -> None:
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     attention, ffn = GroupedQuery(8), GatedFFN(8192)
     config = PuzzleConfig(**sizes, num_hidden_layers=1)
-    assert num_params(attention, config) == 2 * 2048 * 2048 + 2 * 512 * 2048 + 2048
-    assert num_params(ffn, config) == 3 * 2048 * 8192 + 2048
+    assert attention.num_params(config) == 2 * 2048 * 2048 + 2 * 512 * 2048 + 2048
+    assert ffn.num_params(config) == 3 * 2048 * 8192 + 2048
     config = PuzzleConfig(**sizes, num_hidden_layers=1, head_dim=128)
-    assert num_params(attention, config) == 2 * 4096 * 2048 + 2 * 1024 * 2048 + 2048
+    assert attention.num_params(config) == 2 * 4096 * 2048 + 2 * 1024 * 2048 + 2048
     with torch.device("meta"):
         llama = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, head_dim=128, vocab_size=8))
     expected = sum(parameter.numel() for parameter in llama.model.layers[0].parameters())
-    assert num_params(attention, config) + num_params(ffn, config) == expected
+    assert attention.num_params(config) + ffn.num_params(config) == expected
 
 
 def test_a_subblock_shares_the_given_weights_and_allocates_none() -> None:
     model = pico_puzzle("kv4+w48")
     state = split_state(model.model.layers[0].state_dict(), "ffn")
-    layer = build_subblock(GatedFFN(48), model.config, state)
+    layer = GatedFFN(48).build(model.config, state)
     assert layer.mlp.down_proj.weight.data_ptr() == state["mlp.down_proj.weight"].data_ptr()
-    assert not layer.has_attention
+    assert not layer.has("attention")
     assert not layer.training
-    assert all(parameter.is_meta for parameter in build_subblock(GatedFFN(48), model.config).parameters())
+    assert all(parameter.is_meta for parameter in GatedFFN(48).build(model.config).parameters())
 
 
 @torch.no_grad()
@@ -197,8 +194,8 @@ def test_two_subblocks_are_one_layer() -> None:
     hidden_BTD = torch.randn(2, 5, 32)
     context = model.model.context(hidden_BTD)
     layer = model.model.layers[1]
-    attention = build_subblock(GroupedQuery(2), model.config, split_state(layer.state_dict(), "attention"))
-    ffn = build_subblock(GatedFFN(16), model.config, split_state(layer.state_dict(), "ffn"))
+    attention = GroupedQuery(2).build(model.config, split_state(layer.state_dict(), "attention"))
+    ffn = GatedFFN(16).build(model.config, split_state(layer.state_dict(), "ffn"))
     assert torch.equal(ffn(attention(hidden_BTD, **context), **context), layer(hidden_BTD, **context))
 
 
@@ -207,6 +204,29 @@ def test_a_subblock_asks_for_a_configuration_whose_masks_are_settled() -> None:
     state = split_state(pico_puzzle("kv4+w48").model.layers[0].state_dict(), "attention")
     config = PuzzleConfig(hidden_size=32, num_attention_heads=4, head_dim=12, num_hidden_layers=1)
     with pytest.raises(AssertionError, match="build a model with this configuration first"):
-        build_subblock(GroupedQuery(4), config, state)
+        GroupedQuery(4).build(config, state)
     PuzzleForCausalLM(config)
-    build_subblock(GroupedQuery(4), config, state)
+    GroupedQuery(4).build(config, state)
+
+
+@pytest.mark.parametrize("name", ["kv4", "kv2", "kv1win6", "kv2win5s3"])
+@pytest.mark.parametrize(("new", "context"), [(1, 1), (1, 20), (4, 20), (20, 20), (5, 7)])
+def test_operations_of_attention_are_its_matrices_and_the_keys_each_query_sees(
+    name: str, new: int, context: int
+) -> None:
+    config, variant = pico_puzzle("kv4+w48").config, parse_variant("attention", name)
+    held = variant.kv_values(config, 10**6) // variant.kv_values(config, 1)
+    pairs = sum(min(query + 1, held) for query in range(context - new, context))
+    assert variant.operations(config, new, context) == 2 * variant.num_params(config) * new + 4 * pairs * 4 * 12
+    assert variant.kv_bytes(config, context, torch.bfloat16) == 2 * variant.kv_values(config, context)
+
+
+def test_how_they_are_listed_and_drawn() -> None:
+    names = ["kv4", "kv2win8s1", "kv2", "kv1", "none", "linear"]
+    variants = sorted((parse_variant("attention", name) for name in names), key=lambda variant: variant.order)
+    assert [variant.name for variant in variants] == ["kv4", "kv2", "kv2win8s1", "kv1", "linear", "none"]
+    parent = GroupedQuery(4)
+    assert [variant.share(parent) for variant in variants] == [1, 0.5, 0.5, 0.25, None, 0]
+    assert GatedFFN(12).share(GatedFFN(48)) == 0.25
+    descriptions = {variant.description for variant in (*variants, GatedFFN(12), LowRankFFN(3))}
+    assert descriptions >= {"2 KV heads, window 8, first 1 kept", "1 KV head", "left out", "width 12", "linear map"}

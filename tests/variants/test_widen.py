@@ -4,17 +4,12 @@ import pytest
 import torch
 from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 
-from puzzle.variants import (
-    GatedFFN,
-    GroupedQuery,
-    LinearAttention,
-    LinearFFN,
-    LowRankFFN,
-    NoAttention,
-    NoFFN,
-    Variant,
-    build_subblock,
-)
+from puzzle.variants import Variant
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
+from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.none import NoAttention, NoFFN
 
 PAIRS = [
     *((GroupedQuery(small), GroupedQuery(large)) for small, large in [(1, 1), (1, 2), (1, 4), (2, 4)]),
@@ -34,8 +29,8 @@ def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: 
     assert widened is not None
     hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
     context = model.model.context(hidden_BTD)
-    expected_BTD = build_subblock(narrow, model.config, start)(hidden_BTD, **context)
-    torch.testing.assert_close(build_subblock(wide, model.config, widened)(hidden_BTD, **context), expected_BTD)
+    expected_BTD = narrow.build(model.config, start)(hidden_BTD, **context)
+    torch.testing.assert_close(wide.build(model.config, widened)(hidden_BTD, **context), expected_BTD)
     assert all(torch.equal(start[name], before[name]) for name in before)
 
 

@@ -145,7 +145,7 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
     file = path / "config.json"
     try:
         config = puzzle_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        if checkpoint is not None and _stores_another_head(checkpoint):
+        if checkpoint is not None and config.tie_word_embeddings and _stores_another_head(checkpoint):
             config.tie_word_embeddings = False
         parameters = dict(empty_model(config).named_parameters()) if checkpoint is not None else {}
     except PuzzleError:

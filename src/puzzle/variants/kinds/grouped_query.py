@@ -44,7 +44,7 @@ class GroupedQuery(Variant):
     def description(self) -> str:
         heads = f"{self.num_key_value_heads} KV head{'s' if self.num_key_value_heads > 1 else ''}"
         window = "" if self.window is None else f", window {self.window}"
-        return heads + window + (f" and {self.sinks} sinks" if self.sinks else "")
+        return heads + window + (f", first {self.sinks} kept" if self.sinks else "")
 
     def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
         """Of a window all keys and values but one are cached: that is the next token's own."""
@@ -158,7 +158,7 @@ class GroupedQuery(Variant):
         add_sum(sums, "group_contribution", norms)
 
     def _held(self, tokens: int) -> int:
-        """Of how many tokens keys and values are held after `tokens`; the last query sees as many."""
+        """Of how many tokens keys and values are held after `tokens`."""
         return tokens if self.window is None else min(tokens, self.sinks + self.window - 1)
 
     def _reach(self, config: PuzzleConfig) -> int:
