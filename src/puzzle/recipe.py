@@ -109,7 +109,7 @@ class SpaceSettings(Section):
     ffn: list[Text] = ["linear", "none"]
     """Other FFN variants by name: `linear`, `none`, `rank64`."""
     prune: Annotated[float, Field(gt=1)] | None = 2.0
-    """Drop a variant before training if a smaller one starts with 1/prune of its error; null: keep all."""
+    """Drop variants whose initial error is more than this multiple of a smaller variant's; null: keep all."""
 
 
 class CalibrationSettings(Section):

@@ -98,6 +98,9 @@ def test_parquet(read: Read, tmp_path: Path) -> None:
     assert contents(read(path, column="chat"))[0] == chat
     refused(read, path, "a.parquet has no column 'body'; it has chat, id, text", column="body")
     refused(read, path, "a.parquet row 0 holds a int in 'id' that is neither text nor", column="id")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
+    refused(read, path, "data.source: reading stopped at .*a.parquet row 0: ")
     path.write_bytes(b"PAR1 and no more than that")
     refused(read, path, "a.parquet cannot be loaded: ")
 

@@ -63,9 +63,15 @@ def load_dataset(name: str, column: str, *arguments: str | None, **options: Any)
 
 def read_dataset(dataset: Any, name: str, column: str, start: int, size: float) -> Iterator[Document]:
     """The rows of a dataset from number `start` on, each of size `size`."""
-    for number, row in enumerate(dataset.skip(start), start):
-        place = f"{name} row {number}"
-        yield Document(_content(row, column, place), place, size)
+    place = f"{name} row {start}"
+    try:
+        for number, row in enumerate(dataset.skip(start), start):
+            place = f"{name} row {number}"
+            yield Document(_content(row, column, place), place, size)
+    except PuzzleError:
+        raise
+    except Exception as error:  # a damaged file, a lost connection
+        raise PuzzleError(f"data.source: reading stopped at {place}: {one_line(error)}") from None
 
 
 def _read_text(path: Path) -> Iterator[Document]:

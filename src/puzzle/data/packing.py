@@ -141,6 +141,7 @@ def join(folder: Path, num_pieces: int, out: Path, sequence_length: int) -> dict
     lengths: dict[RangeName, list[NDArray[np.int64]]] = {name: [] for name in RANGES}
     counts: dict[RangeName, RangeCounts] = {}
     with ExitStack() as stack:
+        bar = stack.enter_context(progress("packing", num_pieces))
         files = {name: stack.enter_context(tokens_file(out, name).open("wb")) for name in RANGES}
         for number in range(num_pieces):
             piece = {name: tensor.numpy() for name, tensor in read_tensors(_piece(folder, number)).items()}
@@ -148,6 +149,7 @@ def join(folder: Path, num_pieces: int, out: Path, sequence_length: int) -> dict
                 chosen = piece["ranges"] == index
                 lengths[name].append(piece["lengths"][chosen])
                 files[name].write(piece["tokens"][np.repeat(chosen, piece["lengths"])].tobytes())
+            bar.advance()
         for name, file in files.items():
             ends = np.cumsum(np.concatenate([*lengths[name], np.zeros(0, np.int64)]))
             sequences = int(ends[-1]) // (sequence_length + 1) if ends.size else 0
