@@ -27,14 +27,13 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "BLD 0 tokens": {"library": {"tokens": 0}},
     "BLD 16k tokens": {"library": {"tokens": 16_384}},
     "BLD 262k tokens": {"library": {"tokens": 262_144}},
-    "paper's starts": {"library": {"start": "paper", "channels": "independent", "refit": False}},
+    "paper's starts": {"library": {"start": "paper", "channels": "independent", "least_squares": False}},
     "loss on the block's output": {"library": {"loss": "block"}},
-    "elastic": {"library": {"ffn": "elastic"}},
     "coupled, 2 x 2 of a layer": {"library": {"coupled": 2}},
     "refined, 65k tokens a layer": {"refine": {"tokens": 65_536, "batch_size": 4}},
     "scores: LM loss": {"search": {"score": "lm_loss"}},
     "scores: cosine": {"search": {"score": "cosine"}},
-    "scores: every block on all tokens": {"score": {"race": None}},
+    "scores: every block on all tokens": {"score": {"composed_share": None}},
     "no-op only": {"space": {"kv_heads": [], "ffn_widths": [], "attention": ["none"], "ffn": ["none"]}},
 }
 

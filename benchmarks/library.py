@@ -18,9 +18,8 @@ from puzzle.variants import SUBBLOCKS, LayerSpace, Subblock
 STEPS = (0, 10, 100, 1000)
 BATCH, LENGTH = 2, 256
 METHODS = {
-    "paper": {"start": "paper", "channels": "independent", "refit": False},
+    "paper": {"start": "paper", "channels": "independent", "least_squares": False},
     "closed form": {},
-    "elastic": {"ffn": "elastic"},
 }
 SPACE = {"kv_heads": [3, 1], "ffn_widths": [384, 256, 128, 64], "attention": ["linear"], "ffn": ["linear"]}
 
@@ -31,7 +30,7 @@ def main(parent: str, text: str, folder: str) -> None:
     for steps in STEPS:
         for method, settings in METHODS.items():
             library = {"tokens": steps * BATCH * LENGTH, "batch_size": BATCH, "learning_rate": 3e-3, **settings}
-            chosen = recipe(parent, text, space=SPACE, library=library, score={"tokens": 8192, "race": None})
+            chosen = recipe(parent, text, space=SPACE, library=library, score={"tokens": 8192, "composed_share": None})
             with opened(Path(folder) / "run", chosen) as pipeline:
                 rows += [{"method": method, "steps": steps, **row} for row in measure(pipeline)]
             Path(folder, "library.jsonl").write_text("\n".join(map(json.dumps, rows)))

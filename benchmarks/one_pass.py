@@ -15,9 +15,9 @@ import torch
 from setting import opened, recipe
 
 from puzzle import Pipeline
-from puzzle.library.groups import subblock_groups
-from puzzle.library.students import Student
-from puzzle.parents import ParentPasses
+from puzzle.library import Student
+from puzzle.library.starts import subblock_plans
+from puzzle.streams import Stream
 
 STEPS, BATCH = 3, 8
 
@@ -32,19 +32,20 @@ def main(parent: str, text: str) -> None:
 
 def time_bld(method: Pipeline) -> tuple[float, float]:
     """All trained variants in one pass of the parent, against a pass up to its own layer for each variant."""
-    groups = subblock_groups(method.run, method.parent, method.statistics, method.full_space)
-    students = [student for student in (group.build() for group in groups) if student.parameters()]
-    passes = ParentPasses(method.run, method.parent, method.run.path / "activations")
+    settings, device = method.run.recipe.library, method.run.device
+    plans = subblock_plans(settings, device, method.parent, method.statistics, method.full_space, {})
+    students = [student for student in (plan.build() for plan in plans) if student.parameters()]
+    stream = Stream(method.run, method.parent, method.run.path / "activations")
     batches = [method.data.training_batch(step, BATCH, 0)[:, :-1] for step in range(STEPS)]
 
     def train(some: Sequence[Student]) -> None:
         optimizer = torch.optim.AdamW([p for s in some for p in s.parameters().values()], fused=True)
         layers = range(max(student.layer for student in some) + 1)
-        for step, tokens_BT in enumerate(batches):
-            for seen in passes.through(layers, "training", step, tokens_BT):
+        for layer_passes in stream.passes(layers, "training", batches):
+            for seen in layer_passes:
                 for student in some:
                     if student.layer == seen.index:
-                        torch.stack(list(student.losses(seen).values())).sum().backward()
+                        student.loss(seen).backward()
             optimizer.step()
             optimizer.zero_grad()
 

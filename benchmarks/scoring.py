@@ -1,11 +1,10 @@
-"""What scores cost, what the race saves, and how far cheaper scores agree with replace-1-block KL.
+"""What scores cost, what estimating composed blocks saves, and how far cheaper scores agree with replace-1-block KL.
 
     python benchmarks/scoring.py PARENT TEXT FOLDER [LAYERS]
 
 Processor time of one thread, all in one process. Only `LAYERS` (such as `0,4,9`) have alternatives.
 """
 
-import json
 import sys
 import time
 from collections import defaultdict
@@ -19,16 +18,15 @@ from torch import Tensor
 
 from puzzle import Library, Pipeline, ScoreTable, build_library, score
 from puzzle.child import assemble
+from puzzle.library import LayerBlocks
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.runs import read_tensors
-from puzzle.scores.race import Sizes, _sizes, _smaller, _sum, rounds
-from puzzle.scores.suffix import LayerBlocks, SuffixScorer
+from puzzle.scores.suffix import SuffixScorer
 from puzzle.variants import Architecture, BlockVariant, LayerSpace, Space, Variant
 
 LAYERS = (0, 2, 5, 7, 9)
-TOKENS, RACE, BATCH_SIZE = 16_384, 0.0625, 4
-WAYS = {"all": {"race": None}, "raced": {"race": RACE, "composed": "raced"}, "estimated": {"race": RACE}}
+TOKENS, BATCH_SIZE = 16_384, 4
+WAYS = {"all": {"composed_share": None}, "estimated": {"composed_share": 0.0625}}
 TIMED_FORWARDS = 3
 """Candidates a layer that are timed by a forward of the whole model; the others are taken to need as long."""
 FISHER_SEQUENCES, FISHER_SAMPLES = 32, 4
@@ -55,7 +53,6 @@ def main(parent: str, text: str, folder: str, layers: str = "") -> None:
                 print(f"full forwards: {full:.1f} s", flush=True)
                 report_proxies(method, library_, space, chosen, tables[way], seconds[way])
     print(", ".join(f"{way} {full / taken:.1f} times cheaper" for way, taken in seconds.items()))
-    report_race(method, tables, kl_by_sequence(path, chosen))
     report_estimate(space, tables)
 
 
@@ -114,7 +111,7 @@ def time_full_forwards(method: Pipeline, library: Library, space: Space, layers:
             began = time.process_time()
             for sequences, final_ND in zip(batches, finals, strict=True):
                 hidden_ND = last_hidden(child, sequences[:, :-1])
-                compare(model, model, final_ND, [hidden_ND], sequences[:, 1:].flatten())
+                compare(model, model, final_ND, hidden_ND.unsqueeze(0), sequences[:, 1:].flatten())
             taken.append(time.process_time() - began)
         total += len(blocks) * sum(taken) / len(taken)
     return total
@@ -127,7 +124,7 @@ def replaced(method: Pipeline, layer: int, block: BlockVariant) -> tuple[BlockVa
 
 
 def last_hidden(model: PuzzleForCausalLM, tokens_BT: Tensor) -> Tensor:
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
+    hidden_BTD = model.embed(tokens_BT)
     context = model.model.context(hidden_BTD)
     for layer in model.model.layers:
         hidden_BTD = layer(hidden_BTD, **context)
@@ -203,13 +200,13 @@ def gradients_of_samples(
     model: PuzzleForCausalLM, tokens_BT: Tensor, layers: Sequence[int], generator: torch.Generator
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """What enters each layer, [1, T, D], and the gradients at its output, [samples, T, D]."""
-    hidden_BTD = model.model.embed_tokens(tokens_BT).requires_grad_()
+    hidden_BTD = model.embed(tokens_BT).requires_grad_()
     context = model.model.context(hidden_BTD)
     inputs, outputs = {}, {}
     for index, layer in enumerate(model.model.layers):
         inputs[index] = hidden_BTD.detach()
         hidden_BTD = outputs[index] = layer(hidden_BTD, **context)
-    logits_TV = model.lm_head(model.model.norm(hidden_BTD))[0]
+    logits_TV = model.logits(hidden_BTD)[0]
     labels_TK = logits_TV.detach().softmax(-1).multinomial(FISHER_SAMPLES, replacement=True, generator=generator)
     kept = [outputs[layer] for layer in layers]
     gradients = [
@@ -219,41 +216,6 @@ def gradients_of_samples(
         for labels_T in labels_TK.T
     ]
     return inputs, {layer: torch.cat(each) for layer, each in zip(layers, zip(*gradients, strict=True), strict=True)}
-
-
-def kl_by_sequence(path: Path, layers: Sequence[int]) -> dict[tuple[int, str], Tensor]:
-    """The KL of every block on every sequence, from the scores without race."""
-    stages = path.glob("stages/score-*/stage.json")
-    (folder,) = (file.parent for file in stages if json.loads(file.read_text())["settings"]["race"] is None)
-    return {
-        (layer, name.removesuffix(".kl")): values
-        for layer in layers
-        for name, values in read_tensors(folder / f"layer{layer:03d}.safetensors").items()
-        if name.endswith(".kl")
-    }
-
-
-def first_round(values: Tensor) -> int:
-    return rounds(RACE, len(values))[0]
-
-
-def report_race(method: Pipeline, tables: dict[str, ScoreTable], kl: dict[tuple[int, str], Tensor]) -> None:
-    """How well the first round ranks, and whether a block that it stopped could have been chosen."""
-    full = {key: float(values.mean()) for key, values in kl.items()}
-    first = {key: float(values[: first_round(values)].mean()) for key, values in kl.items()}
-    print(f"first round: Spearman {spearman(list(first.values()), list(full.values())):.4f} against all the text")
-    stopped = {key for key in first if tables["raced"].row(*key).sequences < tables["raced"].sequences}
-    saved = 1 - sum(tables["raced"].row(*key).sequences for key in first) / len(first) / tables["raced"].sequences
-    sizes = {key: size_of(method, *key) for key in first}
-    lost = [
-        key
-        for key in stopped
-        if not any(
-            other[0] == key[0] and full[other] <= full[key] and _smaller(sizes[other], sizes[key]) for other in first
-        )
-    ]
-    print(f"race: {len(stopped)} of {len(first)} blocks stopped, {saved:.0%} of the sequences saved, ", end="")
-    print(f"{len(lost)} of them are on their layer's front of KL, parameters and KV cache: {lost}")
 
 
 def report_estimate(space: Space, tables: dict[str, ScoreTable]) -> None:
@@ -270,11 +232,6 @@ def report_estimate(space: Space, tables: dict[str, ScoreTable]) -> None:
         end="",
     )
     print(f"Spearman {spearman([row.kl for row, _ in pairs], [true.kl for _, true in pairs]):.4f}")
-
-
-def size_of(method: Pipeline, layer: int, name: str) -> Sizes:
-    block, config = BlockVariant.parse(name), method.parent.config
-    return _sum(_sizes(block.attention, config), _sizes(block.ffn, config))
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

@@ -130,7 +130,7 @@ def pico_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
             "data": {"source": str(folder / "text.jsonl"), "sequence_length": 32, **shares},
             "calibration": {"tokens": 2048},
             "library": {"tokens": 4096, "batch_size": 8, "validation_tokens": 1024},
-            "score": {"tokens": 512, "race": None},
+            "score": {"tokens": 512, "composed_share": None},
             "scenario": {"batch_sizes": [2], "prompt_tokens": 16, "generated_tokens": 8},
             "cost": {"repeats": 1},
             "target": {"parameters": "70%"},

@@ -59,7 +59,7 @@ def shapes(**sections: Any) -> Shapes:
         "data": {"source": "text", "sequence_length": 64},
         "precision": "bfloat16",
         "library": {"tokens": 1000},
-        "score": {"tokens": 640, "race": 0.1},
+        "score": {"tokens": 640, "composed_share": 0.1},
         "target": {"throughput": "2x"},
         "distil": {"tokens": 64_000, "batch_size": 8},
         "evaluate": {"uniform_baseline": False},

@@ -128,14 +128,12 @@ class LibrarySettings(Section):
     """Initialisation of fewer KV heads: `mean` of the merged heads, or the heads of highest `importance`."""
     channels: Literal["iterative", "independent"] = "iterative"
     """Ranking of FFN channels: `iterative` (given those already removed) or `independent`."""
-    ffn: Literal["independent", "elastic"] = "independent"
-    """`elastic`: all widths of a layer share gate and up projections, in training alone; cheaper, a little worse."""
-    loss: Literal["contribution", "block"] = "contribution"
-    """What is compared with the parent's: what the subblock adds to the residual stream, or the output of the block."""
-    refit: bool = True
-    """After training, refit the last projection of every variant by least squares; kept where it helps."""
+    loss: Literal["subblock", "block"] = "subblock"
+    """What is compared with the parent's: the output of the subblock, or that of the whole block."""
+    least_squares: bool = True
+    """After training, update the output projection of every variant by least squares; kept where that helps."""
     coupled: PositiveInt | None = None
-    """Train so many attention and FFN variants a layer, those the frontier prefers, again as whole blocks."""
+    """Train this many attention and FFN variants per layer, those the frontier uses most, again as whole blocks."""
     tokens: Count = 1_000_000
     """Training tokens, the same for all variants; 0: no training."""
     learning_rate: PositiveFloat = 1e-3
@@ -143,13 +141,7 @@ class LibrarySettings(Section):
     batch_size: PositiveInt = 8
     """Sequences per step."""
     validation_tokens: PositiveCount = 32_768
-    """Validation tokens on which the better of initial and trained weights is chosen."""
-
-    @model_validator(mode="after")
-    def _compare_like_with_like(self) -> Self:
-        if self.ffn == "elastic" and self.loss == "block":
-            raise ValueError("ffn elastic compares contributions, which loss block does not; drop one of the two")
-        return self
+    """Validation tokens on which the best weights are chosen; refinement uses them too."""
 
 
 class ScoreSettings(Section):
@@ -157,11 +149,9 @@ class ScoreSettings(Section):
 
     tokens: PositiveCount = 65_536
     """Scoring tokens per block."""
-    race: Share | None = 0.0625
-    """Share of the tokens that every block is scored on at first; null: all of them, and nothing is estimated."""
-    composed: Literal["estimated", "raced"] = "estimated"
-    """After that share: `estimated` takes blocks with both subblocks replaced from it and from the scores of each
-    alone on all tokens; `raced` goes on with all blocks but those that are larger and clearly worse than others."""
+    composed_share: Share | None = 0.0625
+    """Share of the tokens for blocks with both subblocks replaced, whose scores are estimated from it and from those of
+    blocks with one of them replaced on all tokens; null: all tokens."""
     task: Text | None = None
     """Also score blocks by a function of your own, `module:function`, from a model to a number; higher is better."""
 

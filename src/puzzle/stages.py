@@ -94,7 +94,7 @@ def _score_work(shapes: "Shapes") -> Work:
     """Of each layer, what comes after it, for every block's share of the text."""
     settings = shapes.recipe.score
     tokens = [
-        settings.tokens * (1 + attention + ffn + attention * ffn * (settings.race or 1.0))
+        settings.tokens * (1 + attention + ffn + attention * ffn * (settings.composed_share or 1.0))
         for attention, ffn in shapes.alternatives
     ]
     return Work(
@@ -168,14 +168,18 @@ CALIBRATE = Stage(
 SPACE = Stage(
     name="space",
     help="Leave out variants that start much worse than smaller ones.",
-    reads=("space.prune", "library.kv_heads", "library.channels"),
+    reads=("library.kv_heads", "library.channels"),
     inputs=("parent", "statistics", "space"),
 )
 LIBRARY = Stage(
     name="library",
     help="Build and train every variant of every layer (BLD).",
     result="library",
-    reads=("library", "precision", "seed"),
+    reads=(
+        *("library.start", "library.kv_heads", "library.channels", "library.loss", "library.least_squares"),
+        *("library.tokens", "library.learning_rate", "library.batch_size", "library.validation_tokens"),
+        *("calibration.tokens", "precision", "seed"),
+    ),
     inputs=("parent", "data", "statistics", "space", "coupled"),
     work=_library_work,
 )
@@ -183,8 +187,8 @@ SCORE = Stage(
     name="score",
     help="Score every block alone in the parent (replace-1-block).",
     result="scores",
-    reads=("score", "precision"),
-    inputs=("library", "data", "space"),
+    reads=("score.tokens", "score.composed_share", "precision"),
+    inputs=("library", "data", "space", "task"),
     work=_score_work,
 )
 COST = Stage(

@@ -1,9 +1,6 @@
 """Sequential refinement: it helps, a layer never ends worse, and a refinement cut off goes on where it stood."""
 
 import math
-from collections.abc import Callable
-from importlib import import_module
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import puzzle.training
 from puzzle.child import Child, realise, refine
 from puzzle.data import TokenData
+from puzzle.distributed.state import SaveTimer
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.metrics import compare
@@ -63,13 +60,13 @@ def final_errors(parent: Parent, child: Child, data: TokenData) -> tuple[float, 
     teacher, student = parent.load(), child.load()
     hiddens = []
     for model in (teacher, student):
-        hidden_BTD = model.model.embed_tokens(sequences[:, :-1])
+        hidden_BTD = model.embed(sequences[:, :-1])
         context = model.model.context(hidden_BTD)
         for layer in model.model.layers:
             hidden_BTD = layer(hidden_BTD, **context)
         hiddens.append(hidden_BTD.flatten(0, 1))
-    metrics = compare(teacher, student, hiddens[0], [hiddens[1]], sequences[:, 1:].flatten())
-    return float((hiddens[1] - hiddens[0]).square().mean()), float(metrics[0].kl.mean())
+    metrics = compare(teacher, student, hiddens[0], hiddens[1].unsqueeze(0), sequences[:, 1:].flatten())
+    return float((hiddens[1] - hiddens[0]).square().mean()), float(metrics.kl.mean())
 
 
 def test_a_refined_child_is_closer_to_the_parent(
@@ -95,7 +92,7 @@ def test_the_losses_are_those_of_the_child_as_it_is(
     tokens = pico_run.recipe.library.validation_tokens
     sequences = torch.cat(list(pico_data.batches("validation", 8, tokens)))[:, :-1]
     teacher, student = pico_parent.load(), refined.load()
-    target_BTD = hidden_BTD = teacher.model.embed_tokens(sequences)
+    target_BTD = hidden_BTD = teacher.embed(sequences)
     context = teacher.model.context(hidden_BTD)
     rows = read_json(refined.path.with_name("layers.json"))
     for own, layer, row in zip(teacher.model.layers, student.model.layers, rows, strict=True):
@@ -143,24 +140,21 @@ def test_a_streamed_parent_gives_the_same_child(
     assert left == {"stage.json", "clock.json", "manifest.json", "checkpoint", "architecture.json", "layers.json"}
 
 
-class CutOffError(Exception):
+class Killed(BaseException):
     """Stands for a kill."""
 
 
-def cut_off(write: Callable[..., None], seen: set[Path]) -> Callable[..., None]:
-    """Cut off after the first inputs of every layer, every other new file, and every state of a training."""
+class CutData(TokenData):
+    left: int
 
-    def write_and_die(path: Path, content: Any) -> None:
-        write(path, content)
-        place = path.parent if path.parent.name.isdigit() else path
-        if place not in seen or path.name.startswith("training"):
-            seen.add(place)
-            raise CutOffError
-
-    return write_and_die
+    def sequences(self, *where: Any) -> Tensor:
+        object.__setattr__(self, "left", self.left - 1)
+        if self.left < 0:
+            raise Killed
+        return super().sequences(*where)
 
 
-def test_a_refinement_cut_off_after_every_file_ends_with_the_same_weights(
+def test_a_refinement_killed_again_and_again_ends_with_the_same_weights(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     pico_run: Run,
@@ -169,28 +163,24 @@ def test_a_refinement_cut_off_after_every_file_ends_with_the_same_weights(
     child: Child,
     refined: Child,
 ) -> None:
-    module = import_module("puzzle.child.refine")  # by its name in the package, it is the function
-    run, steps, seen = run_with(pico_run, tmp_path), count(), set[Path]()
-    monkeypatch.setattr(puzzle.training, "CHECKPOINT_INTERVAL_S", 0.0)
-    for place, name in ((module, "write_tensors"), (module, "write_json"), (puzzle.training, "write_tensors")):
-        monkeypatch.setattr(place, name, cut_off(getattr(place, name), seen))
-    rate = puzzle.training.learning_rate
-    monkeypatch.setattr(module, "learning_rate", lambda *a, **k: (next(steps), rate(*a, **k))[1])
-    cuts = 0
-    while True:
+    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
+    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda _: 1)
+    run, kills, again = run_with(pico_run, tmp_path), 0, None
+    data = CutData(pico_data.path, pico_data.address, pico_data.sequence_length, pico_data.counts)
+    while again is None:
+        object.__setattr__(data, "left", 25 + 5 * kills)
         try:
-            again = refine(run, pico_parent, child, pico_data)
-            break
-        except CutOffError:
-            cuts += 1
-    assert cuts > 3 * 8
+            again = refine(run, pico_parent, child, data)
+        except Killed:
+            kills += 1
+            assert kills < 99
+    assert kills > 3
     assert same_weights(again, refined)
     assert read_json(again.path.with_name("layers.json")) == read_json(refined.path.with_name("layers.json"))
-    assert next(steps) == 3 * 8, "a step was trained twice, or not at all"
 
 
 def test_too_little_disk_is_told(
     tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenData, child: Child
 ) -> None:
-    with pytest.raises(PuzzleError, match=r"^execution\.disk: .*; raise execution\.disk, or lower refine\.tokens$"):
+    with pytest.raises(PuzzleError, match=r"^execution\.disk: the activations of .*; raise execution\.disk"):
         refine(run_with(pico_run, tmp_path, disk=1000), pico_parent, child, pico_data)

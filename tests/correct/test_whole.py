@@ -14,7 +14,7 @@ from puzzle.artefacts import WholeScore
 from puzzle.child import assemble
 from puzzle.correct import TrueScore
 from puzzle.data import TokenData
-from puzzle.library import Library
+from puzzle.library import LayerBlocks, Library
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
@@ -53,10 +53,10 @@ def test_it_is_what_the_assembled_child_gives(
     for blocks, found in zip(SOME, true().scores(SOME), strict=True):
         child = assemble(pico_parent, pico_library, Architecture(tuple(map(BlockVariant.parse, blocks))))
         states = [_final(model, sequences[:, :-1]) for model in (parent, child)]
-        (metrics,) = compare(parent, child, states[0], [states[1]], sequences[:, 1:].flatten())
+        metrics = compare(parent, child, states[0], states[1].unsqueeze(0), sequences[:, 1:].flatten())
         for name in ("kl", "lm_loss", "top1_agreement", "cosine"):
             assert getattr(found, name) == pytest.approx(float(getattr(metrics, name).mean()), rel=1e-4, abs=1e-6)
-        per_sequence = metrics.kl.unflatten(0, (4, -1)).mean(1)
+        per_sequence = metrics.kl[0].unflatten(0, (4, -1)).mean(1)
         assert found.kl_se == pytest.approx(float(per_sequence.std()) / 2, rel=1e-3, abs=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_together_and_alone_are_the_same(
     for file in tmp_path.rglob("whole/*"):
         file.unlink()
     monkeypatch.setattr(puzzle.correct.whole, "_AT_ONCE", 1)
-    monkeypatch.setattr(puzzle.correct.whole, "_BATCH_TOKENS", {"cpu": 32})
+    monkeypatch.setattr(puzzle.correct.whole, "tokens_at_once", lambda _: 32)
     alone = true().scores(SOME)
     for one, other in zip(together, alone, strict=True):
         assert one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)
@@ -85,13 +85,13 @@ def test_together_and_alone_are_the_same(
 
 
 def test_prefixes_are_gone_through_once(true: Callable[..., TrueScore], monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs, passed = puzzle.correct.whole.LayerBlocks.outputs, []
+    outputs, passed = LayerBlocks.outputs, []
 
     def counted(self: Any, blocks: Sequence[BlockVariant], entered_BTD: Tensor) -> Tensor:
         passed.append((self.layer, len(blocks)))
         return outputs(self, blocks, entered_BTD)
 
-    monkeypatch.setattr(puzzle.correct.whole.LayerBlocks, "outputs", counted)
+    monkeypatch.setattr(LayerBlocks, "outputs", counted)
     scorer = true(tokens=32)
     scorer.scores(SOME[1:3])
     assert passed[:4] == [(0, 1), (1, 1), (2, 1), (3, 2)]

@@ -21,10 +21,12 @@ RUN_TO_THE_END = """
 import sys
 from pathlib import Path
 import torch
-import puzzle.library.statistics
+import puzzle.distributed.state
 import puzzle.training
 torch.set_num_threads(1)
-puzzle.training.CHECKPOINT_INTERVAL_S = puzzle.library.statistics.CHECKPOINT_INTERVAL_S = 0.0
+puzzle.training.CHECKPOINT_INTERVAL_S = 0.0
+puzzle.training.steps_between_looks = lambda seconds: 1
+puzzle.distributed.state.SaveTimer.due = lambda timer: True
 from puzzle.pipeline import run_stage
 from puzzle.runs import open_run
 with open_run(Path(sys.argv[1])) as run:

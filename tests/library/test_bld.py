@@ -1,5 +1,6 @@
 """What BLD trains on, and that variants neither share weights nor disturb each other."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,33 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from tests.library.conftest import Killed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import puzzle.library.bld
-import puzzle.runs.files
-import puzzle.training
 from puzzle.artefacts import LibraryIndex
 from puzzle.data import TokenData
-from puzzle.library import Library, Statistics, build_library
-from puzzle.library.coupled import CoupledStudent
+from puzzle.distributed.state import SaveTimer
+from puzzle.library import Library, Statistics, Student, build_library
 from puzzle.library.library import _nested
-from puzzle.library.students import SubblockStudent
-from puzzle.parents import LayerPass, Parent
+from puzzle.library.starts import parent_subblock
+from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
-from puzzle.training import learning_rate
-from puzzle.variants import (
-    BlockVariant,
-    GatedFFN,
-    GroupedQuery,
-    LayerSpace,
-    ParentSubblock,
-    Space,
-    State,
-    parse_variant,
-)
-from puzzle.variants.kinds.grouped_query import merge_heads
+from puzzle.streams import LayerPass
+from puzzle.training import schedule
+from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, parse_variant
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
 
 Build = Callable[..., Library]
 
@@ -51,6 +44,7 @@ def build(
         execution: ExecutionSettings | None = None,
         precision: str = "float32",
         coupled: bool = False,
+        data: TokenData = pico_data,
     ) -> Library:
         recipe = pico_run.recipe
         settings = {
@@ -59,8 +53,8 @@ def build(
             "precision": precision,
         }
         recipe = recipe.model_copy(update=settings)
-        run = replace(pico_run, path=tmp_path, recipe=recipe, _used={})
-        return build_library(run, pico_parent, pico_data, pico_statistics, space, coupled=coupled)
+        run = replace(pico_run, path=tmp_path, recipe=recipe)
+        return build_library(run, pico_parent, data, pico_statistics, space, coupled=coupled)
 
     return make
 
@@ -127,57 +121,41 @@ def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Li
     assert not list(streamed.root.rglob("activations"))
 
 
-def test_nothing_is_trained_twice(build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(narrow(pico_library, ("kv2",), ("w16",)))
-    built: list[str] = []
-    initialise = GatedFFN.initialise
-
-    def counted(self: GatedFFN, parent: ParentSubblock) -> State:
-        built.append(self.name)
-        return initialise(self, parent)
-
-    monkeypatch.setattr(GatedFFN, "initialise", counted)
-    wider = build(narrow(pico_library, ("kv2", "kv1"), ("w32", "w16")))
-    assert built == ["w32"] * 4
-    assert {row.variant for row in wider.index.rows} == {"kv2", "kv1", "w32", "w16"}
+def files_of(library: Library) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in (library.root / "variants").iterdir()}
 
 
-class Killed(BaseException):
-    pass
+@pytest.mark.parametrize("coupled", [False, True])
+def test_nothing_is_trained_twice(build: Build, pico_library: Library, coupled: bool) -> None:
+    settings = {"tokens": 256}
+    first = build(narrow(pico_library, ("kv2",), ("w16",)), library=settings, coupled=coupled)
+    before = files_of(first)
+    second = build(narrow(pico_library, ("kv2",), ("w32", "w16")), library=settings, coupled=coupled)
+    after = files_of(second)
+    assert before.items() <= after.items()
+    assert set(first.index.rows) <= set(second.index.rows)
+    new = 3 if coupled else 1  # w32, and with either attention
+    assert len(second.index.rows) == len(first.index.rows) + 4 * new
 
 
-@pytest.fixture
-def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let so many more files be written, training state after every step among them, and nothing afterwards."""
-    write, left = puzzle.runs.files.write_atomically, [0]
-    monkeypatch.setattr(puzzle.training, "CHECKPOINT_INTERVAL_S", 0.0)
-
-    def counted(path: Path, content: Callable[[Path], object]) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        write(path, content)
-
-    def set_left(files: int) -> None:
-        left[0] = files
-
-    monkeypatch.setattr(puzzle.runs.files, "write_atomically", counted)
-    return set_left
-
-
-@pytest.mark.parametrize(("memory", "files"), [(None, 6), ("1B", 61)])
-def test_a_library_killed_between_any_files_is_the_same(
-    memory: str | None, files: int, build: Build, pico_library: Library, kill_after: Callable[[int], None]
+@pytest.mark.parametrize("memory", [None, "1B"])
+def test_a_library_killed_again_and_again_is_the_same(
+    memory: str | None,
+    build: Build,
+    cut_after: Callable[[int], TokenData],
+    pico_library: Library,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kills, library = 0, None
+    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
+    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda _: 1)
+    space, kills, library = narrow(pico_library, ("kv2",), ("w16",)), 0, None
     while library is None:
-        kill_after(files + kills % 5)  # so that it falls between other files each time
         try:
-            library = build(narrow(pico_library, ("kv2",), ("w16",)), execution=ExecutionSettings(memory=memory))
+            library = build(space, data=cut_after(15 + 5 * kills), execution=ExecutionSettings(memory=memory))
         except Killed:
             kills += 1
             assert kills < 99
-    assert kills > 1
+    assert kills > 3
     for row in library.index.rows:
         assert replace(row, file="") == replace(pico_library.index.row(row.layer, row.subblock, row.variant), file="")
         variant = parse_variant(row.subblock, row.variant)  # type: ignore[arg-type]
@@ -185,41 +163,67 @@ def test_a_library_killed_between_any_files_is_the_same(
     assert not list(library.root.rglob("training*"))
 
 
-def test_training_goes_on_where_it_stood_with_more_memory_too(
-    build: Build, pico_library: Library, kill_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+def test_training_is_a_plain_loop_from_merged_heads(
+    build: Build, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, pico_library: Library
 ) -> None:
-    space, steps = narrow(pico_library, (), ("w16",)), []
+    """AdamW on the transformers' own modules, one variant alone."""
+    steps, rate = 60, 1e-2  # with which it gets ahead of the closed form
+    settings = {"least_squares": False, "tokens": steps * 8 * 32, "learning_rate": rate}
+    library = build(narrow(pico_library, ("kv2",), ()), library=settings)
+    own = parent_subblock(pico_parent, pico_statistics, Start(), torch.device("cpu"), 0, "attention")
+    parent = AutoModelForCausalLM.from_pretrained(pico_parent.path)
+    config = copy.deepcopy(parent.config)
+    config.num_key_value_heads = 2
+    student, state = LlamaForCausalLM(config), GroupedQuery(2).initialise(own)
+    student.model.embed_tokens = parent.model.embed_tokens
+    layer = student.model.layers[0]
+    layer.load_state_dict(state, strict=False)
+    outputs: list[Tensor] = []
+    for model in (parent, student):
+        model.model.layers[0].self_attn.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
+    parameters = [layer.get_parameter(name) for name in state]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        outputs.clear()
+        for model in (parent, student):
+            model(pico_data.training_batch(step, 8, 0)[:, :-1])
+        target_BTD, output_BTD = outputs
+        loss = (output_BTD - target_BTD.detach()).square().mean() / own.statistics["output_power"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(step, steps=steps, warmup=0.05)
+        optimizer.step()
+    row = library.index.row(0, "attention", "kv2")
+    assert row.loss < row.initial_loss
+    for name, value in library.state(0, GroupedQuery(2)).items():
+        torch.testing.assert_close(value, layer.get_parameter(name).detach(), rtol=1e-3, atol=2e-5)
 
-    def noted(step: int, **settings: Any) -> float:
-        steps.append(step)
-        return learning_rate(step, **settings)
 
-    monkeypatch.setattr(puzzle.library.bld, "learning_rate", noted)
-    kill_after(2 + 9)  # the stage's own two, and the state of nine steps
-    with pytest.raises(Killed):
-        build(space, execution=ExecutionSettings(memory="1B"))
-    assert steps == list(range(10))
-    steps.clear()
-    kill_after(1000)
-    build(space)
-    assert steps == [*range(9, 16), *range(16)]  # layer 0, then all others together
+def test_attention_never_ends_behind_its_closed_form(build: Build, pico_parent: Parent, pico_library: Library) -> None:
+    """It trains from merged heads, but if nothing is learned, the best there is is their least-squares update."""
+    library = build(narrow(pico_library, ("kv2",), ()), library={"least_squares": False, "learning_rate": 1e-12})
+    for layer in range(4):
+        row, own = library.index.row(layer, "attention", "kv2"), pico_parent.layer_state(layer)
+        assert row.loss == row.initial_loss == pico_library.index.row(layer, "attention", "kv2").initial_loss
+        projection = library.state(layer, GroupedQuery(2))["self_attn.o_proj.weight"]
+        assert not torch.allclose(projection, own["self_attn.o_proj.weight"])
 
 
 def test_what_diverges_stops_alone(
     build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = SubblockStudent.losses
+    loss = Student.loss
 
-    def poisoned(self: SubblockStudent, seen: LayerPass) -> dict[str, Tensor]:
-        mine = (self.layer, self.variant.name) == (1, "w16") and torch.is_grad_enabled()
-        return {name: loss * (torch.nan if mine else 1.0) for name, loss in losses(self, seen).items()}
+    def poisoned(self: Student, seen: LayerPass) -> Tensor:
+        mine = self.name == "1.ffn.w16" and torch.is_grad_enabled()
+        return loss(self, seen) * (torch.nan if mine else 1.0)
 
-    monkeypatch.setattr(SubblockStudent, "losses", poisoned)
+    monkeypatch.setattr(Student, "loss", poisoned)
     library = build(narrow(pico_library, ("kv2",), ("w16",)))
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert warnings == [
-        "warning: BLD of layers 0-3: w16 of layer 1 diverged and keeps its start; lower library.learning_rate"
-    ]
+    assert warnings == ["warning: BLD of layers 0-3: 1.ffn.w16 diverged and stopped; lower library.learning_rate"]
     for row in library.index.rows:
         expected = pico_library.index.row(row.layer, row.subblock, row.variant)
         if (row.layer, row.variant) == (1, "w16"):
@@ -240,51 +244,19 @@ def test_training_does_not_wait_for_the_device_every_step(build: Build, pico_lib
     space, counts = narrow(pico_library, (), ("w16",)), []
     for steps in (16, 48):
         with Waits() as waits:
-            build(space, library={"tokens": steps * 8 * 32, "refit": False})
+            build(space, library={"tokens": steps * 8 * 32, "least_squares": False})
         counts.append(waits.count)
-    # Once a pass of the parent, for its attention mask; beside that only now and then.
-    assert counts[1] - counts[0] <= (48 - 16) + (48 - 16) // 4
+    assert counts[1] - counts[0] <= (48 - 16) // 4
 
 
-def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    casts: set[bool] = set()
-    losses = SubblockStudent.losses
-
-    def noted(self: SubblockStudent, seen: LayerPass) -> dict[str, Tensor]:
-        assert seen.entered_BTD.dtype == torch.bfloat16
-        if torch.is_grad_enabled():
-            casts.add(torch.is_autocast_enabled("cpu"))
-        return losses(self, seen)
-
-    monkeypatch.setattr(SubblockStudent, "losses", noted)
+def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library) -> None:
     library = build(narrow(pico_library, ("kv2",), ("w16",)), precision="bfloat16")
-    assert casts == {True}
     for row in library.index.rows:
         assert row.loss < row.initial_loss
         assert {value.dtype for value in read_tensors(library.root / row.file).values()} == {torch.float32}
-        assert row.loss == pytest.approx(pico_library.index.row(row.layer, row.subblock, row.variant).loss, rel=0.05)
-
-
-def test_attention_trains_from_merged_heads_and_never_ends_behind_its_closed_form(
-    build: Build, pico_library: Library, pico_parent: Parent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = narrow(pico_library, ("kv2",), ())
-    begun: dict[int, State] = {}
-
-    def noted(self: Any, students: list[SubblockStudent], steps: int) -> None:
-        begun.update({student.layer: student.states()["kv2"] for student in students})
-
-    monkeypatch.setattr(puzzle.library.bld._Flight, "_train", noted)
-    library = build(space, library={"refit": False})
-    for layer in range(4):
-        merged = merge_heads(pico_parent.layer_state(layer)["self_attn.k_proj.weight"], 4, 2)
-        assert torch.equal(begun[layer]["self_attn.k_proj.weight"], merged)
-        own = pico_parent.layer_state(layer)["self_attn.o_proj.weight"]
-        assert torch.equal(begun[layer]["self_attn.o_proj.weight"], own)
-        # Nothing was learned, so the closed form is the best there is.
-        row = library.index.row(layer, "attention", "kv2")
-        assert row.loss == row.initial_loss == pico_library.index.row(layer, "attention", "kv2").initial_loss
-        assert not torch.equal(library.state(layer, GroupedQuery(2))["self_attn.o_proj.weight"], own)
+        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
+        assert row.loss != expected.loss
+        assert row.loss == pytest.approx(expected.loss, rel=0.05)
 
 
 def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Library) -> None:
@@ -293,7 +265,9 @@ def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Libra
 
 
 def test_papers_starts_are_worse_and_its_linear_maps_are_trained(build: Build, pico_library: Library) -> None:
-    paper = build(narrow(pico_library, ("linear",), ("w16", "linear")), library={"start": "paper", "refit": False})
+    paper = build(
+        narrow(pico_library, ("linear",), ("w16", "linear")), library={"start": "paper", "least_squares": False}
+    )
     for row in paper.index.rows:
         assert row.trained_tokens
         assert row.loss < row.initial_loss
@@ -318,17 +292,7 @@ def test_losses_on_the_blocks_output_are_of_another_scale(
     assert all(row.loss < row.initial_loss for row in trained.index.rows if row.trained_tokens)
 
 
-def test_elastic_widths_share_their_gates(build: Build, pico_library: Library) -> None:
-    library = build(narrow(pico_library, ("kv2",), ("w32", "w16")), library={"ffn": "elastic", "refit": False})
-    for layer in range(4):
-        wide, slim = library.state(layer, GatedFFN(32)), library.state(layer, GatedFFN(16))
-        rows = library.index.row(layer, "ffn", "w32"), library.index.row(layer, "ffn", "w16")
-        assert all(row.loss < row.initial_loss for row in rows)
-        assert rows[0].loss < rows[1].loss
-        assert torch.equal(wide["mlp.gate_proj.weight"][:16], slim["mlp.gate_proj.weight"])
-
-
-def test_coupled_blocks_are_better_than_their_halves(
+def test_coupled_blocks_are_better_than_their_subblocks(
     build: Build, pico_library: Library, pico_parent: Parent, pico_data: TokenData
 ) -> None:
     space = narrow(pico_library, ("kv1",), ("w16",))
@@ -341,24 +305,6 @@ def test_coupled_blocks_are_better_than_their_halves(
     block = BlockVariant.parse("kv1+w16")
     subblocks = library.state(0, block.attention) | library.state(0, block.ffn)
     assert any(not torch.equal(subblocks[name], tensor) for name, tensor in library.block_state(0, block).items())
-
-
-def test_blocks_are_not_trained_again_for_another_choice_of_them(
-    build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"tokens": 256}
-    first = build(narrow(pico_library, ("kv1",), ("w16",)), library=settings, coupled=True)
-    trained: list[str] = []
-    initialise = CoupledStudent.__init__
-
-    def counted(self: CoupledStudent, layer: int, block: BlockVariant, *args: Any, **kwargs: Any) -> None:
-        trained.append(block.name)
-        initialise(self, layer, block, *args, **kwargs)
-
-    monkeypatch.setattr(CoupledStudent, "__init__", counted)
-    second = build(narrow(pico_library, ("kv1",), ("w16", "none")), library=settings, coupled=True)
-    assert trained == ["kv4+none", "kv1+none"] * 4
-    assert second.index.row(0, "block", "kv1+w16") == first.index.row(0, "block", "kv1+w16")
 
 
 def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:

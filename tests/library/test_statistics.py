@@ -1,22 +1,21 @@
 """Calibration moments against a plain computation in float64, with hooks on the original modules."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.library.conftest import Killed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from puzzle.data import TokenData
-from puzzle.library import Statistics, calibrate, statistics
-from puzzle.parents import LayerPass, Parent
+from puzzle.distributed.state import SaveTimer
+from puzzle.library import Statistics, calibrate
+from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
-from puzzle.runs import Run, read_tensors
-from puzzle.variants import State
+from puzzle.runs import Run, read_tensors, write_tensors
 
 
 def test_moments_equal_a_plain_computation(
@@ -64,7 +63,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 
 def calibrated(run: Run, folder: Path, parent: Parent, data: TokenData, memory: str | None) -> Statistics:
     recipe = run.recipe.model_copy(update={"execution": ExecutionSettings(memory=memory)})
-    return calibrate(replace(run, path=folder, recipe=recipe, _used={}), parent, data)
+    return calibrate(replace(run, path=folder, recipe=recipe), parent, data)
 
 
 def assert_the_same(found: Statistics, expected: Statistics) -> None:
@@ -85,71 +84,50 @@ def test_a_streamed_parent_gives_the_same_moments(
     assert_the_same(calibrated(pico_run, tmp_path, pico_parent, pico_data, memory), pico_statistics)
 
 
-class CutError(Exception):
-    """Stands for a kill."""
-
-
-def cut_at(call: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Cut off at this addition of a layer's moments; gives the layers of all before it, as they come."""
-    layers: list[int] = []
-    add = statistics._add_moments
-
-    def add_moments(sums: State, seen: LayerPass, inside: State) -> None:
-        if len(layers) == call:
-            raise CutError
-        layers.append(seen.index)
-        add(sums, seen, inside)
-
-    monkeypatch.setattr(statistics, "_add_moments", add_moments)
-    return layers
-
-
 @pytest.mark.parametrize(
-    ("before", "call", "after", "calls_after"),
-    [
-        (None, 4 * 3 + 2, None, [0, 1, 2, 3] * 7),
-        ("1B", 2 * 8 + 3, "1B", [2] * 7 + [3] * 8),
-        ("1B", 2 * 8 + 3, None, [2] * 7 + [3] * 8),
-        (None, 4 * 3 + 2, "1B", [0] * 7 + [1] * 8 + [2] * 8 + [3] * 8),
-    ],
+    ("before", "batches", "after"), [(None, 8 + 4, None), ("1B", 7 * 8, "1B"), ("1B", 7 * 8, None), (None, 8 + 4, "1B")]
 )
 def test_calibration_goes_on_where_it_was_saved(
     pico_run: Run,
     pico_parent: Parent,
     pico_data: TokenData,
     pico_statistics: Statistics,
+    cut_after: Callable[[int], TokenData],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     before: str | None,
-    call: int,
+    batches: int,
     after: str | None,
-    calls_after: list[int],
 ) -> None:
-    """A clock on which everything takes long: each group is saved after its first batch."""
-    clock = SimpleNamespace(monotonic=partial(next, count(0, 1000)))
     with monkeypatch.context() as patch:
-        patch.setattr(statistics, "time", clock)
-        cut_at(call, patch)
-        with pytest.raises(CutError):
-            calibrated(pico_run, tmp_path, pico_parent, pico_data, before)
-    with monkeypatch.context() as patch:
-        patch.setattr(statistics, "time", clock)
-        layers = cut_at(-1, patch)
-        found = calibrated(pico_run, tmp_path, pico_parent, pico_data, after)
-    assert layers == calls_after
-    assert_the_same(found, pico_statistics)
+        patch.setattr(SaveTimer, "due", lambda _: True)
+        with pytest.raises(Killed):
+            calibrated(pico_run, tmp_path, pico_parent, cut_after(batches), before)
+    assert_the_same(calibrated(pico_run, tmp_path, pico_parent, pico_data, after), pico_statistics)
 
 
-def test_what_is_saved_is_all_that_sums_take(
-    pico_run: Run, pico_parent: Parent, pico_data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_saved_is_not_computed_again(
+    pico_run: Run,
+    pico_parent: Parent,
+    pico_data: TokenData,
+    pico_statistics: Statistics,
+    cut_after: Callable[[int], TokenData],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The memory that groups of layers are cut by."""
-    monkeypatch.setattr(statistics, "time", SimpleNamespace(monotonic=partial(next, count(0, 1000))))
-    cut_at(4 * 3, monkeypatch)
-    with pytest.raises(CutError):
-        calibrated(pico_run, tmp_path, pico_parent, pico_data, None)
+    """And it is all that the sums take: the memory that layers are grouped by."""
+    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
+    with pytest.raises(Killed):
+        calibrated(pico_run, tmp_path, pico_parent, cut_after(8 + 4), None)
     (file,) = tmp_path.rglob("partial.safetensors")
-    saved_bytes = sum(total.nbytes for total in read_tensors(file).values())
+    sums = read_tensors(file)
     matrices_bytes = 4 * (32 * 32**2 + 4 * 64**2)
-    assert matrices_bytes == sum(statistics._sum_bytes(pico_parent, layer) for layer in range(4))
-    assert matrices_bytes < saved_bytes < 1.1 * matrices_bytes
+    assert matrices_bytes < sum(value.nbytes for value in sums.values()) < 1.1 * matrices_bytes
+    write_tensors(file, sums | {"2..influence": sums["2..influence"] + 1000})
+    found = calibrated(pico_run, tmp_path, pico_parent, pico_data, None).influence(4)
+    assert [value > 0.1 + expected for value, expected in zip(found, pico_statistics.influence(4), strict=True)] == [
+        False,
+        False,
+        True,
+        False,
+    ]

@@ -11,8 +11,8 @@ COMPOSED = ("kv1+none", "none+none")
 SUBBLOCKS = ("kv4+none", "kv1+w64", "none+w64")
 
 
-def test_the_estimate_is_the_halves_sum_and_what_the_block_has_beyond_it(scored: Scorer, tmp_path: Path) -> None:
-    table = scored("estimated", race=0.25)
+def test_the_estimate_is_the_subblocks_sum_and_what_the_block_has_beyond_it(scored: Scorer, tmp_path: Path) -> None:
+    table = scored("estimated", composed_share=0.25)
     (file,) = (tmp_path / "estimated").rglob("layer001.safetensors")
     kl = {name.removesuffix(".kl"): values for name, values in read_tensors(file).items() if name.endswith(".kl")}
     agreement = {name: values for name, values in read_tensors(file).items() if name.endswith("agreement")}
@@ -33,7 +33,7 @@ def test_the_estimate_is_the_halves_sum_and_what_the_block_has_beyond_it(scored:
 
 
 def test_the_estimate_is_nearer_than_the_first_share_alone(scored: Scorer, tmp_path: Path) -> None:
-    full, estimated = scored("full", race=None), scored("estimated", race=0.25)
+    full, estimated = scored("full", composed_share=None), scored("estimated", composed_share=0.25)
     errors, alone = [], []
     for layer in range(3):
         (file,) = (tmp_path / "estimated").rglob(f"layer{layer:03d}.safetensors")
@@ -48,7 +48,7 @@ def test_the_estimate_is_nearer_than_the_first_share_alone(scored: Scorer, tmp_p
     assert sum(errors) < 0.9 * sum(alone)
 
 
-def test_the_saving_is_shown(scored: Scorer, capsys: pytest.CaptureFixture[str]) -> None:
-    scored(race=0.25)
-    line = "6 of 15 blocks stopped after the first round, which saved 30% of the sequences"
-    assert line in capsys.readouterr().out
+def test_too_little_text_is_scored_as_a_whole(scored: Scorer) -> None:
+    """A share of fewer than four sequences says nothing of its own spread."""
+    assert {row.sequences for row in scored(tokens=7 * 32, composed_share=0.25).rows} == {7}
+    assert {row.sequences for row in scored("longer", tokens=8 * 32, composed_share=0.25).rows} == {4, 8}

@@ -6,25 +6,15 @@ import pytest
 from tests.scores.conftest import Scorer
 
 from puzzle.errors import PuzzleError
-from puzzle.parents import Parent, ParentPasses
+from puzzle.parents import Parent
+from puzzle.streams import Stream
 
 
-@pytest.mark.parametrize("race", [None, 0.25])
+@pytest.mark.parametrize("share", [None, 0.25])
 @pytest.mark.parametrize("memory", ["40kB", "150kB"])
-def test_streamed_scores_are_resident_scores(
-    memory: str, race: float | None, scored: Scorer, pico_parent: Parent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held: list[int] = []
-    hold = Parent.hold
-
-    def watched(self: Parent, model: Any, layers: Any) -> None:
-        held.append(len(layers))
-        hold(self, model, layers)
-
-    resident = scored("resident", race=race)
-    monkeypatch.setattr(Parent, "hold", watched)
-    streamed = scored("streamed", race=race, execution={"memory": memory})
-    assert 0 < max(held) < 4
+def test_streamed_scores_are_resident_scores(memory: str, share: float | None, scored: Scorer) -> None:
+    resident = scored("resident", composed_share=share)
+    streamed = scored("streamed", composed_share=share, execution={"memory": memory})
     assert len(streamed.rows) == len(resident.rows)
     for row, expected in zip(streamed.rows, resident.rows, strict=True):
         assert (row.layer, row.block, row.sequences) == (expected.layer, expected.block, expected.sequences)
@@ -46,4 +36,4 @@ def test_a_task_needs_the_whole_parent(scored: Scorer) -> None:
 def test_small_memory_is_streamed(scored: Scorer, open_folder: Any, pico_parent: Parent, tmp_path: Any) -> None:
     """What the tests above rely on."""
     run = open_folder("run", execution={"memory": "150kB"})
-    assert not ParentPasses(run, pico_parent, tmp_path / "folder").resident
+    assert not Stream(run, pico_parent, tmp_path / "folder").resident

@@ -25,10 +25,9 @@ def remaining(model: PuzzleForCausalLM) -> float:
     return float(model.num_parameters())
 
 
-def test_every_block_that_was_scored_on_everything_has_a_task_score(scored: Scorer, pico_parent: Parent) -> None:
-    table = scored(function=remaining, race=0.25, composed="raced")
-    for row in table.rows:
-        assert (row.task is None) == (row.sequences < table.sequences)
+def test_every_block_has_a_task_score(scored: Scorer, pico_parent: Parent) -> None:
+    table = scored(function=remaining, composed_share=0.25)
+    assert all(row.task is not None for row in table.rows)
     full, smaller = table.parent_row(1), table.row(1, "none+none")
     assert full.task == pico_parent.num_params
     assert smaller.task is not None
@@ -67,8 +66,8 @@ def test_a_task_that_fails_goes_on_where_it_stood(scored: Scorer) -> None:
         return 1.0
 
     with pytest.raises(RuntimeError, match="the task's own"):
-        scored(function=fails_once, race=None)
-    assert len(scored(function=fails_once, race=None).rows) == 3 * 6 + 1
+        scored(function=fails_once, composed_share=None)
+    assert len(scored(function=fails_once, composed_share=None).rows) == 3 * 6 + 1
     assert len(seen) == 1 + 3 * 5 + 1  # the parent, every block, and the one that failed
 
 
@@ -79,20 +78,20 @@ def test_a_task_is_named_in_the_recipe_and_found_where_the_command_is_run(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "own_task.py").write_text("def layers_with_cache(model):\n    return model.config.num_hidden_layers\n")
     try:
-        table = scored(task="own_task:layers_with_cache", race=None)
+        table = scored(task="own_task:layers_with_cache", composed_share=None)
     finally:
         sys.modules.pop("own_task", None)
     assert table.row(1, "kv1+none").task == 4
     assert table.row(1, "none+w64").task == 3
     (stage,) = (tmp_path / "run" / "stages").glob("score-*/stage.json")
-    assert json.loads(stage.read_text())["settings"]["task"] == "own_task:layers_with_cache"
+    assert json.loads(stage.read_text())["inputs"]["task"] == "own_task:layers_with_cache"
 
 
 def test_a_block_without_a_finite_number_has_no_task_score(scored: Scorer, capsys: pytest.CaptureFixture[str]) -> None:
     def depth(model: PuzzleForCausalLM) -> float:
         return 1.0 if model.config.num_hidden_layers == 4 else math.inf
 
-    table = scored(function=depth, race=None)
+    table = scored(function=depth, composed_share=None)
     assert table.row(2, "none+none").task is None
     assert table.row(2, "kv1+none").task == 1.0
     assert "warning: task score of layer 2 none+none is inf; it has none" in capsys.readouterr().out

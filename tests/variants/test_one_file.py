@@ -17,8 +17,7 @@ COMMON = {"linear", "none"}
 FAMILY = SOURCE / "modeling"
 """Holds the family's own attention and FFN, of which `gqa` and `gated` are sizes."""
 PENDING = {
-    "baseline.py", "export/capability.py", "export/deci.py", "export/rows.py",
-    "export/stock.py", "library/elastic.py", "library/groups.py", "library/statistics.py",
+    "baseline.py", "export/capability.py", "export/deci.py", "export/rows.py", "export/stock.py",
     "report/choice.py", "report/evidence.py", "variants/__init__.py",
 }  # fmt: skip
 

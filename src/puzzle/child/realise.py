@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from puzzle.library import Library
+from puzzle.library import Library, final_states
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, save_checkpoint
 from puzzle.parents import Parent, finish, open_checkpoint, open_parent
 from puzzle.runs import Run, read_tensors, write_tensors, write_text
-from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, State, build_subblock, split_state
+from puzzle.stages import REALISE
+from puzzle.streams import Stream
+from puzzle.variants import Architecture, State
 
 _CHECK_TOKENS = 16
 
@@ -41,6 +43,10 @@ class Child:
     def config(self) -> PuzzleConfig:
         return PuzzleConfig.from_pretrained(self.path)
 
+    def source(self) -> Parent:
+        """Opened like a parent, so that it can be streamed."""
+        return open_parent(str(self.path), address=self.address)
+
 
 def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...]) -> Child:
     """Put the child of these blocks together, save it, and check that it computes what the library's blocks compute.
@@ -48,8 +54,8 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
     Args:
         blocks: one block name a layer, such as `kv2+w512`.
     """
-    architecture = Architecture(tuple(BlockVariant.parse(name) for name in blocks))
-    stage = run.stage("realise", version=1, settings={"blocks": list(blocks)}, inputs=(parent.address, library.address))
+    architecture = Architecture.parse(blocks)
+    stage = run.open(REALISE, parent=parent, library=library, blocks=list(blocks))
     child = Child(stage.path / "checkpoint", stage.address, architecture)
     if stage.done:
         return child
@@ -118,28 +124,17 @@ def swapped_logits(model: PuzzleForCausalLM, library: Library, architecture: Arc
     Args:
         model: its own layers need no weights.
     """
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
-    context = model.model.context(hidden_BTD)
-    for layer, block in enumerate(architecture.blocks):
-        state = library.block_state(layer, block)
-        for subblock in SUBBLOCKS:
-            hidden_BTD = build_subblock(block.subblock(subblock), model.config, split_state(state, subblock))(
-                hidden_BTD, **context
-            )
-    return model.lm_head(model.model.norm(hidden_BTD))
+    ((final_BTD,),) = final_states(library, model, [architecture.names], [tokens_BT])
+    return model.logits(final_BTD)
 
 
 @torch.no_grad()
-def streamed_logits(child: Child, tokens_BT: Tensor) -> Tensor:
-    """The saved child's logits with one of its layers in memory at a time, [B, T, V]."""
-    source = open_parent(str(child.path))
-    model = source.load(layers=())
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
-    context = model.model.context(hidden_BTD)
-    for index, layer in enumerate(model.model.layers):
-        source.hold(model, [index])
-        hidden_BTD = layer(hidden_BTD, **context)
-    return model.lm_head(model.model.norm(hidden_BTD))
+def streamed_logits(run: Run, child: Child, tokens_BT: Tensor) -> Tensor:
+    """The saved child's logits in float32, with as many of its layers in memory as fit, [B, T, V]."""
+    stream = Stream(run, child.source(), child.path.with_name("activations"), dtype=torch.float32, device="cpu")
+    (final_BTD,) = stream.finals("check", lambda: [tokens_BT])
+    stream.close()
+    return stream.model.lm_head(stream.model.model.norm(final_BTD))
 
 
 def _largest_difference(run: Run, parent: Parent, library: Library, child: Child) -> float:
@@ -147,7 +142,7 @@ def _largest_difference(run: Run, parent: Parent, library: Library, child: Child
     tokens_BT = torch.arange(_CHECK_TOKENS).remainder(parent.config.vocab_size).unsqueeze(0)
     expected = swapped_logits(parent.load(layers=()), library, child.architecture, tokens_BT)
     fits = 4 * _num_params(parent, child.architecture) <= run.memory_bytes
-    found = child.load()(tokens_BT).logits if fits else streamed_logits(child, tokens_BT)
+    found = child.load()(tokens_BT).logits if fits else streamed_logits(run, child, tokens_BT)
     error = float((found - expected).abs().max())
     scale = float(expected.abs().max())
     assert error <= 1e-4 * max(scale, 1.0), f"the saved child is off by {error} of {scale}; this is a bug"

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,20 +17,18 @@ from torch import Tensor
 
 from puzzle.artefacts import WholeScore
 from puzzle.data import TokenData
+from puzzle.device import tokens_at_once
 from puzzle.errors import PuzzleError
-from puzzle.library import Library
+from puzzle.library import Library, final_states
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, write_json
-from puzzle.scores import METRICS, LayerBlocks, per_sequence
-from puzzle.variants import BlockVariant
+from puzzle.scores import METRICS, per_sequence
 
 Blocks = tuple[str, ...]
 """One block name a layer."""
 
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
-"""Through a layer at once, as in scoring by suffix."""
 _AT_ONCE = 64
 """Architectures between two writes of what is known."""
 
@@ -52,7 +49,7 @@ class TrueScore:
         count = min(math.ceil(run.recipe.correct.tokens / data.sequence_length), available)
         self.tokens = count * data.sequence_length
         self._sequences = data.sequences("scoring", slice(available - count, available))
-        self._batch_size = max(1, _BATCH_TOKENS.get(run.device.type, 512) // data.sequence_length)
+        self._batch_size = max(1, tokens_at_once(run.device) // data.sequence_length)
         identity = [count, run.recipe.precision, parent.address, library.address, data.address]
         self._file = run.path / "whole" / f"{digest(identity)[:24]}.json"
         self._known = _read(self._file)
@@ -90,40 +87,25 @@ class TrueScore:
     def _parent_states(self) -> list[Tensor]:
         """What leaves the parent's last layer, a batch each, [B, T, D]."""
         with torch.no_grad():
-            (states,) = self._through([tuple(block.name for block in self._parent.architecture.blocks)])
+            (states,) = self._finals([tuple(block.name for block in self._parent.architecture.blocks)])
         return states
 
     def _measured(self, architectures: Sequence[Blocks]) -> list[WholeScore]:
-        parts: list[list[Tensor]] = []
-        finals = zip(*self._through(architectures), strict=True)
+        parts: list[Tensor] = []
+        finals = zip(*self._finals(architectures), strict=True)
         for tokens_BT, parent_BTD, finals_BTD in zip(self._batches(), self._parent_states, finals, strict=True):
-            targets_N = tokens_BT[:, 1:].flatten()
-            states_ND = [final_BTD.flatten(0, 1) for final_BTD in finals_BTD]
-            metrics = compare(self._model, self._model, parent_BTD.flatten(0, 1), states_ND, targets_N)
-            parts.append([per_sequence(each, len(tokens_BT)) for each in metrics])
-        return [_score(torch.cat(columns)) for columns in zip(*parts, strict=True)]
+            targets_N, finals_AND = tokens_BT[:, 1:].flatten(), torch.stack(finals_BTD).flatten(1, 2)
+            metrics = compare(self._model, self._model, parent_BTD.flatten(0, 1), finals_AND, targets_N)
+            parts.append(per_sequence(metrics, len(tokens_BT)))
+        return [_score(values) for values in torch.cat(parts, dim=1)]
 
-    def _through(self, architectures: Sequence[Blocks]) -> list[list[Tensor]]:
-        """What leaves the last layer, for each architecture a list of batches; they go as a trie, layer by layer."""
-        embed = self._model.model.embed_tokens
-        states: dict[Blocks, list[Tensor]] = {(): [embed(tokens_BT[:, :-1]) for tokens_BT in self._batches()]}
-        for layer in range(len(self._parent.architecture.blocks)):
-            prefixes = sorted({blocks[: layer + 1] for blocks in architectures})
-            modules = LayerBlocks(self.library, layer, _parsed(prefix[-1] for prefix in prefixes), self._model)
-            for before, together in groupby(prefixes, key=lambda prefix: prefix[:-1]):
-                parting = list(together)
-                blocks = [BlockVariant.parse(prefix[-1]) for prefix in parting]
-                left = [modules.outputs(blocks, state_BTD).chunk(len(blocks)) for state_BTD in states.pop(before)]
-                states |= zip(parting, map(list, zip(*left, strict=True)), strict=True)
-        return [states[blocks] for blocks in architectures]
+    def _finals(self, architectures: Sequence[Blocks]) -> list[list[Tensor]]:
+        inputs = (tokens_BT[:, :-1] for tokens_BT in self._batches())
+        return final_states(self.library, self._model, architectures, inputs)
 
     def _batches(self) -> Iterable[Tensor]:
         """Inputs and the last target, [B, T + 1]."""
         return (tokens_BT.to(self._model.device) for tokens_BT in self._sequences.split(self._batch_size))
-
-
-def _parsed(names: Iterable[str]) -> list[BlockVariant]:
-    return [BlockVariant.parse(name) for name in dict.fromkeys(names)]
 
 
 def _score(values: Tensor) -> WholeScore:

@@ -1,17 +1,21 @@
 """Quality of a model beside its parent, on test text (docs/numbers.md)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from puzzle.child import Child
 from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
-from puzzle.metrics import TokenMetrics, compare
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.metrics import compare
 from puzzle.parents import Parent
 from puzzle.runs import Run, progress
+from puzzle.stages import EVALUATE
+from puzzle.streams import Stream
 
 _BATCH_SIZE = 8
 
@@ -31,48 +35,39 @@ class Quality:
 
 
 def evaluate(run: Run, parent: Parent, child: Child | None, data: TokenData, label: str) -> Quality:
-    """The quality of `child`, or of the parent itself where that is None."""
-    settings = {"tokens": run.recipe.evaluate.tokens, "precision": run.recipe.precision}
-    address = child.address if child is not None else parent.address
-    stage = run.stage("evaluate", version=1, settings=settings, inputs=(parent.address, address, data.address))
+    """The quality of `child`, or of the parent itself where that is None; neither needs to fit in memory."""
+    stage = run.open(EVALUATE, parent=parent, model=child or parent, data=data)
     if not stage.done:
-        stage.commit(**asdict(_measure(run, parent, child, data, label)))
+        stage.commit(**asdict(_measure(run, parent, child, data, label, stage.path)))
     names = Quality.__dataclass_fields__
     return Quality(**{name: value for name, value in stage.facts.items() if name in names})
 
 
 @torch.no_grad()
-def _measure(run: Run, parent: Parent, child: Child | None, data: TokenData, label: str) -> Quality:
-    dtype = getattr(torch, run.recipe.precision)
-    reference = parent.load(dtype=dtype, device=run.device)
-    model = reference if child is None else child.load(dtype=dtype, device=run.device)
+def _measure(run: Run, parent: Parent, child: Child | None, data: TokenData, label: str, folder: Path) -> Quality:
+    """The model's own head on its own hidden states: norms and heads of parent and child differ after GKD."""
+    sources = [parent] if child is None else [parent, child.source()]
+    other_bytes = getattr(torch, run.recipe.precision).itemsize * parent.num_params * (len(sources) - 1)
+    streams = [Stream(run, each, folder / f"activations{place}", other_bytes) for place, each in enumerate(sources)]
     tokens = min(run.recipe.evaluate.tokens, data.num_sequences("test") * data.sequence_length)
-    sums = dict.fromkeys(("lm_loss", "top1", "kl", "top1_agreement"), 0.0)
-    count = 0
+
+    def inputs() -> Iterator[Tensor]:
+        return (sequences[:, :-1] for sequences in data.batches("test", _BATCH_SIZE, tokens))
+
+    names = ("lm_loss", "top1", "kl", "top1_agreement")
+    sums, count = torch.zeros(len(names), dtype=torch.float64, device=run.device), 0
+    finals = zip(*(stream.finals("test", inputs) for stream in streams), strict=True)
     with progress(f"evaluate the {label}", tokens) as bar:
-        for sequences in data.batches("test", _BATCH_SIZE, tokens):
-            tokens_BT = sequences.to(run.device)
-            metrics = _compare(reference, model, tokens_BT)
-            for name in sums:
-                sums[name] += float(getattr(metrics, name).double().sum())
-            count += len(metrics.kl)
-            bar.advance(len(metrics.kl))
-    means = {name: total / count for name, total in sums.items()}
+        for sequences, states_BTD in zip(data.batches("test", _BATCH_SIZE, tokens), finals, strict=True):
+            parent_ND, model_ND = states_BTD[0].flatten(0, 1), states_BTD[-1].flatten(0, 1)
+            targets_N = sequences[:, 1:].flatten().to(run.device)
+            metrics = compare(streams[0].model, streams[-1].model, parent_ND, model_ND.unsqueeze(0), targets_N)
+            sums += torch.stack([getattr(metrics, name).double().sum() for name in names])
+            count += len(targets_N)
+            bar.advance(len(targets_N))
+    for stream in streams:
+        stream.close()
+    means = dict(zip(names, (sums / count).tolist(), strict=True))
     if not all(math.isfinite(mean) for mean in means.values()):
         raise PuzzleError(f"evaluate: the {label} is not finite on test text ({means}); lower distil.learning_rate")
     return Quality(test_loss=means.pop("lm_loss"), **means)
-
-
-def _compare(reference: PuzzleForCausalLM, model: PuzzleForCausalLM, tokens_BT: torch.Tensor) -> TokenMetrics:
-    """The model's own head on its own hidden states; norms and heads of parent and child differ after GKD."""
-    inputs_BT, targets_N = tokens_BT[:, :-1], tokens_BT[:, 1:].flatten()
-    hidden_ND, parent_hidden_ND = _last_hidden(model, inputs_BT), _last_hidden(reference, inputs_BT)
-    return compare(reference, model, parent_hidden_ND, [hidden_ND], targets_N)[0]
-
-
-def _last_hidden(model: PuzzleForCausalLM, tokens_BT: torch.Tensor) -> torch.Tensor:
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
-    context = model.model.context(hidden_BTD)
-    for layer in model.model.layers:
-        hidden_BTD = layer(hidden_BTD, **context)
-    return hidden_BTD.flatten(0, 1)

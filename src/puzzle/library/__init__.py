@@ -1,8 +1,19 @@
 """The block library: calibration statistics, starts, BLD, storage."""
 
-from puzzle.library.coupled import narrow_space
+from puzzle.library.blocks import LayerBlocks, final_states
 from puzzle.library.library import Library, build_library
-from puzzle.library.space import promising_space
+from puzzle.library.space import narrow_space, promising_space
 from puzzle.library.statistics import Statistics, calibrate
+from puzzle.library.students import Student
 
-__all__ = ["Library", "Statistics", "build_library", "calibrate", "narrow_space", "promising_space"]
+__all__ = [
+    "LayerBlocks",
+    "Library",
+    "Statistics",
+    "Student",
+    "build_library",
+    "calibrate",
+    "final_states",
+    "narrow_space",
+    "promising_space",
+]

@@ -1,7 +1,7 @@
-"""The block library: which variants there are, and their weights.
+"""The block library: an index over the trained variants of a space, and their weights on disk.
 
-Variants are trained by `bld` and kept by `store`; a library is an index over them for one space. Law 4, wider is not
-worse, is a property of the index: where a narrower variant ended better, the wider one takes over its function.
+Law 4, wider is not worse, is a property of the index: where a narrower variant ended better, the wider one takes over
+its function.
 """
 
 from collections import Counter
@@ -13,12 +13,13 @@ from typing import Any
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.tasks import for_layers
-from puzzle.library.bld import Group, train_groups
-from puzzle.library.groups import block_groups, subblock_groups
+from puzzle.library.bld import train_students
+from puzzle.library.space import variant_names
+from puzzle.library.starts import StudentPlan, block_plans, subblock_plans
 from puzzle.library.statistics import Statistics
-from puzzle.library.store import Trained, VariantStore
 from puzzle.parents import Parent
-from puzzle.runs import Run, read_parsed, read_tensors, write_text
+from puzzle.runs import Run, read_json, read_parsed, read_tensors, write_text
+from puzzle.stages import LIBRARY
 from puzzle.variants import (
     SUBBLOCKS,
     BlockVariant,
@@ -26,7 +27,6 @@ from puzzle.variants import (
     State,
     Subblock,
     Variant,
-    num_params,
     parse_variant,
     split_state,
 )
@@ -34,7 +34,7 @@ from puzzle.variants import (
 
 @dataclass(frozen=True)
 class Library:
-    """The finished library: an index, and the weights on disk."""
+    """The finished library."""
 
     root: Path
     """The run folder."""
@@ -76,31 +76,30 @@ def build_library(
     Args:
         coupled: also train every block composed of them as a whole (paper section 2.2).
     """
-    settings = run.recipe.library.model_dump(mode="json", exclude={"coupled"})
-    settings |= {"precision": run.recipe.precision, "seed": run.recipe.seed, "code": 4}
-    inputs = [parent.address, data.address, statistics.address]
-    names = [[variant.name for subblock in SUBBLOCKS for variant in layer.subblock(subblock)] for layer in space.layers]
     subblocks = build_library(run, parent, data, statistics, space) if coupled else None
-    stage = run.stage("library", version=2, settings=settings | {"space": names, "coupled": coupled}, inputs=inputs)
+    made = {"parent": parent, "data": data, "statistics": statistics, "space": variant_names(space), "coupled": coupled}
+    stage = run.open(LIBRARY, **made)
     index_file = stage.path / "index.json"
     if not stage.done:
-        work = _Training(run, parent, data, statistics, space, subblocks, {"settings": settings, "inputs": inputs})
-        groups, store = work.groups(), work.store()
-        params = Counter[int]()
-        for group in groups:
-            params[group.layer] += group.params
-        for_layers(run, stage, work, [1.0 + params[layer] for layer in range(len(space.layers))])
-        rows = [row for group in groups for row in _rows(group, store)]
-        rows = rows if subblocks is not None else _nested(run.path, parent, rows)
-        index = LibraryIndex(rows=(*(() if subblocks is None else subblocks.index.rows), *rows))
-        write_text(index_file, index.to_json())
-        stage.commit(variants=len(index.rows))
+        identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
+        for name in ("space", "coupled"):
+            del identity["inputs"][name]
+        training = _Training(run, parent, data, statistics, space, subblocks, identity)
+        plans, params = training.plans(), Counter[int]()
+        for plan in plans:
+            params[plan.layer] += plan.num_params
+        for_layers(run, stage, training, [1.0 + params[layer] for layer in range(len(space.layers))])
+        rows = [row for plan in plans if (row := plan.row(run.path)) is not None]
+        assert len(rows) == len(plans), "every student is trained"
+        rows = _nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
+        write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
+        stage.commit(variants=len(rows))
     return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
 
 
 @dataclass(frozen=True)
 class _Training:
-    """A task for any range of layers: train what the space has there. Other processes make its groups anew."""
+    """A task for any range of layers, also in another process, which makes its plans anew."""
 
     run: Run
     parent: Parent
@@ -110,64 +109,39 @@ class _Training:
     subblocks: Library | None
     """What whole blocks start from; None: subblocks are trained."""
     identity: dict[str, Any]
-    """Of the store."""
 
     def __call__(self, layers: range, folder: Path) -> None:
-        groups = [group for group in self.groups() if group.layer in layers]
-        train_groups(self.run, self.parent, self.data, self.store(), groups, folder)
+        plans = [plan for plan in self.plans() if plan.layer in layers]
+        train_students(self.run, self.parent, self.data, plans, folder)
 
-    def groups(self) -> list[Group]:
+    def plans(self) -> list[StudentPlan]:
+        settings, device = self.run.recipe.library, self.run.device
+        made = settings, device, self.parent, self.statistics, self.space, self.identity
         if self.subblocks is None:
-            return subblock_groups(self.run, self.parent, self.statistics, self.space)
-        return block_groups(self.run, self.parent, self.statistics, self.space, self.subblocks.block_state)
-
-    def store(self) -> VariantStore:
-        if self.subblocks is None:
-            return VariantStore(self.run, self.identity)
-        blocks = [(group.layer, group.variants) for group in self.groups()]
-        starts = {
-            (layer, names): self.subblocks.sources(layer, BlockVariant.parse(names[0])) for layer, names in blocks
-        }
-        return VariantStore(self.run, self.identity, starts)
-
-
-def _rows(group: Group, store: VariantStore) -> list[LibraryRow]:
-    finished = store.finished(group.layer, group.subblock, group.variants)
-    assert finished is not None, "trained before"
-    return [_row(group, trained) for trained in finished]
-
-
-def _row(group: Group, trained: Trained) -> LibraryRow:
-    return LibraryRow(
-        layer=group.layer,
-        subblock=group.subblock,
-        variant=trained.variant,
-        file=trained.file,
-        widened_from="",
-        initial_loss=trained.initial_loss,
-        loss=trained.loss,
-        trained_tokens=trained.tokens,
-    )
+            return subblock_plans(*made)
+        return block_plans(*made, self.subblocks.block_state, self.subblocks.sources)
 
 
 def _nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:
     """Law 4: a variant that ended worse than a narrower one takes over the narrower one's function."""
-    best: dict[tuple[int, str], list[LibraryRow]] = {}
-    nested = []
-    for row in sorted(rows, key=lambda row: num_params(_variant(row), parent.config)):
-        variant = _variant(row)
-        for narrow in best.setdefault((row.layer, row.subblock), []):
-            source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
-            if (
-                narrow.file
-                and narrow.loss < row.loss
-                and source.widen(read_tensors(root / narrow.file), variant, parent.config)
-            ):
-                row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
-        best[row.layer, row.subblock].append(row)
-        nested.append(row)
-    order = {(row.layer, row.subblock, row.variant): position for position, row in enumerate(rows)}
-    return sorted(nested, key=lambda row: order[row.layer, row.subblock, row.variant])
+    narrower: dict[tuple[int, str], list[LibraryRow]] = {}
+    nested = {}
+    for row in sorted(rows, key=lambda row: _variant(row).num_params(parent.config)):
+        before = narrower.setdefault((row.layer, row.subblock), [])
+        nested[row.layer, row.subblock, row.variant] = found = _best_form(root, parent, row, before)
+        before.append(found)
+    return [nested[row.layer, row.subblock, row.variant] for row in rows]
+
+
+def _best_form(root: Path, parent: Parent, row: LibraryRow, narrower: Sequence[LibraryRow]) -> LibraryRow:
+    variant = _variant(row)
+    for narrow in narrower:
+        if not narrow.file or narrow.loss >= row.loss:
+            continue
+        source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
+        if source.widen(read_tensors(root / narrow.file), variant, parent.config):
+            row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
+    return row
 
 
 def _variant(row: LibraryRow) -> Variant:

@@ -1,22 +1,24 @@
-"""The space after a look at the closed forms: what is hopeless from the start is not trained."""
+"""The space narrowed: before BLD by what the closed forms tell, after it to what the frontier uses."""
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 
-from puzzle.library.groups import parent_subblock
+from puzzle.library.starts import parent_subblock
 from puzzle.library.statistics import Statistics
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_json, write_json
-from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, Start, Subblock, expected_losses, prune_space
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expectation:
-    """The loss that a variant starts with, by the calibration moments alone; None where these do not tell."""
-
-    layer: int
-    subblock: Subblock
-    variant: str
-    loss: float | None
+from puzzle.stages import SPACE
+from puzzle.variants import (
+    SUBBLOCKS,
+    BlockVariant,
+    LayerSpace,
+    Space,
+    Start,
+    Variant,
+    expected_losses,
+    prune_space,
+)
 
 
 def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Space) -> Space:
@@ -24,22 +26,18 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
 
     No forward pass is made. The expected losses are kept as `expected.json`.
     """
-    ratio = run.recipe.space.prune
+    ratio, library = run.recipe.space.prune, run.recipe.library
     if ratio is None:
         return space
-    names = [[variant.name for subblock in SUBBLOCKS for variant in layer.subblock(subblock)] for layer in space.layers]
-    library = run.recipe.library
     # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
     start = Start(kv_heads=library.kv_heads, channels=library.channels)
-    settings = {"space": names, "kv_heads": start.kv_heads, "channels": start.channels}
-    stage = run.stage("space", version=1, settings=settings, inputs=(parent.address, statistics.address))
+    stage = run.open(SPACE, parent=parent, statistics=statistics, space=variant_names(space))
     file = stage.path / "expected.json"
     if not stage.done:
-        expected = _expectations(run, parent, statistics, space, start)
-        write_json(file, [asdict(expectation) for expectation in expected])
+        read = partial(parent_subblock, parent, statistics, start, run.device)
+        write_json(file, [[*key, loss] for key, loss in expected_losses(read, space).items()])
         stage.commit()
-    rows = [Expectation(**row) for row in read_json(file)]
-    losses = {(row.layer, row.subblock, row.variant): row.loss for row in rows}
+    losses = {(layer, subblock, variant): loss for layer, subblock, variant, loss in read_json(file)}
     pruned = prune_space(space, losses, parent.config, ratio)
     before, after = (sum(len(layer.attention) + len(layer.ffn) for layer in each.layers) for each in (space, pruned))
     if before != after:
@@ -49,12 +47,38 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     return pruned
 
 
-def _expectations(run: Run, parent: Parent, statistics: Statistics, space: Space, start: Start) -> list[Expectation]:
-    def subblock(layer: int, subblock: Subblock) -> ParentSubblock:
-        return parent_subblock(parent, statistics, start, layer, subblock, run.device)
+def variant_names(space: Space) -> list[list[str]]:
+    """Of every layer, for addresses."""
+    return [[variant.name for variant in (*layer.attention, *layer.ffn)] for layer in space.layers]
 
-    losses = expected_losses(subblock, space)
-    return [
-        Expectation(layer=layer, subblock=subblock, variant=name, loss=loss)
-        for (layer, subblock, name), loss in losses.items()
-    ]
+
+def narrow_space(
+    space: Space, solutions: Sequence[Sequence[str]], keep: int, always: Sequence[str] | None = None
+) -> Space:
+    """Per layer and subblock, the `keep` variants most used by the architectures, and the parent's own (paper F.1.1).
+
+    Args:
+        solutions: architectures of a frontier, each one block name a layer, such as `kv2+w512`.
+        always: an architecture whose variants stay in any case, so that what it reaches can still be reached.
+    """
+    layers = []
+    for index, layer in enumerate(space.layers):
+        used = [BlockVariant.parse(solution[index]) for solution in solutions]
+        kept = [BlockVariant.parse(always[index])] if always is not None else []
+        attention, ffn = (
+            _most_used(
+                layer.subblock(which), [b.subblock(which) for b in used], keep, [b.subblock(which) for b in kept]
+            )
+            for which in SUBBLOCKS
+        )
+        layers.append(LayerSpace(attention, ffn))
+    return Space(tuple(layers))
+
+
+def _most_used(
+    variants: tuple[Variant, ...], uses: Sequence[Variant], keep: int, always: Sequence[Variant]
+) -> tuple[Variant, ...]:
+    """In the space's order; where uses are equal, the first ones."""
+    counts = Counter(uses)
+    ranked = sorted(variants, key=lambda variant: -counts[variant])
+    return tuple(variant for variant in variants if variant in (variants[0], *ranked[:keep], *always))

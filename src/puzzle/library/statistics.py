@@ -1,54 +1,54 @@
 """Calibration: moments of the parent's activations, from which variants start (paper section 2.1, appendix A).
 
-D hidden size, I intermediate size. Per layer and subblock, over all calibration tokens, with h the normed input and y
-the contribution:
+D hidden size, I intermediate size, N tokens of a batch. Per layer and subblock, over all calibration tokens, with h the
+normed input and y the subblock's output:
 
     input_mean [D] = E[h]                input_second_moment [D, D] = E[h h^T]
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
     output_power [] = E[y^2], per element
 
-of an FFN with a down projection, a being what enters that:
+what the parent's variant records for smaller forms of itself (`Variant.record`): of a gated FFN, a being the inputs of
+its down projection, and of attention, o_g being the outputs of the query heads that share KV head g,
 
     activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]
-
-of an attention with KV heads:
-
-    group_contribution [KV heads] = E||W_o[:, g] o_g||, o_g being the outputs of the query heads that share KV head g
+    group_contribution [KV heads] = E||W_o[:, g] o_g||
 
 and per layer, x being its input and x' its output:
 
     influence [] = 1 - E[cos(x, x')] (block influence, ShortGPT)
     block_power [] = E[x'^2]             block_contribution_power [] = E[(x' - x)^2], both per element
 
-The sums of a layer take 32 D^2 + 4 I^2 bytes while its turn lasts, and as many layers take turns together as fit the
-memory. Products are float32 and sums float64, from which means can be taken off without loss; only the moment of
+The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use, and as many layers are in use together as fit the
+memory. Products are float32 and sums float64, from which means can be subtracted without loss; only the moment of
 activations, the largest by far and never centred, is summed in float32. Measured against float64 throughout (I = 384,
 three channels 100 times the rest, 2026-11-21): 4e-6 of sqrt(C_ii C_jj) off after 8192 batches, and a down projection
 solved from it (damping 1e-3) loses 4e-8 more.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from torch.utils.hooks import RemovableHandle
 
 from puzzle.data import TokenData
+from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
-from puzzle.parents import LayerPass, Parent, ParentPasses
+from puzzle.modeling import PuzzleDecoderLayer
+from puzzle.parents import Parent
 from puzzle.runs import Run, progress, read_tensors, write_tensors
-from puzzle.training import CHECKPOINT_INTERVAL_S
-from puzzle.variants import GatedFFN, State, Subblock
+from puzzle.stages import CALIBRATE
+from puzzle.streams import LayerPass, Stream
+from puzzle.variants import SUBBLOCKS, State, Subblock, Variant, add_sum
 
 _BATCH_SIZE = 8
-_NORMS: tuple[tuple[Subblock, str], ...] = (("attention", "input_layernorm"), ("ffn", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ class Statistics:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
     def layer(self, layer: int) -> State:
-        """What is of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
-        tensors = read_tensors(self.file(layer))
-        return {name: value for name, value in tensors.items() if "." not in name}
+        """Those of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
+        return {name: value for name, value in read_tensors(self.file(layer)).items() if "." not in name}
 
     def influence(self, num_layers: int) -> list[float]:
         """Block influence of every layer: how far it turns the residual stream."""
@@ -77,186 +76,152 @@ class Statistics:
 
 
 def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
-    """Gather the moments of every layer; one pass of the parent over the calibration text if memory allows."""
-    settings = {"tokens": run.recipe.calibration.tokens, "precision": run.recipe.precision}
-    stage = run.stage("calibrate", version=3, settings=settings, inputs=(parent.address, data.address))
+    """Gather the moments of every layer, in one pass of the parent over the calibration text if memory allows."""
+    stage = run.open(CALIBRATE, parent=parent, data=data)
     statistics = Statistics(stage.path, stage.address)
-    if stage.done:
-        return statistics
-
-    text = partial(_text, data, run.recipe.calibration.tokens)
-    costs = [1.0 + _sum_bytes(parent, layer) for layer in range(len(parent.architecture.blocks))]
-    for_layers(run, stage, partial(_calibrate, run, parent, statistics, text), costs)
-    stage.commit(tokens=sum(tokens_BT.numel() for tokens_BT in text()))
+    if not stage.done:
+        calibration = _Calibration(run, parent, data, statistics)
+        for_layers(run, stage, calibration, [1.0 + size for size in calibration.sum_bytes()])
+        stage.commit(tokens=calibration.num_tokens())
     return statistics
 
 
-def _text(data: TokenData, tokens: int) -> Iterator[Tensor]:
-    for sequences in data.batches("calibration", _BATCH_SIZE, tokens):
-        yield sequences[:, :-1]
+@dataclass(frozen=True)
+class _Calibration:
+    """A task for any range of layers, also in another process."""
 
+    run: Run
+    parent: Parent
+    data: TokenData
+    statistics: Statistics
 
-def _calibrate(
-    run: Run, parent: Parent, statistics: Statistics, text: Callable[[], Iterable[Tensor]], layers: range, folder: Path
-) -> None:
-    """A task: the files of those layers that have none yet."""
-    missing = [layer for layer in layers if not statistics.file(layer).exists()]
-    if not missing:
-        return
-    begun = _layers_of(_read_partial(folder))
-    passes = ParentPasses(run, parent, folder / "activations")
-    # What was begun before a kill is ended first and together, though there may be more memory now than then.
-    for part in ([i for i in missing if i in begun], [i for i in missing if i not in begun]):
-        for group in passes.groups(part, lambda layer: _sum_bytes(parent, layer)):
-            passes.prepare(group.start, {"calibration": text})
-            passes.hold(group)
-            _calibrate_layers(statistics, folder, passes, group, text)
-    passes.close()
+    def text(self) -> Iterator[Tensor]:
+        for sequences in self.data.batches("calibration", _BATCH_SIZE, self.run.recipe.calibration.tokens):
+            yield sequences[:, :-1]
 
+    def num_tokens(self) -> int:
+        return sum(tokens_BT.numel() for tokens_BT in self.text())
 
-def _partial_file(folder: Path) -> Path:
-    return folder / "partial.safetensors"
+    def sum_bytes(self) -> list[int]:
+        """Of the matrices among the sums, by layer."""
+        config = self.parent.config
+        recorded = [
+            sum(block.subblock(which).recorded_values(config) for which in SUBBLOCKS)
+            for block in self.parent.architecture.blocks
+        ]
+        return [32 * config.hidden_size**2 + 4 * values for values in recorded]
 
+    def __call__(self, layers: range, folder: Path) -> None:
+        missing = [layer for layer in layers if not self.statistics.file(layer).exists()]
+        if not missing:
+            return
+        stream, file = Stream(self.run, self.parent, folder / "activations"), folder / "partial.safetensors"
+        begun = {layer for layer, _ in _Sums.read(file).moments}
+        for group in stream.groups(missing, self.sum_bytes().__getitem__, begun):
+            stream.prepare(group.start, {"calibration": self.text})
+            stream.hold(group)
+            sums = self._sums(file, stream, group)
+            for layer in group:
+                self._write(layer, sums)
+        stream.close()
 
-def _read_partial(folder: Path) -> State:
-    """The sums of a group that was cut off; none, if none was."""
-    return read_tensors(_partial_file(folder)) if _partial_file(folder).exists() else {}
+    @torch.no_grad()
+    def _sums(self, file: Path, stream: Stream, layers: range) -> "_Sums":
+        """Over the tokens of the text; goes on after a kill."""
+        sums = _Sums.read(file, stream.model.device)
+        if {layer for layer, _ in sums.moments} != set(layers):
+            sums = _Sums()
+        timer = SaveTimer(sum(self.sum_bytes()[layer] for layer in layers))
+        label = "calibrate" if len(layers) == stream.num_layers else f"calibrate layers {layers[0]}-{layers[-1]}"
+        passes = stream.passes(layers, "calibration", self.text(), sums.batches)
+        with progress(label, self.num_tokens(), sums.tokens) as bar, _hooks(stream, self.parent, layers) as inside:
+            for layer_passes in passes:
+                for seen in layer_passes:
+                    _add_layer(sums.moments[seen.index, ""], seen)
+                    for which in SUBBLOCKS:
+                        variant = self.parent.architecture.blocks[seen.index].subblock(which)
+                        _add_subblock(sums.moments[seen.index, which], seen, variant, inside[seen.index, which])
+                tokens = seen.input_BTD[..., 0].numel()
+                sums.batches, sums.tokens = sums.batches + 1, sums.tokens + tokens
+                bar.advance(tokens)
+                if timer.due():
+                    with timer.saving():
+                        sums.write(file)
+        return sums
 
-
-def _layer_of(name: str) -> int:
-    return int(name.partition(".")[0])
-
-
-def _layers_of(sums: State) -> set[int]:
-    return {_layer_of(name) for name in sums if name != "tokens"}
-
-
-def _sum_bytes(parent: Parent, layer: int) -> int:
-    ffn = parent.architecture.blocks[layer].ffn
-    channels = ffn.intermediate_size if isinstance(ffn, GatedFFN) else 0
-    return 32 * parent.config.hidden_size**2 + 4 * channels**2
-
-
-def _calibrate_layers(
-    statistics: Statistics,
-    folder: Path,
-    passes: ParentPasses,
-    layers: range,
-    calibration: Callable[[], Iterable[Tensor]],
-) -> None:
-    sums = _accumulate(folder, passes, layers, calibration)
-    tokens = sums.pop("tokens").item()
-    for layer in layers:
-        names = [name for name in sums if _layer_of(name) == layer]
-        moments = {name.partition(".")[2]: sums.pop(name).div_(tokens).float() for name in names}
+    def _write(self, layer: int, sums: "_Sums") -> None:
+        moments = {
+            f"{which}.{name}".removeprefix("."): total.div_(sums.tokens).float()
+            for which in ("", *SUBBLOCKS)
+            for name, total in sums.moments.pop((layer, which), {}).items()
+        }
         if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
             raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
-        write_tensors(statistics.file(layer), moments)
+        write_tensors(self.statistics.file(layer), moments)
 
 
-@torch.no_grad()
-def _accumulate(
-    folder: Path, passes: ParentPasses, layers: range, calibration: Callable[[], Iterable[Tensor]]
-) -> State:
-    """Sums over the tokens of the text, named `layer.subblock.moment`, and how many these are; goes on after a kill."""
-    saved = _read_partial(folder)
-    sums: State = {}
-    if _layers_of(saved) >= set(layers):
-        mine = [name for name in saved if name == "tokens" or _layer_of(name) in layers]
-        sums = {name: saved[name].to(passes.model.device) for name in mine}
-    tokens_done = int(sums.get("tokens", 0))
-    tokens_total = sum(tokens_BT.numel() for tokens_BT in calibration())
-    last_save, save_seconds = time.monotonic(), 0.0
-    label = "calibrate" if len(layers) == len(passes.layer_bytes) else f"calibrate layers {layers[0]}-{layers[-1]}"
-    with progress(label, tokens_total, tokens_done) as bar, _Taps(passes, layers) as taps:
-        seen = 0
-        for index, tokens_BT in enumerate(calibration()):
-            seen += tokens_BT.numel()
-            if seen <= tokens_done:
-                continue
-            for layer_pass in passes.through(layers, "calibration", index, tokens_BT):
-                _add_moments(sums, layer_pass, taps.take(layer_pass.index))
-            sums["tokens"] = torch.tensor(seen)
-            bar.advance(tokens_BT.numel())
-            # Of a large parent the sums are tens of gigabytes: saving takes a tenth of the time at most.
-            if time.monotonic() - last_save > max(CHECKPOINT_INTERVAL_S, 10 * save_seconds):
-                begin = time.monotonic()
-                write_tensors(_partial_file(folder), sums)
-                last_save = time.monotonic()
-                save_seconds = last_save - begin
-    return sums
+@dataclass
+class _Sums:
+    """Sums over the tokens of so many batches."""
+
+    moments: dict[tuple[int, str], State] = field(default_factory=lambda: defaultdict(dict))
+    """By layer and subblock; the subblock is empty for those of a whole layer."""
+    batches: int = 0
+    tokens: int = 0
+
+    @classmethod
+    def read(cls, file: Path, device: torch.device | str = "cpu") -> "_Sums":
+        """What `write` kept; nothing, if there is no file."""
+        sums = cls()
+        for full_name, value in (read_tensors(file) if file.exists() else {}).items():
+            layer, which, name = full_name.split(".")
+            if name in ("batches", "tokens"):
+                setattr(sums, name, int(value))
+            else:
+                sums.moments[int(layer), which][name] = value.to(device)
+        return sums
+
+    def write(self, file: Path) -> None:
+        counts = {"..batches": torch.tensor(self.batches), "..tokens": torch.tensor(self.tokens)}
+        named = {f"{i}.{which}.{name}": v for (i, which), state in self.moments.items() for name, v in state.items()}
+        write_tensors(file, counts | named)
 
 
-class _Taps:
-    """What passes inside layers: the normed inputs, and what enters the last projections. By module and layer."""
-
-    _INPUTS, _OUTPUTS = ("self_attn.o_proj", "mlp.down_proj"), ("input_layernorm", "post_attention_layernorm")
-
-    def __init__(self, passes: ParentPasses, layers: range) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._taken: dict[int, State] = {layer: {} for layer in layers}
-        for index in layers:
-            for name, module in passes.model.model.layers[index].named_modules():
-                if name in self._INPUTS:
-                    self._handles.append(module.register_forward_pre_hook(partial(self._keep_input, index, name)))
-                elif name in self._OUTPUTS:
-                    self._handles.append(module.register_forward_hook(partial(self._keep_output, index, name)))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def take(self, layer: int) -> State:
-        """Of the last pass through the layer, [B T, features] in float32."""
-        taken, self._taken[layer] = self._taken[layer], {}
-        return taken
-
-    def _keep_input(self, layer: int, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._taken[layer][name] = inputs[0].float().flatten(0, 1)
-
-    def _keep_output(self, layer: int, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        self._taken[layer][name] = output.float().flatten(0, 1)
+@contextmanager
+def _hooks(stream: Stream, parent: Parent, layers: range) -> Iterator[dict[tuple[int, Subblock], dict[str, Any]]]:
+    """By layer and subblock, what its last pass saw: the normed input, and the inputs that its variant records."""
+    inside: dict[tuple[int, Subblock], dict[str, Any]] = {}
+    with ExitStack() as handles:
+        for index, which in product(layers, SUBBLOCKS):
+            layer = cast(PuzzleDecoderLayer, stream.model.model.layers[index])
+            seen = inside[index, which] = {}
+            if (norm := layer.norm_of(which)) is not None:
+                hook = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.update(normed=output))
+                handles.callback(hook.remove)
+            if (name := parent.architecture.blocks[index].subblock(which).recorded) is not None:
+                recorded = layer.get_submodule(name)
+                hook = recorded.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.update(recorded=inputs))
+                handles.callback(hook.remove)
+        yield inside
 
 
-def _add_moments(sums: State, seen: LayerPass, inside: State) -> None:
-    """Add one layer's moments, over the tokens of a batch, to the sums."""
-
-    def add(name: str, value: Tensor) -> None:
-        full_name = f"{seen.index}.{name}"
-        if full_name in sums:
-            sums[full_name] += value
-        else:
-            sums[full_name] = value.double()
-
-    entered_ND, left_ND = seen.entered_BTD.float().flatten(0, 1), seen.left_BTD.float().flatten(0, 1)
-    add("influence", (1 - cosine_similarity(entered_ND, left_ND, dim=-1)).sum())
-    add("block_power", left_ND.square().mean(-1).sum())
-    add("block_contribution_power", (left_ND - entered_ND).square().mean(-1).sum())
-    for subblock, norm in _NORMS:
-        if (h_ND := inside.get(norm)) is not None:
-            y_ND = seen.contribution(subblock).float().flatten(0, 1)
-            add(f"{subblock}.input_mean", h_ND.sum(0))
-            add(f"{subblock}.input_second_moment", h_ND.T @ h_ND)
-            add(f"{subblock}.output_mean", y_ND.sum(0))
-            add(f"{subblock}.cross_moment", y_ND.T @ h_ND)
-            add(f"{subblock}.output_power", y_ND.square().mean(-1).sum())
-    if (heads_NH := inside.get("self_attn.o_proj")) is not None:
-        add("attention.group_contribution", _group_contributions(seen, heads_NH))
-    if (activation_NI := inside.get("mlp.down_proj")) is not None:
-        add("ffn.activation_mean_abs", activation_NI.abs().sum(0))
-        name, channels = f"{seen.index}.ffn.activation_second_moment", activation_NI.shape[1]
-        if name not in sums:
-            sums[name] = activation_NI.new_zeros(channels, channels)
-        sums[name].addmm_(activation_NI.T, activation_NI)
+def _add_layer(sums: State, seen: LayerPass) -> None:
+    """The sums of a batch that are of the whole layer."""
+    input_ND, output_ND = seen.input_BTD.float().flatten(0, 1), seen.output_BTD.float().flatten(0, 1)
+    add_sum(sums, "influence", (1 - cosine_similarity(input_ND, output_ND, dim=-1)).sum())
+    add_sum(sums, "block_power", output_ND.square().mean(-1).sum())
+    add_sum(sums, "block_contribution_power", (output_ND - input_ND).square().mean(-1).sum())
 
 
-def _group_contributions(seen: LayerPass, heads_NH: Tensor) -> Tensor:
-    """Sum over tokens of the norm of what each group's query heads add through their columns of o_proj. [KV heads]"""
-    attention: Any = seen.layer.self_attn
-    weight_DH = attention.o_proj.weight.float()
-    groups: int = attention.k_proj.out_features // attention.head_dim
-    parts = zip(heads_NH.chunk(groups, dim=1), weight_DH.chunk(groups, dim=1), strict=True)
-    return torch.stack([(heads @ weight.T).norm(dim=1).sum() for heads, weight in parts])
+def _add_subblock(sums: State, seen: LayerPass, variant: Variant, inside: dict[str, Any]) -> None:
+    """Those of one subblock; none if it is left out in the parent."""
+    if "normed" not in inside:
+        return
+    h_ND = inside.pop("normed").float().flatten(0, 1)
+    y_ND = seen.subblock_output(variant.subblock).float().flatten(0, 1)
+    add_sum(sums, "input_mean", h_ND.sum(0))
+    add_sum(sums, "input_second_moment", h_ND.T @ h_ND)
+    add_sum(sums, "output_mean", y_ND.sum(0))
+    add_sum(sums, "cross_moment", y_ND.T @ h_ND)
+    add_sum(sums, "output_power", y_ND.square().mean(-1).sum())
+    variant.record(sums, seen.layer, *inside.pop("recorded", ()))

@@ -4,13 +4,9 @@ from puzzle.modeling import finish
 from puzzle.parents.checkpoint import open_checkpoint
 from puzzle.parents.family import check_family, puzzle_config
 from puzzle.parents.parent import Parent, locate, open_parent, read_config
-from puzzle.parents.passes import LayerPass, ParentPasses, Texts
 
 __all__ = [
-    "LayerPass",
     "Parent",
-    "ParentPasses",
-    "Texts",
     "check_family",
     "finish",
     "locate",

@@ -65,7 +65,7 @@ class Parent:
         """The parent for inference; tensors are read once and cast one by one, so memory is the model's size.
 
         Args:
-            layers: those that get weights, the others stay on `meta` until `hold` asks for them; None: all.
+            layers: those that get weights, the others stay on `meta` (see `puzzle.streams`); None: all.
         """
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
@@ -80,19 +80,12 @@ class Parent:
                 raise PuzzleError(f"parent: {file} cannot be read ({one_line(error)})") from None
         return finish(model, device, partly=layers is not None)
 
-    def hold(self, model: PuzzleForCausalLM, layers: Collection[int]) -> None:
-        """Let exactly these layers of the loaded `model` have weights: others go, those that lack them are read."""
-        for index, layer in enumerate(model.model.layers):
-            if index not in layers:
-                layer.to("meta")
-            elif any(parameter.is_meta for parameter in layer.parameters()):
-                state = {name: tensor.to(model.device, model.dtype) for name, tensor in self._layer(index)}
-                layer.load_state_dict(state, assign=True)
-                layer.requires_grad_(False)
-
-    def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """One layer's tensors in float32 by their names within the layer; no others are read."""
-        return {name: tensor.float() for name, tensor in self._layer(layer)}
+    def layer_state(
+        self, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """One layer's tensors by their names within the layer; no others are read."""
+        prefix, tensors = f"model.layers.{layer}.", self.checkpoint.read(self._layer_names(layer))
+        return {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors}
 
     def outer_state(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
@@ -113,24 +106,20 @@ class Parent:
     def _layer_names(self, layer: int) -> list[str]:
         return [name for name in self._names if name.startswith(f"model.layers.{layer}.")]
 
-    def _layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a layer as they are stored, by their names within it."""
-        for name, tensor in self.checkpoint.read(self._layer_names(layer)):
-            yield name.removeprefix(f"model.layers.{layer}."), tensor
 
-
-def open_parent(source: str, digests: Path | None = None) -> Parent:
+def open_parent(source: str, digests: Path | None = None, address: str | None = None) -> Parent:
     """Find and check a checkpoint without loading its weights.
 
     Args:
         source: a local folder, or a hub name.
         digests: file in which the weights' hashes are remembered by size and time of change.
+        address: of a child, which is known without hashing its weights.
     """
     path = locate(source, _HUB_FILES)
     check_family(_model_type(path))
     checkpoint = open_checkpoint(path)
     config = _read_config(path, checkpoint)
-    return Parent(path, config, checkpoint, checkpoint.address(digests))
+    return Parent(path, config, checkpoint, address or checkpoint.address(digests))
 
 
 def read_config(source: str) -> PuzzleConfig:

@@ -14,17 +14,24 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk and rename it into place."""
+def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk and rename it into place.
+
+    Args:
+        flush: False for what can be computed again: a kill leaves it whole, a power cut need not.
+    """
     # Processes of other machines may be at the same file, with the same number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.uname().nodename}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    if not flush:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -62,12 +69,14 @@ def read_parsed(path: Path, parse: Callable[[str], _T]) -> _T:
         raise _lost(path, error) from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file; tensors are made contiguous and moved to the CPU."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None, *, flush: bool = True
+) -> None:
+    """A safetensors file; tensors are made contiguous and moved to the CPU. See `write_atomically` for `flush`."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})))
+    write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})), flush=flush)
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":

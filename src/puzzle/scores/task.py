@@ -1,13 +1,18 @@
 """A score of the user's own: a function from a model to a number, the higher the better."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import SupportsFloat
 
 from puzzle.errors import PuzzleError, one_line
+from puzzle.library import Library
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish
+from puzzle.runs import Run, read_json, write_json
+from puzzle.streams import Stream
+from puzzle.units import format_bytes
 from puzzle.variants import Architecture, BlockVariant, State
 
 Task = Callable[[PuzzleForCausalLM], float]
@@ -43,7 +48,43 @@ def task_name(task: Task) -> str:
         raise PuzzleError("score.task: found a callable without a name; give a function") from None
 
 
-def run_task(task: Task, model: PuzzleForCausalLM) -> float:
+class TaskScores:
+    """The task's numbers of the parent and of its blocks, kept in a file over restarts; None without a task."""
+
+    def __init__(self, task: Task | None, run: Run, stream: Stream, library: Library, file: Path) -> None:
+        self._task, self._run, self._model, self._library, self._file = task, run, stream.model, library, file
+        if task is not None and not stream.resident:
+            raise PuzzleError(
+                f"score.task: needs the whole parent in memory, {format_bytes(sum(stream.layer_bytes))} of layers, and "
+                f"beside the candidates {format_bytes(max(0, stream.room(())))} are left; raise execution.memory or "
+                "leave score.task out"
+            )
+
+    def of_parent(self) -> float | None:
+        return None if self._task is None else self._known("parent", lambda: self._model)
+
+    def of_block(self, layer: int, block: BlockVariant) -> float | None:
+        """Of the parent with this block in `layer`; None if it is not finite."""
+        if self._task is None:
+            return None
+        state = self._library.block_state
+        return self._known(f"layer {layer} {block}", lambda: with_block(self._model, layer, block, state(layer, block)))
+
+    def _known(self, label: str, model: Callable[[], PuzzleForCausalLM]) -> float | None:
+        known: dict[str, float | None] = read_json(self._file) if self._file.exists() else {}
+        if label not in known:
+            assert self._task is not None
+            number = _run_task(self._task, model())
+            if not math.isfinite(number):
+                if label == "parent":
+                    raise PuzzleError(f"score.task: {task_name(self._task)} is {number} for the parent itself")
+                self._run.log_warning(f"task score of {label} is {number}; it has none")
+            known[label] = number if math.isfinite(number) else None
+            write_json(self._file, known)
+        return known[label]
+
+
+def _run_task(task: Task, model: PuzzleForCausalLM) -> float:
     value = task(model)
     try:
         if isinstance(value, SupportsFloat):
