@@ -19,12 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
 
 from .configuration_puzzle import Block, PuzzleConfig, has_cache
 
@@ -341,6 +337,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids),
         }
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -350,9 +347,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
@@ -380,12 +376,11 @@ class PuzzleModel(PuzzlePreTrainedModel):
         hidden_BTD = self.norm(hidden_BTD)
         if states is not None:
             states[-1] = hidden_BTD
-        output = BaseModelOutputWithPast(
+        return BaseModelOutputWithPast(
             last_hidden_state=hidden_BTD,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
         )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _bound_caches_with_sinks(self, cache: Cache) -> None:
         """Put cache layers that drop what is never seen again in place of growing ones that are still empty.
@@ -426,6 +421,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         """Logits from what leaves the last layer, [B, T, V]."""
         return self.head(self.final_norm(hidden_BTD))
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -436,10 +432,9 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -456,13 +451,12 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def create_masks_for_generate(
         self,
@@ -512,10 +506,6 @@ def _gives_window_itself(attention: nn.Module) -> bool:
     """Whether an attention's own code hands `sliding_window` to the attention function, which takes it only once."""
     code = inspect.unwrap(type(attention).forward).__code__
     return any("sliding_window" in names for names in code.co_consts if isinstance(names, tuple))
-
-
-def _wants_dict(asked: bool | None, config: PuzzleConfig) -> bool:
-    return bool(config.return_dict if asked is None else asked)
 
 
 def _numbered(blocks: list[Block]) -> Iterator[tuple[Block, int]]:
