@@ -91,7 +91,7 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
-    """A document a line that is not blank. Read here, since `datasets` names no line that is wrong."""
+    """A document a line that is not blank. Not by `datasets`: it names no wrong line and makes timestamps of dates."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
