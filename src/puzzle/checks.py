@@ -1,7 +1,6 @@
 """What a late stage would refuse, refused before the first one begins."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from puzzle.engines.capability import reader
 from puzzle.engines.environments import ENVIRONMENTS, python_of
@@ -40,12 +39,11 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
         check_asked([recipe.target, *(each.target for each in recipe.scenarios)], recipe.search)
 
 
-def check_installed(recipe: Recipe, *, timed: bool = True, distilled: bool = True) -> None:
+def check_installed(recipe: Recipe, *, timed: bool = True) -> None:
     """That this machine has what the recipe asks for.
 
     Args:
         timed: whether anything is measured, for which the engines are needed.
-        distilled: whether GKD is to be reached.
 
     Raises:
         PuzzleError: it has not; names the setting, or says how to install the engine.
@@ -53,12 +51,6 @@ def check_installed(recipe: Recipe, *, timed: bool = True, distilled: bool = Tru
     for _, scenario in _scenarios(recipe):
         if timed and scenario.engine in ENVIRONMENTS:
             python_of(*ENVIRONMENTS[scenario.engine])
-    wanted: list[tuple[str, str]] = [("distil.log", kind) for kind in recipe.distil.log or []]
-    if recipe.distil.optimizer == "adamw8bit":
-        wanted.append(("distil.optimizer", "torchao"))
-    for setting, package in wanted:
-        if distilled and find_spec(package) is None:
-            raise PuzzleError(f"{setting}: it needs {package}, which is not installed: pip install {package}")
 
 
 def _scenarios(recipe: Recipe) -> Sequence[tuple[str, ScenarioSettings]]:

@@ -71,10 +71,53 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Products in the dtype of what is multiplied, inside `autocast`."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def float32_operand(weight_VD: torch.Tensor) -> torch.Tensor:
+    """A matrix as `float32_product` multiplies it; kept in bfloat16 only on a GPU, which sums in float32 anyway."""
+    return weight_VD if is_gpu(weight_VD.device) else weight_VD.to(torch.promote_types(weight_VD.dtype, torch.float32))
+
+
+def float32_product(rows_ND: torch.Tensor, operand_VD: torch.Tensor) -> torch.Tensor:
+    """Rows @ operand.T, [N, V], in float32 at least: logits rounded to bfloat16 have steps of 0.125 at 16 to 32."""
+    rows_ND = rows_ND.to(operand_VD.dtype)
+    if operand_VD.dtype == torch.bfloat16:
+        return torch.mm(rows_ND, operand_VD.T, out_dtype=torch.float32)
+    return rows_ND @ operand_VD.T
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this computer's processor has instructions for it; elsewhere it is slower than float32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def mesh_type(device: torch.device) -> str:
+    """How processes that train together name it."""
+    return device.type
+
+
+def collective_backend(device: torch.device) -> str:
+    """What carries tensors from process to process."""
+    return "cpu:gloo,cuda:nccl" if is_gpu(device) else "gloo"
+
+
+def claim_gpu(device: torch.device, number: int) -> None:
+    """Let this process, one of several of the machine, use the GPU of its number; nothing to do on a CPU.
+
+    Raises:
+        PuzzleError: there is none for it, or the recipe names one for all of them.
+    """
+    if not is_gpu(device):
+        return
+    if device.index is not None:
+        raise PuzzleError(f"execution.device: found {str(device)!r}; for several processes, give cuda or auto")
+    if number >= (count := torch.cuda.device_count()):
+        raise PuzzleError(f"torchrun: process {number + 1} of this machine has no GPU of its own, there are {count}")
+    torch.cuda.set_device(number)
 
 
 def memory_bytes(device: torch.device, allowed: int | None = None) -> int:
@@ -150,6 +193,11 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 def tokens_at_once(device: torch.device) -> int:
     """Tokens that fill the device where their number is free: a GPU's units, or a processor's cache."""
     return 16_384 if is_gpu(device) else 512
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Logits in a chunk of tokens: on a GPU 1 GiB of float32, 2048 tokens at 128k; on a CPU what stays in its cache."""
+    return 2**28 if is_gpu(device) else 2**20
 
 
 def steps_between_looks(step_seconds: float) -> int:

@@ -330,6 +330,6 @@ def run_stage(run: Run, name: str) -> Pipeline:
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
     check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached)
-    check_installed(run.recipe, timed="cost" in reached, distilled="distil" in reached)
+    check_installed(run.recipe, timed="cost" in reached)
     getattr(pipeline, by_name[name].result)
     return pipeline

@@ -268,42 +268,24 @@ class DistilSettings(Section):
     """Parts in which a step's sequences are run, one after another: less memory, the same step."""
     warmup: Annotated[Fraction, Field(ge=0, lt=1)] = 0.05
     """Share of the steps."""
-    optimizer: Literal["adamw", "muon", "adamw8bit"] = "adamw"
-    """`muon`: on the layers' matrices, AdamW on the rest; `adamw8bit`: torchao's, a quarter of the moments' memory."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: on the layers' matrices, AdamW on the rest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of matrices."""
+    """Applied to weights with two or more dimensions."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to it."""
     cosine_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of the cosine distance between hidden states, layer by layer."""
+    """Weight of the cosine distance between hidden states, layer by layer."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Of the divergence between next-token distributions."""
+    """Weight of KL(parent || child) of the next-token distributions."""
     lm_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the negative log-likelihood of the text itself."""
-    divergence: Literal["forward", "reverse", "skewed"] = "forward"
-    """`forward`: KL(parent || child); `reverse`: KL(child || parent); `skewed`: KL(parent || mixture of both)."""
-    skew: Share = 0.1
-    """The parent's share of the mixture of `skewed`."""
-    temperature: PositiveFloat = 1.0
-    """Logits of both are divided by it in training."""
-    new_only: Annotated[Fraction, Field(ge=0, le=1)] = 0.0
-    """Share of the steps, the first ones, that train only the blocks that differ from the parent's; 1: all steps."""
-    adapter_rank: PositiveInt | None = None
-    """Train updates of this rank of the layers' matrices, merged at the end, in place of all weights; null: all."""
-    ladder: Annotated[Fraction, Field(ge=0, le=0.5)] = 0.0
-    """Share of the steps that read sequences cut into four, and then as many that read subblocks; 0: none."""
+    """Weight of the negative log-likelihood of the text itself."""
     documents: bool = True
-    """Tokens of a packed sequence attend only to their own document, where its end can be told."""
+    """Tokens of a packed sequence attend only to their own document."""
     teacher_cache: PositiveInt | None = None
     """Train on so many of the parent's likeliest tokens from disk, without the parent in memory and without cosine."""
-    checkpointing: bool = False
-    """Compute activations inside layers again in the backward pass: less memory, a third more time."""
     validation_tokens: PositiveCount = 32_768
     """Held-out text of each point of the curve; the child that was best on it is the result."""
-    patience: PositiveInt | None = None
-    """Stop after so many points of the curve, of ten in all, without a better one; null: never."""
-    log: list[Literal["tensorboard", "wandb"]] | None = None
-    """Where curves are shown while it trains; null: TensorBoard, if it is installed."""
 
     @model_validator(mode="after")
     def _have_a_loss(self) -> Self:
@@ -321,11 +303,6 @@ class DistilSettings(Section):
 
     @model_validator(mode="after")
     def _cache_what_is_asked_for(self) -> Self:
-        if self.teacher_cache and (self.divergence, self.temperature) != ("forward", 1.0):
-            raise ValueError(
-                "teacher_cache keeps too little for another divergence or temperature; leave those at forward and 1, "
-                "or set it to null"
-            )
         if self.teacher_cache and self.kl_weight == 0:
             raise ValueError("teacher_cache serves the KL divergence alone; raise kl_weight, or set it to null")
         return self
@@ -351,6 +328,8 @@ class ExecutionSettings(Section):
     """Device memory for weights and training states; null: 80 % of a GPU's free memory, half of a computer's."""
     disk: Size | None = None
     """Disk for activations of a parent that does not fit into memory; null: half of what is free."""
+    checkpointing: bool = False
+    """Recompute activations inside layers in GKD's backward pass: less memory, a third more time."""
 
 
 class Recipe(Section):

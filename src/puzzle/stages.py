@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 BLD_BYTES = 28
 """Memory of a parameter in BLD: float32 weight, gradient, two AdamW moments, and the weights at start, best and now."""
-_GKD_BYTES = 16
-"""The same in GKD: float32 weight, gradient, two moments."""
+_GKD_BYTES = 20
+"""The same in GKD: float32 weight, gradient, two moments, and the best weights so far."""
 _KEPT_BYTES, _STATE_BYTES = 4, 12
 """Disk of a parameter: float32 weight; and in a saved training state, weight and two moments."""
 _MEASUREMENT_S = 0.5
@@ -128,8 +128,9 @@ def _distil_work(shapes: "Shapes") -> Work:
     """The parent's forward pass, the child's forward and backward pass; weights are sharded (FSDP2)."""
     settings, params = shapes.recipe.distil, shapes.num_params
     sequences = settings.batch_size // settings.accumulate
-    again = 1.0 if settings.checkpointing else 0.0
-    kept_layers = 1 if settings.checkpointing else len(shapes.layer_params)
+    checkpointing = shapes.recipe.execution.checkpointing
+    again = 1.0 if checkpointing else 0.0
+    kept_layers = 1 if checkpointing else len(shapes.layer_params)
     cached = 8 * settings.tokens * (settings.teacher_cache or 0)  # a token and its log-probability
     return Work(
         operations=(settings.tokens * (4.0 + again) * shapes.forward * shapes.children,),

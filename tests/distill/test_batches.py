@@ -1,43 +1,44 @@
-"""What a step reads: the same tokens however it is cut, and documents that do not see each other."""
+"""What a step reads: the same tokens however it is cut and shared out, and documents that do not see each other."""
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.conftest import pico_puzzle, random_tokens
 
 from puzzle.data import TokenData
-from puzzle.distill.batches import Batches, Boundary, find_boundary
+from puzzle.distill.batches import Batch, Batches
+from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
-from puzzle.parents import Parent
 from puzzle.recipe import DistilSettings
-from puzzle.runs import Run
-
-EOS, BOS = 0, 1
 
 
-def batches(data: TokenData, boundary: Boundary | None = None, **settings: Any) -> Batches:
-    return Batches(data, DistilSettings(batch_size=4, tokens=32 * 4 * 10, **settings), 0, boundary)
+def batches(data: TokenData, **settings: Any) -> Batches:
+    return Batches(data, DistilSettings.model_validate({"batch_size": 4, "tokens": 32 * 4 * 10} | settings), 0)
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.sampled_from([None, BOS]))
-def test_positions_count_from_the_last_boundary(tokens: list[int], bos: int | None) -> None:
-    positions = Boundary(EOS, bos).positions(torch.tensor([tokens]))[0].tolist()
-    place = 0
-    for index, token in enumerate(tokens):
-        begins = index == 0 or (tokens[index - 1] == EOS and (bos is None or token == bos))
-        place = 0 if begins else place + 1
-        assert positions[index] == place
+def test_parts_of_a_step_read_what_the_step_reads(pico_data: TokenData) -> None:
+    whole, parts = batches(pico_data), batches(pico_data, accumulate=2)
+    assert whole.steps == parts.steps == 10
+    for step in (0, 9):
+        (expected,), found = list(whole.training(step)), list(parts.training(step))
+        for name in ("tokens_BT", "targets_BT", "positions_BT"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(expected, name))
+        assert torch.equal(expected.tokens_BT, pico_data.training_batch(step, 4, 0)[:, :-1])
+    assert len({batch.name for batch in parts}) == len(list(parts)) == 20 + len(list(parts.validation()))
+
+
+def test_validation_is_the_first_of_its_range(pico_data: TokenData) -> None:
+    read = list(batches(pico_data, validation_tokens=32 * 6).validation())
+    assert [len(batch.tokens_BT) for batch in read] == [4, 2]
+    found = torch.cat([batch.tokens_BT for batch in read])
+    assert torch.equal(found, pico_data.sequences("validation", slice(0, 6))[:, :-1])
 
 
 def test_documents_see_nothing_of_each_other() -> None:
     model = pico_puzzle("kv4+w48", "kv2win4s2+w48", "kv1win3+w16")
     tokens_BT = random_tokens(2, 24)
-    tokens_BT[:, 9] = EOS
-    positions_BT = Boundary(EOS).positions(tokens_BT)
+    positions_BT = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
     with torch.no_grad():
         packed = model(tokens_BT, position_ids=positions_BT, use_cache=False).logits
         first = model(tokens_BT[:, :10], use_cache=False).logits
@@ -45,66 +46,22 @@ def test_documents_see_nothing_of_each_other() -> None:
     torch.testing.assert_close(packed, torch.cat([first, second], 1))
 
 
-def test_a_ladder_and_accumulation_read_the_same_tokens(pico_data: TokenData) -> None:
-    whole = batches(pico_data)
-    cut = batches(pico_data, ladder=0.2, accumulate=2)
-    assert whole.steps == cut.steps == 10
-    assert [cut.pieces(step) for step in range(10)] == [4, 4, 2, 2, 1, 1, 1, 1, 1, 1]
-    for step in (0, 3, 9):
-        (expected,), parts = list(whole.training(step)), list(cut.training(step))
-        assert [len(part.tokens_BT) for part in parts] == [2 * cut.pieces(step)] * 2
-        for name in ("tokens_BT", "targets_BT"):
-            assert torch.equal(
-                torch.cat([getattr(part, name).flatten() for part in parts]), getattr(expected, name).flatten()
-            )
-    names = [batch.name for step in range(10) for batch in cut.training(step)]
-    assert len(set(names)) == 20
+def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing() -> None:
+    tokens_BT = torch.arange(10).reshape(5, 2)
+    batch, device = Batch("", tokens_BT, tokens_BT + 1, tokens_BT + 2), torch.device("cpu")
+    for size in (1, 2, 3, 5, 7):
+        shares = [batch.share(Group(rank, size), device) for rank in range(size)]
+        counted = [share for share in shares if share.counted]
+        assert torch.equal(torch.cat([share.tokens_BT for share in counted]), tokens_BT)
+        assert all(torch.equal(share.tokens_BT, tokens_BT[share.first :][: len(share.tokens_BT)]) for share in counted)
+        assert all(torch.equal(share.targets_BT, share.tokens_BT + 1) for share in shares)
+        assert sum(share.num_tokens for share in shares) == batch.num_tokens
+        assert all(len(share.tokens_BT) for share in shares)
 
 
-def test_sequences_that_cannot_be_cut_are_refused(pico_data: TokenData) -> None:
-    with pytest.raises(PuzzleError, match="sequence_length 30 cannot be cut"):
-        batches(replace(pico_data, sequence_length=30), ladder=0.1)
-
-
-@dataclass
-class FakeTokenizer:
-    eos_token_id: int
-    bos_token_id: int | None
-
-
-@dataclass
-class FakeParent:
-    """Its tokenizer alone."""
-
-    found: FakeTokenizer
-
-    def tokenizer(self) -> FakeTokenizer:
-        return self.found
-
-
-@dataclass
-class FakeRun:
-    warnings: list[str] = field(default_factory=list)
-
-    def log_warning(self, line: str) -> None:
-        self.warnings.append(line)
-
-
-def test_eos_is_the_boundary_of_text_that_has_one_a_document(
-    pico_run: Run, pico_parent: Parent, pico_data: TokenData
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(
+    pico_data: TokenData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert find_boundary(pico_run, pico_parent, pico_data) == Boundary(pico_parent.tokenizer().eos_token_id)
-
-
-def test_bos_makes_the_boundary_where_documents_start_with_it(pico_data: TokenData) -> None:
-    first = int(pico_data.sequences("validation", [0])[0, 0])
-    run, parent = FakeRun(), FakeParent(FakeTokenizer(EOS, first))
-    assert find_boundary(run, parent, pico_data) == Boundary(EOS, first)  # type: ignore[arg-type]
-
-
-def test_eos_after_every_turn_is_no_boundary(pico_data: TokenData) -> None:
-    tokens = pico_data.sequences("validation", slice(None))
-    frequent = int(tokens.mode().values.mode().values)
-    run, parent = FakeRun(), FakeParent(FakeTokenizer(frequent, None))
-    assert find_boundary(run, parent, pico_data) is None  # type: ignore[arg-type]
-    assert "attend across" in run.warnings[0]
+    monkeypatch.setattr(Group, "current", lambda: Group(0, 5))
+    with pytest.raises(PuzzleError, match=r"parts of 12 .* by 5 processes; start 1, 2, 3, 4, 6, 12 of them"):
+        batches(pico_data, batch_size=24, accumulate=2)

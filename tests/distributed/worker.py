@@ -10,69 +10,64 @@ from typing import Any
 
 import torch
 
-import puzzle.training
 from puzzle.child import realise
-from puzzle.distill import distil, distillation_curve, trainer
-from puzzle.distributed.group import end, launched_rank, launched_size
+from puzzle.distill import distil, distillation_curve, gkd
+from puzzle.distributed.group import end, launched_rank
+from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.together import open_together
 from puzzle.errors import PuzzleError
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import DistilSettings
-from puzzle.runs import Run, open_run
+from puzzle.runs import Run
 
-torch.set_num_threads(1)
-TAKE_STEP = trainer.Training._step
-
-
-def compare(run: Run, blocks: list[str], trainings: dict[str, dict[str, Any]]) -> None:
-    """Train the child of these blocks with each of the settings; losses, curve and weights go to results.json."""
-    results = {name: train(run, tuple(blocks), name, settings) for name, settings in trainings.items()}
-    if run.leads:
-        (run.path / "results.json").write_text(json.dumps(results))
-    run.log("reads")
+Results = dict[str, dict[str, Any]]
 
 
-def train(run: Run, blocks: tuple[str, ...], name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    changed = {"tokens": 12 * 32 * 4, "batch_size": 12, **settings}
-    distil_settings = DistilSettings.model_validate(run.recipe.distil.model_dump() | changed)
-    precision = "bfloat16" if name == "rounded" else "float32"
-    recipe = run.recipe.model_copy(update={"distil": distil_settings, "precision": precision})
-    pipeline, own = Pipeline(run), replace(run, recipe=recipe)
-    steps = []
-
-    def recorded(training: trainer.Training, step: int) -> dict[str, float]:
-        steps.append(TAKE_STEP(training, step))
-        return dict(steps[-1])
-
-    trainer.Training._step = recorded
-    child = realise(run, pipeline.parent, pipeline.library, blocks)
-    found = distil(own, pipeline.parent, child, pipeline.data)
-    curve = distillation_curve(found)
-    return {"steps": steps, "curve": curve, "weights": str(found.path / "model.safetensors")}
+def compare(run: Run, blocks: list[str], trainings: dict[str, dict[str, Any]]) -> Results:
+    """Train the child of these blocks with each of the settings; the curve and where the weights are."""
+    results = {}
+    for name, settings in trainings.items():
+        changed = {"tokens": 12 * 32 * 4, "batch_size": 12, **settings}
+        distil_settings = DistilSettings.model_validate(run.recipe.distil.model_dump() | changed)
+        execution = run.recipe.execution.model_copy(update={"checkpointing": name == "plain"})
+        precision = "bfloat16" if name == "rounded" else "float32"
+        update = {"distil": distil_settings, "precision": precision, "execution": execution}
+        own = replace(run, recipe=run.recipe.model_copy(update=update))
+        pipeline = Pipeline(run)
+        child = realise(run, pipeline.parent, pipeline.library, tuple(blocks))
+        found = distil(own, pipeline.parent, child, pipeline.data)
+        results[name] = {"curve": distillation_curve(found), "weights": str(found.path / "model.safetensors")}
+    return results
 
 
 def disturb(run: Run, dies: int, stops: int) -> None:
     """Train the run's child; in one step a process dies if it has not done so before, in another one is to stop."""
-    puzzle.training.CHECKPOINT_INTERVAL_S = 0.0
+    gradients = gkd._gradients
 
-    def step(training: trainer.Training, index: int) -> dict[str, float]:
-        if index == dies and launched_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def disturbed(run: Run, model: Any, batches: Any, step: int) -> Any:
+        if step == dies and launched_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        if index == stops and launched_rank() == 2:
+        if step == stops and launched_rank() == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return TAKE_STEP(training, index)
+        return gradients(run, model, batches, step)
 
-    trainer.Training._step = step
+    gkd._gradients = disturbed
+    SaveTimer.due = lambda timer: True  # type: ignore[method-assign]
+    sys.modules["puzzle.training"].steps_between_looks = lambda seconds: 1  # type: ignore[attr-defined]
     Pipeline(run).child  # noqa: B018
 
 
 def main(path: Path, job: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
     try:
-        with open_together(path) if launched_size() > 1 else open_run(path) as run:
-            if "trainings" in job:
-                compare(run, **job)
-            else:
+        with open_together(path) as run:
+            if "trainings" not in job:
                 disturb(run, **job)
+                return 0
+            results = compare(run, **job)
+            if run.leads:
+                (run.path / "results.json").write_text(json.dumps(results))
+            run.log("speaks")
     except KeyboardInterrupt:
         return 130
     except PuzzleError as error:
@@ -82,7 +77,4 @@ def main(path: Path, job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    if launched_size() > 1:
-        end(code)
-    sys.exit(code)
+    end(main(Path(sys.argv[1]), json.loads(sys.argv[2])))

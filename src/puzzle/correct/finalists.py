@@ -30,7 +30,7 @@ def halve(run: Run, parent: Parent, data: TokenData, library: Library, entrants:
 
 
 def _trained(run: Run, parent: Parent, data: TokenData, library: Library, blocks: Blocks, tokens: int) -> Finalist:
-    distillation = run.recipe.distil.model_copy(update={"tokens": tokens, "log": []})
+    distillation = run.recipe.distil.model_copy(update={"tokens": tokens})
     short = replace(run, recipe=run.recipe.model_copy(update={"distil": distillation}))
     child = distil(short, parent, realise(short, parent, library, blocks), data, label=f"finalist, {tokens:,} tokens")
     best = min(point["validation_kl"] for point in distillation_curve(child))

@@ -1,127 +1,151 @@
-"""Global knowledge distillation: the assembled child trained as a whole towards the parent (paper section 2.5)."""
+"""Global knowledge distillation: the assembled child trained as a whole towards the parent (paper section 2.5).
 
+One process or several, each with its share of the sequences and of every tensor, take the same steps but for the order
+of sums.
+"""
+
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from puzzle.child import Child
 from puzzle.data import TokenData
-from puzzle.distill.adapters import add_adapters, merge_adapters
-from puzzle.distill.batches import Batches, find_boundary
-from puzzle.distill.teachers import (
-    CachedTeacher,
-    Lesson,
-    LikeliestTokens,
-    LiveTeacher,
-    Teacher,
-    all_batches,
-    fill_cache,
-)
-from puzzle.distill.trainer import Curve, Training, read_curve, remove_state
+from puzzle.distill.batches import Batches
+from puzzle.distill.teacher import Distillation, TopTokens, fill_cache
 from puzzle.distributed.group import Group
-from puzzle.distributed.sharding import fill, shard
+from puzzle.distributed.sharding import collect, fill, release, shard, sync_gradients
 from puzzle.distributed.together import train_on_cluster
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent
-from puzzle.runs import Run
+from puzzle.recipe import DistilSettings
+from puzzle.runs import Run, progress, read_json
+from puzzle.stages import DISTIL, TEACHER
+from puzzle.training import Part, Point, adamw, remove_states, train
 
 
 def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str = "child") -> Child:
-    """Train the child; the curve is kept in `curve.json`, the weights of its best point in `checkpoint/`.
+    """Train the child; the held-out curve is kept in `curve.json`, the weights of its best point in `checkpoint/`.
 
     Raises:
         PuzzleError: the training diverged.
     """
-    settings = run.recipe.distil.model_dump(mode="json", exclude={"checkpointing", "log"}) | {
-        "precision": run.recipe.precision,
-        "seed": run.recipe.seed,
-    }
-    stage = run.stage("distil", version=2, settings=settings, inputs=(parent.address, child.address, data.address))
-    distilled = Child(stage.path / "checkpoint", stage.address, child.architecture)
-    if stage.done:
-        remove_state(stage.path)
+    folder = run.open(DISTIL, parent=parent, child=child, data=data)
+    distilled = Child(folder.path / "checkpoint", folder.address, child.architecture)
+    if folder.done:
+        remove_states(folder.path)
         return distilled
+    settings = run.recipe.distil
     if run.on is not None:
-        train_on_cluster(run, partial(distil, parent=parent, child=child, data=data, label=label), _shared(run))
+        work = partial(distil, parent=parent, child=child, data=data, label=label)
+        train_on_cluster(run, work, settings.batch_size // settings.accumulate)
         return distilled
-    boundary = find_boundary(run, parent, data) if run.recipe.distil.documents else None
-    batches = Batches(data, run.recipe.distil, run.recipe.seed, boundary)
-    lesson = _lesson(run, parent, child, _cache(run, parent, data, batches))
-    training = Training(run, stage, lesson, batches, _trainable(run, lesson.student), _new_layers(parent, child))
-    curve = training.train(label)
+    batches = Batches(data, settings, run.recipe.seed)
+    model = _build(run, parent, child, _cache(run, parent, data, batches))
+    parameters = dict(model.student.requires_grad_(True).named_parameters())
+    with progress(f"GKD of the {label}", batches.steps) as bar:
+        trained = train(
+            [Part("child", parameters, _optimizers(settings, parameters))],
+            partial(_gradients, run, model, batches),
+            steps=batches.steps,
+            warmup=settings.warmup,
+            max_grad_norm=settings.max_grad_norm,
+            folder=folder.path,
+            bar=bar,
+            validate=partial(_validate, run, model, batches),
+        )
+    if trained.diverged:
+        raise PuzzleError("distil: ten steps in a row had no finite gradient; lower distil.learning_rate")
+    best, weights = trained.best_point, collect(trained.best)
     if run.leads:
-        _save(child, training.best(curve), distilled, parent)
-        best = min(curve, key=lambda point: point["validation_kl"])
-        stage.commit(tokens=curve[-1]["tokens"], best_step=best["step"], validation_kl=best["validation_kl"])
-        remove_state(stage.path)
+        if best["step"] == 0:
+            run.log_warning("distil: held-out KL was lowest before training, so the child is what it started from")
+        elif best is not trained.curve[-1]:
+            run.log(f"distil: the child is that of step {best['step']:.0f}, where held-out KL was lowest")
+        _save(child, weights, distilled, parent)
+        folder.commit(tokens=trained.curve[-1]["tokens"], best_step=best["step"], validation_kl=best["validation_kl"])
+        remove_states(folder.path)
     Group.current().wait()
     return distilled
 
 
-def _shared(run: Run) -> int:
-    """Sequences that processes may share out: those of a batch, or one where all must be in one process."""
-    settings = run.recipe.distil
-    alone = settings.adapter_rank is not None or settings.optimizer == "adamw8bit"
-    return 1 if alone else settings.batch_size // settings.accumulate
-
-
-def distillation_curve(child: Child) -> Curve:
+def distillation_curve(child: Child) -> list[Point]:
     """Steps, tokens, and the loss and KL on validation text along the way."""
-    return read_curve(child.path.with_name("curve.json"))
+    curve: list[Point] = read_json(child.path.with_name("curve.json"))
+    return curve
 
 
-def _new_layers(parent: Parent, child: Child) -> set[int]:
-    pairs = zip(child.architecture.blocks, parent.architecture.blocks, strict=True)
-    return {layer for layer, (block, own) in enumerate(pairs) if block != own}
+def _gradients(run: Run, model: Distillation, batches: Batches, step: int) -> Mapping[str, Tensor]:
+    """The gradients of a step, from its parts one after another; what processes hold is summed after the last."""
+    count, kl, cosine = run.recipe.distil.accumulate, torch.zeros(()), torch.zeros(())
+    for index, batch in enumerate(batches.training(step)):
+        sync_gradients(model, index + 1 == count)
+        losses = model(batch.share(Group.current(), run.device))
+        (losses.total / count).backward()
+        kl, cosine = kl.to(losses.kl) + losses.kl / count, cosine.to(losses.cosine) + losses.cosine / count
+    return {"kl": kl, "cosine": cosine}
 
 
-def _save(child: Child, weights: Mapping[str, Tensor], distilled: Child, parent: Parent) -> None:
-    """The child with these weights in place of its own, as a checkpoint."""
-    student = child.load()
-    own = dict(student.named_parameters())
-    for name in weights.keys() & own.keys():
-        own[name].copy_(weights[name])
-    merge_adapters(student, weights)
-    shutil.rmtree(distilled.path, ignore_errors=True)
-    save_checkpoint(student, distilled.path, extra_files_from=parent.path)
+@torch.no_grad()
+def _validate(run: Run, model: Distillation, batches: Batches, step: int) -> Point:
+    """KL(parent || child) in nats on validation text, and the loss with that as its KL."""
+    group, settings = Group.current(), run.recipe.distil
+    sums_4 = torch.zeros(4, dtype=torch.float64, device=run.device)
+    for batch in batches.validation():
+        own = batch.share(group, run.device)
+        _, kl, cosine, lm = model(own)
+        sums_4 += own.num_tokens * torch.stack([kl, cosine, lm, torch.ones_like(kl)]).double()
+    release(model)
+    *sums, tokens = group.sum(sums_4).tolist()
+    kl, cosine, lm = (part / tokens for part in sums)
+    if not math.isfinite(kl):
+        raise PuzzleError(f"distil: the loss is not finite at step {step}; lower distil.learning_rate")
+    return {
+        "step": step,
+        "tokens": step * batches.tokens_per_step,
+        "loss": settings.kl_weight * kl + settings.cosine_weight * cosine + settings.lm_weight * lm,
+        "validation_kl": kl,
+    }
 
 
-def _lesson(run: Run, parent: Parent, child: Child, cache: Path | None) -> Lesson:
-    """Teacher and child, filled after they are shared out, so that no process ever holds more than its share."""
+def _optimizers(settings: DistilSettings, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
+    """AdamW, or Muon on the layers' matrices and AdamW on the rest.
+
+    Muon's updates are scaled to be as large as AdamW's (Muon is Scalable, arXiv 2502.16982): one rate serves both.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    matrices = {name for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
+    if settings.optimizer == "adamw" or not matrices:
+        return [adamw(parameters.values(), rate, weight_decay=decay)]
+    muon = torch.optim.Muon(
+        [parameters[name] for name in sorted(matrices)], rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw([parameters[name] for name in parameters.keys() - matrices], rate, weight_decay=decay)]
+
+
+def _build(run: Run, parent: Parent, child: Child, cache: Path | None) -> Distillation:
+    """Child and teacher, filled after they are shared out, so that no process ever holds more than its share."""
     precision: torch.dtype = getattr(torch, run.recipe.precision)
     student = empty_model(child.config)
+    teacher = None if cache is not None else empty_model(parent.config)
     _shard_layers(run, student, precision)
-    if cache is None:
-        teacher: Teacher = LiveTeacher(_sharded(run, parent))
-    else:
-        teacher = CachedTeacher(cache, precision)
-    lesson = Lesson(teacher, student)
-    shard(lesson, run.device)
-    if isinstance(teacher, LiveTeacher):
-        _load(run, teacher.model, parent, precision)
-    _load(run, student, child, torch.float32 if run.recipe.distil.adapter_rank is None else precision)
-    return lesson
-
-
-def _trainable(run: Run, student: PuzzleForCausalLM) -> dict[str, Tensor]:
-    """The child's parameters that train: all, or those of adapters."""
-    rank = run.recipe.distil.adapter_rank
-    if rank is None:
-        return dict(student.requires_grad_(True).named_parameters())
-    if Group.current().size > 1:
-        raise PuzzleError("distil.adapter_rank: adapters are for one process; set it to null, or leave torchrun out")
-    return add_adapters(student, rank, run.recipe.seed)
-
-
-def _sharded(run: Run, parent: Parent) -> PuzzleForCausalLM:
-    model = empty_model(parent.config)
-    _shard_layers(run, model)
+    if teacher is not None:
+        _shard_layers(run, teacher)
+    model = Distillation(student, teacher, cache, run.recipe.distil, precision)
     shard(model, run.device)
+    _load(run, student, child, torch.float32)
+    if teacher is not None:
+        _load(run, teacher, parent, precision)
+    if run.recipe.execution.checkpointing:
+        _checkpoint_layers(student)
     return model
 
 
@@ -136,8 +160,19 @@ def _load(run: Run, model: PuzzleForCausalLM, source: Parent | Child, dtype: tor
     finish(model, run.device)
 
 
+def _checkpoint_layers(model: PuzzleForCausalLM) -> None:
+    """Layers recompute their activations in the backward pass; dropout, which training mode would bring, stays off.
+
+    Set on the layers themselves: the model's own method has another name in each version of transformers.
+    """
+    layers: Iterable[Any] = model.model.layers
+    for layer in layers:
+        layer.gradient_checkpointing = layer.training = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
 def _cache(run: Run, parent: Parent, data: TokenData, batches: Batches) -> Path | None:
-    """What the parent says of every batch, on disk; children that read the same batches share it."""
+    """The parent's top tokens of every batch on disk, if asked for; children that read the same batches share them."""
     kept = run.recipe.distil.teacher_cache
     if kept is None:
         return None
@@ -145,20 +180,25 @@ def _cache(run: Run, parent: Parent, data: TokenData, batches: Batches) -> Path 
         f"distil: from the parent's {kept} likeliest tokens; hidden states are not compared, "
         "and the KL counts all other tokens as one"
     )
-    read = {"tokens", "batch_size", "accumulate", "ladder", "documents", "teacher_cache", "validation_tokens"}
-    settings = run.recipe.distil.model_dump(mode="json", include=read) | {
-        "precision": run.recipe.precision,
-        "seed": run.recipe.seed,
-    }
-    stage = run.stage("teacher", version=1, settings=settings, inputs=(parent.address, data.address))
-    folder = stage.path / "batches"
+    folder = run.open(TEACHER, parent=parent, data=data)
     Group.current().wait()  # until the first has made the folder
-    if not stage.done:
-        likeliest = LikeliestTokens(_sharded(run, parent), kept)
-        shard(likeliest, run.device)
-        _load(run, likeliest.model, parent, getattr(torch, run.recipe.precision))
-        fill_cache(folder, likeliest, all_batches(batches), batches.steps * run.recipe.distil.accumulate)
+    if not folder.done:
+        model = empty_model(parent.config)
+        _shard_layers(run, model)
+        top_tokens = TopTokens(model, kept)
+        shard(top_tokens, run.device)
+        _load(run, model, parent, getattr(torch, run.recipe.precision))
+        total = batches.steps * run.recipe.distil.accumulate
+        fill_cache(folder.path / "batches", top_tokens, batches, total, run.device)
         Group.current().wait()
         if run.leads:
-            stage.commit()
-    return folder
+            folder.commit()
+    return folder.path / "batches"
+
+
+def _save(child: Child, weights: Mapping[str, Tensor], distilled: Child, parent: Parent) -> None:
+    """The child with these weights in place of its own, as a checkpoint."""
+    student = child.load()
+    student.load_state_dict(dict(weights), strict=False)
+    shutil.rmtree(distilled.path, ignore_errors=True)
+    save_checkpoint(student, distilled.path, extra_files_from=parent.path)

@@ -96,31 +96,21 @@ def launched_rank() -> int:
 
 def start(device: "torch.device") -> Group:
     """Meet the others that torchrun started; on GPUs, each process takes the one of its number on its machine."""
-    import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if device.index is not None:
-            raise PuzzleError(f"execution.device: found {str(device)!r}; for several processes, give cuda or auto")
-        if local >= count:
-            raise PuzzleError(f"torchrun: process {local + 1} of this machine has no GPU of its own, there are {count}")
-        torch.cuda.set_device(local)
+    from puzzle.device import claim_gpu, collective_backend
+
+    claim_gpu(device, int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(rendezvous("env://"))
     dist.init_process_group(
-        backend(device.type == "cuda"),
+        collective_backend(device),
         store=_fresh(store, rank, size),
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
     )
     return Group.current()
-
-
-def backend(on_gpus: bool) -> str:
-    """What carries tensors from process to process."""
-    return "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import torch
 
-from puzzle.distributed.group import TIMEOUT, backend, is_lost_peer
+from puzzle.device import collective_backend
+from puzzle.distributed.group import TIMEOUT, is_lost_peer
 from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import Run, progress
 
@@ -94,9 +95,10 @@ class Cluster:
         Raises:
             LostProcessError: one of them was lost, and so all were ended.
         """
+        backend = collective_backend(torch.device("cuda" if self._on_gpus else "cpu"))
         trainer = _Trainer(
             partial(_work, Path.cwd(), self._threads, function, ()),
-            torch_config=TorchConfig(backend=backend(self._on_gpus), timeout_s=int(TIMEOUT.total_seconds())),
+            torch_config=TorchConfig(backend=backend, timeout_s=int(TIMEOUT.total_seconds())),
             scaling_config=ScalingConfig(
                 num_workers=size,
                 use_gpu=self._on_gpus,

@@ -1,7 +1,6 @@
 """Models of which every process holds a share of each tensor (FSDP2); a process alone holds them whole."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import torch
@@ -10,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from puzzle.device import mesh_type
 from puzzle.distributed.group import Group
 
 
@@ -22,11 +22,9 @@ def shard(module: nn.Module, device: torch.device, products: torch.dtype | None 
     Args:
         products: the dtype in which parameters are gathered, if not their own; gradients are summed in float32.
     """
-    size = Group.current().size
-    if size == 1:
-        return
-    policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=_mesh(device.type, size), mp_policy=policy)
+    if (size := Group.current().size) > 1:
+        policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=_mesh(mesh_type(device), size), mp_policy=policy)
 
 
 @lru_cache(maxsize=1)
@@ -47,36 +45,23 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.
     model.load_state_dict(state, strict=False, assign=True)
 
 
-@contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """The module's own parameters whole until the end of the block, for code that reads them past its `forward`."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module.unshard()
-    yield
-    module.reshard()
+def sync_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over all processes: once a step is enough."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
 
 
 def release(module: nn.Module) -> None:
-    """Let go of what the outermost module's `forward` gathered and, without a backward pass, would keep.
-
-    Whether a parameter trains is read when it is gathered the next time.
-    """
+    """Let go of what the outermost module's `forward` gathered and, without a backward pass, would keep."""
     if isinstance(module, FSDPModule):
         module.reshard()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process has a share, in all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process, one at a time; the others get none of them."""
     leads, found = Group.current().leads, {}
     for name, tensor in tensors.items():
-        full = whole(tensor.detach())
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if leads:
             found[name] = full.cpu()
     return found

@@ -1,0 +1,153 @@
+"""The parent as a teacher: beside the child, layer by layer, or from a cache of its likeliest next tokens.
+
+Shapes: B batch, T tokens, N = B * T, D hidden size, V vocabulary, K tokens kept.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from puzzle.device import autocast, float32_operand, float32_product
+from puzzle.distill.batches import Batch
+from puzzle.distill.losses import KL, cosine_loss, head_losses, kl_to_head, kl_to_top_tokens
+from puzzle.distributed.group import Group
+from puzzle.modeling import PuzzleForCausalLM
+from puzzle.recipe import DistilSettings
+from puzzle.runs import progress, read_tensors, write_tensors
+
+_CHUNK_TOKENS = 64
+
+
+class Losses(NamedTuple):
+    """A batch's loss and its parts, means over tokens; parts without a weight are 0."""
+
+    total: Tensor
+    """The weighted sum, with its gradient."""
+    kl: Tensor
+    cosine: Tensor
+    """Mean over the layers that the child has."""
+    lm: Tensor
+
+
+class Distillation(nn.Module):
+    """Child and teacher as one module, whose `forward` is all that a batch takes: what several processes share out.
+
+    Args:
+        teacher: the parent, or None where its likeliest tokens are read from `cache`.
+        cache: has a file for each batch.
+        precision: in which matrices are multiplied.
+    """
+
+    def __init__(
+        self,
+        student: PuzzleForCausalLM,
+        teacher: PuzzleForCausalLM | None,
+        cache: Path | None,
+        settings: DistilSettings,
+        precision: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher, self._cache = student, teacher, cache
+        self._settings, self._precision = settings, precision
+
+    def forward(self, batch: Batch) -> Losses:
+        """The child's losses on a batch; outside training, without gradients, the KL whatever its weight is."""
+        settings = self._settings
+        with autocast(batch.tokens_BT.device, self._precision):
+            hidden_ND, kl, cosine = self._beside_teacher(batch) if self._cache is None else self._from_cache(batch)
+            total, kl_mean, lm_mean = head_losses(
+                hidden_ND,
+                self.student.lm_head.weight,
+                kl,
+                batch.targets_BT.flatten(),
+                kl_weight=settings.kl_weight if torch.is_grad_enabled() else 1.0,
+                lm_weight=settings.lm_weight,
+            )
+        return Losses(total + settings.cosine_weight * cosine, kl_mean, cosine.detach(), lm_mean)
+
+    def _beside_teacher(self, batch: Batch) -> tuple[Tensor, KL, Tensor]:
+        """Child and parent in lock step: layer i of both, and at once the cosine of what leaves it.
+
+        A layer that is neither attention nor FFN in the child passes on what enters it and has no cosine.
+        """
+        student, teacher = self.student, self.teacher
+        assert teacher is not None
+        with torch.no_grad():
+            parent_BTD = teacher.embed(batch.tokens_BT)
+            parent_context = teacher.model.context(parent_BTD, position_ids=batch.positions_BT)
+        child_BTD = student.embed(batch.tokens_BT)
+        context = student.model.context(child_BTD, position_ids=batch.positions_BT)
+        cosines = []
+        layers: Any = zip(teacher.model.layers, student.model.layers, strict=True)
+        for parent_layer, layer in layers:
+            with torch.no_grad():
+                parent_BTD = parent_layer(parent_BTD, **parent_context)
+            child_BTD = layer(child_BTD, **context)
+            if self._settings.cosine_weight and (layer.has("attention") or layer.has("ffn")):
+                cosines.append(cosine_loss(child_BTD, parent_BTD))
+        with torch.no_grad():
+            kl = kl_to_head(teacher.final_norm(parent_BTD).flatten(0, 1), teacher.lm_head.weight)
+        cosine = torch.stack(cosines).mean() if cosines else child_BTD.new_zeros(())
+        return student.final_norm(child_BTD).flatten(0, 1), kl, cosine
+
+    def _from_cache(self, batch: Batch) -> tuple[Tensor, KL, Tensor]:
+        """The child alone; there are no hidden states to compare."""
+        assert self._cache is not None
+        first = batch.first * batch.tokens_BT.shape[1]
+        device, rows = batch.tokens_BT.device, slice(first, first + batch.tokens_BT.numel())
+        cached = {name: value[rows].to(device) for name, value in read_tensors(_file(self._cache, batch)).items()}
+        output = self.student.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        hidden_ND = output.last_hidden_state.flatten(0, 1)
+        kl = kl_to_top_tokens(cached["ids_NK"].long(), cached["log_probabilities_NK"])
+        return hidden_ND, kl, hidden_ND.new_zeros(())
+
+
+class TopTokens(nn.Module):
+    """The parent's `num_tokens` likeliest next tokens."""
+
+    def __init__(self, model: PuzzleForCausalLM, num_tokens: int) -> None:
+        super().__init__()
+        self.model, self._num_tokens = model, min(num_tokens, model.config.vocab_size)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        model = self.model
+        output = model.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        operand_VD = float32_operand(model.lm_head.weight)
+        parts = [
+            torch.log_softmax(float32_product(rows_ND, operand_VD), -1).topk(self._num_tokens, -1)
+            for rows_ND in output.last_hidden_state.flatten(0, 1).split(_CHUNK_TOKENS)
+        ]
+        return {
+            "ids_NK": torch.cat([part.indices for part in parts]).int(),
+            "log_probabilities_NK": torch.cat([part.values for part in parts]),
+        }
+
+
+@torch.no_grad()
+def fill_cache(folder: Path, top_tokens: TopTokens, batches: Iterable[Batch], total: int, device: torch.device) -> None:
+    """Write the parent's top tokens of each of `total` batches, each process in its turn; those on disk are kept."""
+    group = Group.current()
+    folder.mkdir(exist_ok=True)
+    with progress("teacher cache", total) as bar:
+        for batch in _turns(batches, group):
+            lacks = not _file(folder, batch).exists()
+            if group.any(lacks)[0]:
+                tensors = top_tokens(batch.share(Group(0, 1), device))
+                if lacks:
+                    write_tensors(_file(folder, batch), tensors)
+            bar.advance(group.size)
+
+
+def _turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
+    """Every so many-th batch; where they do not come out even, the last process repeats what another has."""
+    read = iter(batches)
+    while turn := list(islice(read, group.size)):
+        yield turn[min(group.rank, len(turn) - 1)]
+
+
+def _file(folder: Path, batch: Batch) -> Path:
+    return folder / f"{batch.name}.safetensors"
