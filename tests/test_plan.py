@@ -89,7 +89,8 @@ def test_memory_and_disk() -> None:
     layer_activations = 2 * 64 * (4 * 256 + 2 * 32 * (8 + 4) + 3 * 1024)
     assert shapes().layer_activations == pytest.approx(layer_activations)
     assert distil.sharded_bytes == pytest.approx((2 + 20) * PARAMS + 8 * 4 * layer_activations)
-    parts, again = (DISTIL.work(shapes(distil=each)) for each in ({"accumulate": 4}, {"checkpointing": True}))
+    parts = DISTIL.work(shapes(distil={"accumulate": 4}))
+    again = DISTIL.work(shapes(execution={"checkpointing": True}))
     assert parts.sharded_bytes < distil.sharded_bytes
     assert again.sharded_bytes < distil.sharded_bytes
     assert DISTIL.work(shapes(distil={"teacher_cache": 16})).disk_bytes - distil.disk_bytes == 8 * 16 * 64_000
