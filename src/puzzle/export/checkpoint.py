@@ -56,9 +56,9 @@ def layers_of(config: PuzzleConfig) -> list[Layer]:
 
 
 def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Tensor]:
-    """The weights of a variant, by their names in the layer, that let it add nothing: zeros, and norms of ones."""
+    """The weights of a variant that adds nothing, by their names in the layer: zeros, and norms of ones; float32."""
     return {
-        tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0, dtype=config.dtype)
+        tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0)
         for tensor, shape in parse_variant(subblock, name).shapes(config).items()
     }
 

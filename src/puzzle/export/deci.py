@@ -45,7 +45,7 @@ def export_deci(source: Path, target: Path) -> Path:
     if layers[0].attention == NO_OP:
         blocks[0]["attention"] = _ATTENTION | {"n_heads_in_group": child.config.num_attention_heads}
         one_head = silent("attention", "kv1", child.config)
-        added = {f"model.layers.0.{name}": tensor for name, tensor in one_head.items()}
+        added = {f"model.layers.0.{name}": tensor.to(child.config.dtype) for name, tensor in one_head.items()}
     fields = child.config.to_dict()
     config = {
         "architectures": ["DeciLMForCausalLM"],
