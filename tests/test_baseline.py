@@ -11,7 +11,7 @@ from puzzle.costs import Sample
 from puzzle.parents import Parent
 from puzzle.pipeline import Pipeline
 from puzzle.runs import Run
-from puzzle.variants import Architecture, BlockVariant, num_params
+from puzzle.variants import Architecture, BlockVariant
 
 INFLUENCE = (0.4, 0.1, 0.3, 0.2)
 
@@ -105,12 +105,12 @@ def test_sizes_are_met_by_exact_count(
         pico_run, pico_pipeline.parent, pico_pipeline.space, toy_scores, toy_costs, INFLUENCE, child
     )
     outer = pico_pipeline.parent.num_params - sum(
-        num_params(subblock, config)
+        subblock.num_params(config)
         for block in pico_pipeline.parent.architecture.blocks
         for subblock in (block.attention, block.ffn)
     )
     used = outer + sum(
-        num_params(subblock, config) for block in found.blocks for subblock in (block.attention, block.ffn)
+        subblock.num_params(config) for block in found.blocks for subblock in (block.attention, block.ffn)
     )
     one_step_wider = used + 4 * 4 * 3 * 32
     assert used <= bound < one_step_wider

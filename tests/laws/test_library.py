@@ -23,7 +23,7 @@ def test_training_helps_every_variant_that_is_trained(pico_library: Library) -> 
 def test_wider_is_not_worse(pico_library: Library) -> None:
     sized = defaultdict(list)
     for row in pico_library.index.rows:
-        sizes = [v for k, v in parse_variant(row.subblock, row.variant).module_config().items() if k != "kind"]  # type: ignore[arg-type]
+        sizes = [v for k, v in parse_variant(row.subblock, row.variant).entry().items() if k != "kind"]  # type: ignore[arg-type]
         if sizes:
             sized[row.layer, row.subblock].append((sizes[0], row.loss))
     assert len(sized) == 4 * 2

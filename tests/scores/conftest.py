@@ -14,7 +14,10 @@ from puzzle.parents import Parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
 from puzzle.scores import score
-from puzzle.variants import GatedFFN, GroupedQuery, LayerSpace, NoAttention, NoFFN, Space
+from puzzle.variants import LayerSpace, Space
+from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants.kinds.none import NoAttention, NoFFN
 
 Scorer = Callable[..., ScoreTable]
 

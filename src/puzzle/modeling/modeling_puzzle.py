@@ -266,12 +266,6 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
     def has_ffn(self) -> bool:
         return self.has("ffn")
 
-    def attention_contribution(self, hidden_BTD: Tensor, **context: Any) -> Tensor:
-        return self.subblock_output("attention", hidden_BTD, **context)
-
-    def ffn_contribution(self, hidden_BTD: Tensor) -> Tensor:
-        return self.subblock_output("ffn", hidden_BTD)
-
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         for which in self._norm_names:
             hidden_states = hidden_states + self.subblock_output(which, hidden_states, **context)

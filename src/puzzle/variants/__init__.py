@@ -4,27 +4,17 @@ import importlib
 import pkgutil
 
 from puzzle.variants import kinds
-from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum
+from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum, split_state
 from puzzle.variants.least_squares import damping
-from puzzle.variants.modules import (
-    build_subblock,
-    contribution,
-    num_params,
-    split_state,
-    weight_bytes,
-)
 from puzzle.variants.prune import expected_losses, prune_space
 from puzzle.variants.registry import REGISTRY, parse_variant, register, variant_from_entry
 from puzzle.variants.space import Architecture, BlockVariant, LayerSpace, Space, derive_space
 
 for _module in pkgutil.iter_modules(kinds.__path__):
     importlib.import_module(f"{kinds.__name__}.{_module.name}")
-# The classes by name, until nobody uses them.
+# For baseline.py.
 from puzzle.variants.kinds.gated import GatedFFN, hardware_multiple  # noqa: E402
 from puzzle.variants.kinds.grouped_query import GroupedQuery  # noqa: E402
-from puzzle.variants.kinds.linear import LinearAttention, LinearFFN  # noqa: E402
-from puzzle.variants.kinds.low_rank import LowRankFFN  # noqa: E402
-from puzzle.variants.kinds.none import NoAttention, NoFFN  # noqa: E402
 
 __all__ = [
     "REGISTRY",
@@ -34,11 +24,6 @@ __all__ = [
     "GatedFFN",
     "GroupedQuery",
     "LayerSpace",
-    "LinearAttention",
-    "LinearFFN",
-    "LowRankFFN",
-    "NoAttention",
-    "NoFFN",
     "ParentSubblock",
     "Space",
     "Start",
@@ -46,17 +31,13 @@ __all__ = [
     "Subblock",
     "Variant",
     "add_sum",
-    "build_subblock",
-    "contribution",
     "damping",
     "derive_space",
     "expected_losses",
     "hardware_multiple",
-    "num_params",
     "parse_variant",
     "prune_space",
     "register",
     "split_state",
     "variant_from_entry",
-    "weight_bytes",
 ]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer, norm_name
+from puzzle.modeling import FAMILIES, MODULE_NAMES, PuzzleConfig, PuzzleDecoderLayer, norm_name
 from puzzle.variants.channels import rank_channels
 
 Subblock = Literal["attention", "ffn"]
@@ -256,11 +256,14 @@ class Variant(ABC):
     def __str__(self) -> str:
         return self.name
 
-    # The names from before `entry` and `from_entry`, until nobody uses them.
-    def module_config(self) -> dict[str, Any]:
-        return self.entry()
-
 
 def add_sum(sums: State, name: str, value: Tensor) -> None:
     """Add to a sum that is kept in float64."""
     sums[name] = sums[name] + value if name in sums else value.double()
+
+
+def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock) -> State:
+    """The tensors of one subblock, its norm included, out of a whole layer's."""
+    norms = {family.norm_names[subblock] for family in FAMILIES.values()}
+    parts = (*norms, MODULE_NAMES[subblock])
+    return {name: tensor for name, tensor in layer_state.items() if name.split(".")[0] in parts}

@@ -37,10 +37,6 @@ class GroupedQuery(Variant):
             raise ValueError("KV heads are at least 1, a window has at least 2 tokens, and only a window has sinks")
 
     @property
-    def num_kv_heads(self) -> int:  # its name until nobody uses it
-        return self.num_key_value_heads
-
-    @property
     def description(self) -> str:
         heads = f"{self.num_key_value_heads} KV head{'s' if self.num_key_value_heads > 1 else ''}"
         window = "" if self.window is None else f", window {self.window}"
