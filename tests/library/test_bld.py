@@ -18,7 +18,6 @@ from puzzle.data import TokenData
 from puzzle.distributed.state import SaveTimer
 from puzzle.library import Library, Statistics, Student, build_library
 from puzzle.library.library import _nested
-from puzzle.library.starts import parent_subblock
 from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
@@ -170,7 +169,7 @@ def test_training_is_a_plain_loop_from_merged_heads(
     steps, rate = 60, 1e-2  # with which it gets ahead of the closed form
     settings = {"least_squares": False, "tokens": steps * 8 * 32, "learning_rate": rate}
     library = build(narrow(pico_library, ("kv2",), ()), library=settings)
-    own = parent_subblock(pico_parent, pico_statistics, Start(), torch.device("cpu"), 0, "attention")
+    own = pico_statistics.parent_subblock(pico_parent, Start(), torch.device("cpu"), 0, "attention")
     parent = AutoModelForCausalLM.from_pretrained(pico_parent.path)
     config = copy.deepcopy(parent.config)
     config.num_key_value_heads = 2

@@ -7,7 +7,6 @@ from tests.conftest import random_tokens
 
 from puzzle.library import Statistics, Student
 from puzzle.library.least_squares import update_projections
-from puzzle.library.starts import parent_subblock
 from puzzle.parents import Parent
 from puzzle.runs import Run
 from puzzle.streams import LayerPass, Stream
@@ -26,7 +25,7 @@ def text(pico_run: Run, pico_parent: Parent) -> list[LayerPass]:
 
 @pytest.fixture
 def students(pico_parent: Parent, pico_statistics: Statistics) -> list[Student]:
-    own = parent_subblock(pico_parent, pico_statistics, Start(), CPU, 2, "attention")
+    own = pico_statistics.parent_subblock(pico_parent, Start(), CPU, 2, "attention")
     variants = [parse_variant("attention", name) for name in ("kv2", "kv1")]
     return [Student(2, [each], pico_parent.config, each.initialise(own), 1.0, CPU) for each in variants]
 

@@ -10,8 +10,8 @@ Shapes: B batch, T tokens, D hidden size.
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,16 +22,12 @@ from torch import Tensor
 from puzzle.child.realise import Child, save_child
 from puzzle.data import TokenData
 from puzzle.device import autocast
-from puzzle.library import Student
+from puzzle.library import Student, fit, held_out_losses
 from puzzle.parents import Parent
 from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.stages import BLD_BYTES, REFINE
 from puzzle.streams import Activations, LayerPass, Stream, Texts, read_ahead
-from puzzle.training import Part, adamw, train
 from puzzle.variants import State
-
-_WARMUP = 0.05
-_MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +114,20 @@ class _Refinement:
     def _refine(self, layer: int, bar: Progress) -> None:
         self._prepare(layer)
         student = self._student(layer, self._child.layer_state(layer))
-        # What the parent's layer adds, the scale of the loss; one that adds nothing has none.
-        power = self._mean(layer, lambda seen, _: (seen.attention_BTD.float() + seen.ffn_BTD.float()).square()) or 1.0
-        initial = loss = self._held_out_loss(student, layer, power)
+        student.power = self._power(student, layer)
+        initial = loss = self._held_out_loss(student, layer)
         if student.parameters():
             start = student.state()
-            self._train(student, layer, power, bar)
-            loss = self._held_out_loss(student, layer, power)
+            fit(
+                [student],
+                partial(self._passes, "training", layer),
+                steps=self._steps,
+                learning_rate=self._settings.learning_rate,
+                precision=self._stream.model.dtype,
+                folder=self._folder / f"training{layer:03d}",
+                bar=bar,
+            )
+            loss = self._held_out_loss(student, layer)
             better = student.state() if loss < initial else start
             write_tensors(self._folder / f"layer{layer:03d}.safetensors", better)
         row = RefinedLayer(layer=layer, initial_loss=initial, loss=min(loss, initial))
@@ -143,8 +146,8 @@ class _Refinement:
         self._stream.hold([layer])
 
     def _student(self, layer: int, state: State) -> Student:
-        block, config = self._blocks[layer], self._stream.model.config
-        return Student(layer, [block.attention, block.ffn], config, state, 1.0, self._run.device)
+        config, device = self._stream.model.config, self._run.device
+        return Student(layer, self._blocks[layer].subblocks, config, state, 1.0, device, loss="refined")
 
     def _inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
         """The inputs of `layer` in the child for a batch; of the first layer they are the parent's. [B, T, D]"""
@@ -154,60 +157,31 @@ class _Refinement:
         return self._activations.read(text, layer, batch).to(self._run.device)
 
     def _forward(self, student: Student, hidden_BTD: Tensor) -> Tensor:
-        """The block's output in the precision of its input."""
-        return self._output(student, hidden_BTD, self._stream.model.model.context(hidden_BTD)).to(hidden_BTD.dtype)
-
-    def _output(self, student: Student, hidden_BTD: Tensor, context: dict[str, object]) -> Tensor:
-        """The block's output in float32; inside, the precision of its input."""
+        """The refined layer's output."""
+        context = self._stream.model.model.context(hidden_BTD)
         with autocast(hidden_BTD.device, hidden_BTD.dtype):
-            return hidden_BTD.float() + student.output(hidden_BTD.float(), context)
+            return (hidden_BTD.float() + student.output(hidden_BTD.float(), context)).to(hidden_BTD.dtype)
 
-    def _error(self, student: Student, seen: LayerPass, hidden_BTD: Tensor) -> Tensor:
-        return (self._output(student, hidden_BTD, seen.context) - seen.output_BTD.float()).square()
-
-    def _pairs(self, text: str, layer: int, first: int = 0) -> Iterator[tuple[LayerPass, Tensor]]:
-        """The parent's layer, and its inputs in the child, for every batch from number `first` on."""
-        numbered = islice(enumerate(self._texts[text]()), first, None)
+    def _passes(self, text: str, layer: int, first: int = 0) -> Iterator[list[LayerPass]]:
+        """The parent's layer on every batch from number `first` on, with the child's inputs in place of its own."""
+        numbered, layers = islice(enumerate(self._texts[text]()), first, None), range(layer, layer + 1)
         child_inputs = read_ahead(numbered, partial(self._inputs, layer, text))
-        layers = range(layer, layer + 1)
         for layer_passes in self._stream.passes(layers, text, self._texts[text](), first):
             _, hidden_BTD = next(child_inputs)
-            yield next(layer_passes), hidden_BTD
-
-    def _train(self, student: Student, layer: int, power: float, bar: Progress) -> None:
-        parameters = student.parameters()
-        pairs: Iterator[tuple[LayerPass, Tensor]] | None = None
-
-        def gradients(step: int) -> dict[str, Tensor]:
-            nonlocal pairs
-            pairs = pairs or self._pairs("training", layer, first=step)
-            loss = self._error(student, *next(pairs)).mean() / power
-            loss.backward()
-            return {"loss": loss.detach()}
-
-        train(
-            [Part(student.name, parameters, [adamw(parameters.values(), self._settings.learning_rate)])],
-            gradients,
-            steps=self._steps,
-            warmup=_WARMUP,
-            max_grad_norm=_MAX_GRAD_NORM,
-            folder=self._folder / f"training{layer:03d}",
-            bar=bar,
-        )
-
-    def _held_out_loss(self, student: Student, layer: int, power: float) -> float:
-        """Inf where it is not finite."""
-        loss = self._mean(layer, partial(self._error, student)) / power
-        return loss if math.isfinite(loss) else math.inf
+            yield [replace(next(layer_passes), input_BTD=hidden_BTD)]
 
     @torch.no_grad()
-    def _mean(self, layer: int, figure: Callable[[LayerPass, Tensor], Tensor]) -> float:
-        """Of a figure per element over the held-out text."""
+    def _power(self, student: Student, layer: int) -> float:
+        """E||y||^2 per element on held-out text; 1 for a layer of the parent that adds nothing."""
         total, count = torch.zeros((), dtype=torch.float64, device=self._run.device), 0
-        for seen, hidden_BTD in self._pairs("validation", layer):
-            total += figure(seen, hidden_BTD).mean().double() * hidden_BTD[..., 0].numel()
-            count += hidden_BTD[..., 0].numel()
-        return float(total) / count
+        for (seen,) in self._passes("validation", layer):
+            total += student.target(seen).square().mean().double() * seen.input_BTD[..., 0].numel()
+            count += seen.input_BTD[..., 0].numel()
+        return float(total) / count or 1.0
+
+    def _held_out_loss(self, student: Student, layer: int) -> float:
+        passes, precision = self._passes("validation", layer), self._stream.model.dtype
+        return held_out_losses([student], passes, precision)[student.name]
 
     def _row_file(self, layer: int) -> Path:
         return self._folder / f"layer{layer:03d}.json"

@@ -4,7 +4,7 @@ from puzzle.library.blocks import LayerBlocks, final_states
 from puzzle.library.library import Library, build_library
 from puzzle.library.space import narrow_space, promising_space
 from puzzle.library.statistics import Statistics, calibrate
-from puzzle.library.students import Student
+from puzzle.library.students import Student, fit, held_out_losses
 
 __all__ = [
     "LayerBlocks",
@@ -14,6 +14,8 @@ __all__ = [
     "build_library",
     "calibrate",
     "final_states",
+    "fit",
+    "held_out_losses",
     "narrow_space",
     "promising_space",
 ]

@@ -2,58 +2,102 @@
 
 Each learns from the parent's own input to its layer. One pass of the parent over the text feeds every student of the
 layers in memory; how many these are changes no result, since students share nothing but the text.
+
+    variants/DIGEST.json           what came of one student; shared by every library of the run folder
+    variants/DIGEST.safetensors    its weights; none for a variant without weights
+
+The digest is that of everything that the result follows from, so that nothing is trained twice.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from puzzle.artefacts import LibraryRow
 from puzzle.data import TokenData
-from puzzle.device import autocast
 from puzzle.library.least_squares import update_projections
-from puzzle.library.starts import StudentPlan
-from puzzle.library.students import Student
+from puzzle.library.students import Student, fit, held_out_losses
 from puzzle.parents import Parent
-from puzzle.runs import Run, progress
+from puzzle.runs import Run, digest, progress, read_json, write_json, write_tensors
 from puzzle.stages import BLD_BYTES
 from puzzle.streams import LayerPass, Stream, Texts
-from puzzle.training import Part, adamw, remove_states, saved_names, train
+from puzzle.training import remove_states, saved_names
 from puzzle.variants import State
 
-_WARMUP = 0.05
-_MAX_GRAD_NORM = 1.0
 _BYTES_PER_FIXED_PARAMETER = 12
 """What is left of them in a least-squares update: weight, best so far, and the copy that is compared with it."""
 
 
+@dataclass(frozen=True)
+class StudentPlan:
+    """A student before it is built, and where its result is kept."""
+
+    row: LibraryRow
+    """Of its result, losses still missing."""
+    num_params: int
+    build: Callable[[], Student]
+
+    @classmethod
+    def of(
+        cls, layer: int, subblock: str, variant: str, num_params: int, identity: Any, build: Callable[[], Student]
+    ) -> "StudentPlan":
+        """Args: identity: what its weights follow from, beside layer, subblock and variant."""
+        name = digest([identity, layer, subblock, variant])[:24]
+        row = LibraryRow(
+            layer=layer,
+            subblock=subblock,
+            variant=variant,
+            file=f"variants/{name}.safetensors",
+            widened_from="",
+            initial_loss=math.nan,
+            loss=math.nan,
+            trained_tokens=0,
+        )
+        return cls(row, num_params, build)
+
+    def result(self, root: Path) -> LibraryRow | None:
+        """What came of it; None if it is not trained yet."""
+        file = (root / self.row.file).with_suffix(".json")
+        return LibraryRow(**read_json(file)) if file.exists() else None
+
+    def write(self, root: Path, state: State, **losses: Any) -> None:
+        """Keep what came of it."""
+        weights = root / self.row.file
+        weights.parent.mkdir(exist_ok=True)
+        if state:
+            write_tensors(weights, state)
+        row = replace(self.row, file=self.row.file if state else "", **losses)
+        write_json(weights.with_suffix(".json"), asdict(row))
+
+
 def train_students(run: Run, parent: Parent, data: TokenData, plans: Sequence[StudentPlan], folder: Path) -> None:
-    """Train what is not finished yet, as many layers at a time as fit the memory; results are kept as they are planned.
+    """Train what is not finished yet, as many layers at a time as fit the memory.
 
     Args:
         folder: for activations and training state, from which a training that was cut off goes on.
     """
     missing = defaultdict(list)
     for plan in plans:
-        if plan.row(run.path) is None:
-            missing[plan.layer].append(plan)
+        if plan.result(run.path) is None:
+            missing[plan.row.layer].append(plan)
     if not missing:
         return
-    stream = Stream(run, parent, folder / "activations")
-    settings = run.recipe.library
+    stream, settings = Stream(run, parent, folder / "activations"), run.recipe.library
     steps = math.ceil(settings.tokens / (settings.batch_size * data.sequence_length))
     texts = _texts(run, data, steps)
     begun = {int(name.partition(".")[0]) for name in saved_names(folder)}
-    between = range(min(begun), max(begun) + 1) if begun else ()
 
     def training_bytes(layer: int) -> int:
         return BLD_BYTES * sum(plan.num_params for plan in missing[layer])
 
-    for layers in stream.groups(sorted(missing), training_bytes, begun=between):
+    for layers in stream.groups(sorted(missing), training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
         stream.prepare(layers.start, texts)
         stream.hold(layers)
         together = [plan for layer in layers for plan in missing.pop(layer, [])]
@@ -81,31 +125,19 @@ def _texts(run: Run, data: TokenData, steps: int) -> Texts:
 class _Best:
     """A student's loss before training, and its best loss and weights so far."""
 
-    initial: float
+    initial_loss: float
     loss: float
     state: State
-
-    def update(self, loss: float, student: Student) -> bool:
-        """Take what the student has if it is better; whether it was."""
-        if better := loss < self.loss:
-            self.loss, self.state = loss, student.state()
-        return better
 
 
 class _Group:
     """The students of the layers in memory, from their start to files on disk."""
 
     def __init__(
-        self,
-        run: Run,
-        stream: Stream,
-        texts: Texts,
-        layers: range,
-        plans: Sequence[StudentPlan],
-        folder: Path,
+        self, run: Run, stream: Stream, texts: Texts, layers: range, plans: Sequence[StudentPlan], folder: Path
     ) -> None:
-        self._run, self._stream, self._texts, self._layers = run, stream, texts, layers
-        self._plans, self._folder, self._settings = plans, folder, run.recipe.library
+        self._run, self._plans, self._folder, self._settings = run, plans, folder, run.recipe.library
+        self._stream, self._texts, self._layers = stream, texts, layers
         self._students = [plan.build() for plan in plans]
         fixed_bytes = _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in plans)
         self._moment_bytes = stream.room(layers) - fixed_bytes
@@ -124,9 +156,9 @@ class _Group:
             if rest := len(trained) - len(improved):
                 self._run.log(f"{self._label}: {rest} of {len(trained)} became no better and keep their start")
         for plan, student in zip(self._plans, self._students, strict=True):
-            found = best[student.name]
-            tokens = self._settings.tokens if student in trained else 0
-            plan.write(self._run.path, found.state, found.initial, found.loss, tokens)
+            found, tokens = best[student.name], self._settings.tokens if student in trained else 0
+            losses = {"initial_loss": found.initial_loss, "loss": found.loss, "trained_tokens": tokens}
+            plan.write(self._run.path, found.state, **losses)
         remove_states(self._folder)
 
     def _start(self) -> dict[str, _Best]:
@@ -140,7 +172,7 @@ class _Group:
         attention = [student for student in self._students if student.subblock == "attention" and closed_form]
         merged = {student.name: student.state() for student in attention}
         self._update_projections(attention)
-        losses = self._held_out(self._students)
+        losses = held_out_losses(self._students, self._passes("validation"))
         best = {s.name: _Best(losses[s.name], losses[s.name], s.state()) for s in self._students}
         for student in attention:
             for name, parameter in student.parameters().items():
@@ -148,65 +180,29 @@ class _Group:
         return best
 
     def _keep_better(self, best: dict[str, _Best], students: Sequence[Student]) -> set[str]:
-        losses = self._held_out(students)
-        return {s.name for s in students if best[s.name].update(losses[s.name], s)}
+        """Take the weights of students that are better than before; their names."""
+        losses = held_out_losses(students, self._passes("validation"))
+        better = [student for student in students if losses[student.name] < best[student.name].loss]
+        for student in better:
+            best[student.name] = replace(best[student.name], loss=losses[student.name], state=student.state())
+        return {student.name for student in better}
 
     def _fit(self, students: Sequence[Student], steps: int) -> None:
-        """AdamW on all students at once, each with a gradient norm of its own; resumes from the state on disk."""
-        parts = []
-        for student in students:
-            parameters = {f"{student.name}.{name}": value for name, value in student.parameters().items()}
-            parts.append(Part(student.name, parameters, [adamw(parameters.values(), self._settings.learning_rate)]))
-        text: Iterator[Iterator[LayerPass]] | None = None
-
-        def gradients(step: int) -> dict[str, Tensor]:
-            nonlocal text
-            text = text or self._stream.passes(self._layers, "training", self._texts["training"](), first=step)
-            return {"loss": self._backward(students, next(text))}
-
         with progress(self._label, steps) as bar:
-            trained = train(
-                parts,
-                gradients,
+            trained = fit(
+                students,
+                lambda first: self._passes("training", first),
                 steps=steps,
-                warmup=_WARMUP,
-                max_grad_norm=_MAX_GRAD_NORM,
+                learning_rate=self._settings.learning_rate,
+                precision=getattr(torch, self._run.recipe.precision),
                 folder=self._folder,
                 bar=bar,
             )
         for name in trained.diverged:
             self._run.log_warning(f"{self._label}: {name} diverged and stopped; lower library.learning_rate")
 
-    def _backward(self, students: Sequence[Student], layer_passes: Iterable[LayerPass]) -> Tensor:
-        """Gradients of every student on one batch; the mean loss."""
-        precision = getattr(torch, self._run.recipe.precision)
-        losses = []
-        for seen in layer_passes:
-            for student in students:
-                if student.layer == seen.index:
-                    with autocast(self._run.device, precision):
-                        loss = student.loss(seen)
-                    loss.backward()
-                    losses.append(loss.detach())
-        return torch.stack(losses).nanmean()
-
     def _update_projections(self, students: Sequence[Student]) -> None:
-        update_projections(students, lambda: self._passes("calibration"), self._moment_bytes)
+        update_projections(students, lambda: chain.from_iterable(self._passes("calibration")), self._moment_bytes)
 
-    def _passes(self, text: str) -> Iterator[LayerPass]:
-        for layer_passes in self._stream.passes(self._layers, text, self._texts[text]()):
-            yield from layer_passes
-
-    @torch.no_grad()
-    def _held_out(self, students: Sequence[Student]) -> dict[str, float]:
-        """E||y - y'||^2 / E||y||^2 on validation text, by student; inf where it is not finite."""
-        zeros = torch.zeros(len(students), dtype=torch.float64, device=self._run.device)
-        errors, powers = zeros.clone(), zeros.clone()
-        for seen in self._passes("validation"):
-            tokens = seen.input_BTD[..., 0].numel()
-            for place, student in enumerate(students):
-                if student.layer == seen.index:
-                    errors[place] += student.loss(seen).double() * student.power * tokens
-                    powers[place] += student.target(seen).float().square().mean().double() * tokens
-        losses = (errors / powers).tolist()
-        return {s.name: loss if math.isfinite(loss) else math.inf for s, loss in zip(students, losses, strict=True)}
+    def _passes(self, text: str, first: int = 0) -> Iterator[Iterator[LayerPass]]:
+        return self._stream.passes(self._layers, text, self._texts[text](), first)

@@ -5,25 +5,30 @@ its function.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.tasks import for_layers
-from puzzle.library.bld import train_students
+from puzzle.library.bld import StudentPlan, train_students
 from puzzle.library.space import variant_names
-from puzzle.library.starts import StudentPlan, block_plans, subblock_plans
 from puzzle.library.statistics import Statistics
+from puzzle.library.students import Student
 from puzzle.parents import Parent
+from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run, read_json, read_parsed, read_tensors, write_text
 from puzzle.stages import LIBRARY
 from puzzle.variants import (
     SUBBLOCKS,
     BlockVariant,
+    LayerSpace,
+    ParentSubblock,
     Space,
+    Start,
     State,
     Subblock,
     Variant,
@@ -87,9 +92,9 @@ def build_library(
         training = _Training(run, parent, data, statistics, space, subblocks, identity)
         plans, params = training.plans(), Counter[int]()
         for plan in plans:
-            params[plan.layer] += plan.num_params
+            params[plan.row.layer] += plan.num_params
         for_layers(run, stage, training, [1.0 + params[layer] for layer in range(len(space.layers))])
-        rows = [row for plan in plans if (row := plan.row(run.path)) is not None]
+        rows = [row for plan in plans if (row := plan.result(run.path)) is not None]
         assert len(rows) == len(plans), "every student is trained"
         rows = _nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
         write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
@@ -109,17 +114,64 @@ class _Training:
     subblocks: Library | None
     """What whole blocks start from; None: subblocks are trained."""
     identity: dict[str, Any]
+    """What all students follow from."""
 
     def __call__(self, layers: range, folder: Path) -> None:
-        plans = [plan for plan in self.plans() if plan.layer in layers]
+        plans = [plan for plan in self.plans() if plan.row.layer in layers]
         train_students(self.run, self.parent, self.data, plans, folder)
 
     def plans(self) -> list[StudentPlan]:
-        settings, device = self.run.recipe.library, self.run.device
-        made = settings, device, self.parent, self.statistics, self.space, self.identity
-        if self.subblocks is None:
-            return subblock_plans(*made)
-        return block_plans(*made, self.subblocks.block_state, self.subblocks.sources)
+        layers = enumerate(self.space.layers)
+        if self.subblocks is not None:
+            return [plan for layer, space in layers for plan in self._block_plans(self.subblocks, layer, space)]
+        # Those of a subblock come one after another, and share it: its channels are ranked once.
+        settings = self._settings
+        start = Start(method=settings.start, kv_heads=settings.kv_heads, channels=settings.channels)
+        read = lru_cache(maxsize=1)(partial(self.statistics.parent_subblock, self.parent, start, self.run.device))
+        return [
+            self._subblock_plan(read, layer, v)
+            for layer, space in layers
+            for which in SUBBLOCKS
+            for v in space.subblock(which)[1:]
+        ]
+
+    @property
+    def _settings(self) -> LibrarySettings:
+        return self.run.recipe.library
+
+    def _subblock_plan(
+        self, read: Callable[[int, Subblock], ParentSubblock], layer: int, variant: Variant
+    ) -> StudentPlan:
+        """Of a variant beside the parent's own."""
+        of_block = self._settings.loss == "block"
+
+        def build() -> Student:
+            own = read(layer, variant.subblock)
+            power = self.statistics.layer(layer)["block_power"] if of_block else own.statistics["output_power"]
+            solved = variant.closed_form and self._settings.start == "closed_form" and not of_block
+            return self._student(layer, [variant], variant.initialise(own), float(power), trained=not solved)
+
+        size = variant.num_params(self.parent.config)
+        return StudentPlan.of(layer, variant.subblock, variant.name, size, self.identity, build)
+
+    def _block_plans(self, library: Library, layer: int, space: LayerSpace) -> Iterator[StudentPlan]:
+        """Of every composed block but the parent's own and those without weights (paper section 2.2)."""
+        moment = "block_power" if self._settings.loss == "block" else "block_contribution_power"
+
+        def build(block: BlockVariant) -> Student:
+            power = float(self.statistics.layer(layer)[moment])
+            return self._student(layer, block.subblocks, library.block_state(layer, block), power)
+
+        for block in space.blocks()[1:]:
+            if size := block.num_params(self.parent.config):
+                identity = [self.identity, library.sources(layer, block)]
+                yield StudentPlan.of(layer, "block", block.name, size, identity, partial(build, block))
+
+    def _student(
+        self, layer: int, variants: Sequence[Variant], state: State, power: float, trained: bool = True
+    ) -> Student:
+        device, loss = self.run.device, self._settings.loss
+        return Student(layer, variants, self.parent.config, state, power, device, trained=trained, loss=loss)
 
 
 def _nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
-from puzzle.library.starts import parent_subblock
 from puzzle.library.statistics import Statistics
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_json, write_json
@@ -34,7 +33,7 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     stage = run.open(SPACE, parent=parent, statistics=statistics, space=variant_names(space))
     file = stage.path / "expected.json"
     if not stage.done:
-        read = partial(parent_subblock, parent, statistics, start, run.device)
+        read = partial(statistics.parent_subblock, parent, start, run.device)
         write_json(file, [[*key, loss] for key, loss in expected_losses(read, space).items()])
         stage.commit()
     losses = {(layer, subblock, variant): loss for layer, subblock, variant, loss in read_json(file)}

@@ -46,7 +46,7 @@ from puzzle.parents import Parent
 from puzzle.runs import Run, progress, read_tensors, write_tensors
 from puzzle.stages import CALIBRATE
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import SUBBLOCKS, State, Subblock, Variant, add_sum
+from puzzle.variants import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum, split_state
 
 _BATCH_SIZE = 8
 
@@ -69,6 +69,19 @@ class Statistics:
     def layer(self, layer: int) -> State:
         """Those of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
         return {name: value for name, value in read_tensors(self.file(layer)).items() if "." not in name}
+
+    def parent_subblock(
+        self, parent: Parent, start: Start, device: torch.device, layer: int, subblock: Subblock
+    ) -> ParentSubblock:
+        """What the variants of a subblock start from, on the device where closed forms are solved."""
+        state, moments = split_state(parent.layer_state(layer), subblock), self.subblock(layer, subblock)
+        return ParentSubblock(
+            config=parent.config,
+            variant=parent.architecture.blocks[layer].subblock(subblock),
+            state={name: value.to(device) for name, value in state.items()},
+            statistics={name: value.to(device) for name, value in moments.items()},
+            start=start,
+        )
 
     def influence(self, num_layers: int) -> list[float]:
         """Block influence of every layer: how far it turns the residual stream."""
