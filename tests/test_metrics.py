@@ -44,11 +44,11 @@ def model() -> PuzzleForCausalLM:
 
 
 @pytest.mark.parametrize("distance", [3e-4, 0.1, 3.0])
-@pytest.mark.parametrize("logits_at_once", [VOCABULARY * 50, 2**20], ids=["small chunks", "one chunk"])
+@pytest.mark.parametrize("chunk_logits", [VOCABULARY * 50, 2**20], ids=["small chunks", "one chunk"])
 def test_metrics_are_their_definitions(
-    model: PuzzleForCausalLM, distance: float, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+    model: PuzzleForCausalLM, distance: float, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(puzzle.metrics._LOGITS_AT_ONCE, "cpu", logits_at_once)
+    monkeypatch.setattr(puzzle.metrics, "_CHUNK_LOGITS", chunk_logits)
     hiddens_AND = _hidden(0) + distance * torch.stack([_hidden(1), _hidden(2), _hidden(3)])
     found = compare(model, model, _hidden(0), hiddens_AND, _targets())
     exact = _exact(model, model, _hidden(0), hiddens_AND)

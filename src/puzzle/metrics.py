@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from puzzle.device import float32_operand, float32_product, logits_at_once
 from puzzle.modeling import PuzzleForCausalLM
 
-_LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**28}
+_CHUNK_LOGITS = 2**20
 """Of a chunk of tokens: 4 MiB in float32 stay in a CPU's cache; chunks four times as long took 20 % longer (4096 words,
 one core of an AMD EPYC, 2026-11-21)."""
 _LARGE_VOCABULARY = 2**12
 """From here on chunks are no shorter than 256 tokens, or reading the head's weights would be what takes the time."""
-_MIXED_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether torch multiplies bfloat16 into float32 on a GPU (from 2.8 on)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +61,12 @@ def compare(
         hiddens_AND: each candidate's.
         targets_N: the true next tokens.
     """
-    vocab_size, limit = parent.config.vocab_size, _LOGITS_AT_ONCE.get(targets_N.device.type, 2**20)
-    own = _Head(parent)
+    own, vocab_size = _Head(parent), parent.config.vocab_size
     head = own if model is parent else _Head(model)
     parts = []
     for rows in chunks(len(targets_N), vocab_size):
         reference = _Reference.of(own, parent_hidden_ND[rows], exact=head is own and own.exact)
-        at_once = max(1, limit // (len(targets_N[rows]) * vocab_size))
+        at_once = max(1, logits_at_once(targets_N.device) // (len(targets_N[rows]) * vocab_size))
         some = [reference.compare(head, each[:, rows], targets_N[rows]) for each in hiddens_AND.split(at_once)]
         parts.append(TokenMetrics.cat(some, 0))
     return TokenMetrics.cat(parts, 1)
@@ -76,7 +74,7 @@ def compare(
 
 def chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
     """Slices of the token axis small enough for their logits."""
-    size = max(1, _LOGITS_AT_ONCE["cpu"] // min(vocab_size, _LARGE_VOCABULARY))
+    size = max(1, _CHUNK_LOGITS // min(vocab_size, _LARGE_VOCABULARY))
     for start in range(0, num_tokens, size):
         yield slice(start, start + size)
 
@@ -85,21 +83,16 @@ class _Head:
     """A model's final norm, and its head with logits in float32."""
 
     def __init__(self, model: PuzzleForCausalLM) -> None:
-        self._norm, weight_VD = model.final_norm, model.lm_head.weight
-        mixed = weight_VD.is_cuda and _MIXED_PRODUCTS
-        self.weight_VD = weight_VD if mixed else weight_VD.float()
+        self._norm, self.weight_VD = model.final_norm, float32_operand(model.lm_head.weight)
         self.exact = self.weight_VD.dtype == torch.float32
 
     def normed(self, hidden_ND: Tensor) -> Tensor:
-        """In the weights' dtype as they are multiplied."""
+        """What is multiplied with the weights, in their dtype."""
         return self._norm(hidden_ND).to(self.weight_VD.dtype)
 
     def logits(self, normed_ND: Tensor) -> Tensor:
-        """Of any number of leading dimensions, in float32."""
-        if self.exact:
-            return normed_ND @ self.weight_VD.T
-        product = torch.mm(normed_ND.flatten(0, -2), self.weight_VD.T, out_dtype=torch.float32)
-        return product.unflatten(0, normed_ND.shape[:-1])
+        """Of any number of leading dimensions."""
+        return float32_product(normed_ND.flatten(0, -2), self.weight_VD).unflatten(0, normed_ND.shape[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
