@@ -177,7 +177,7 @@ class CostSettings(Section):
     """Measurement of costs."""
 
     repeats: PositiveInt = 3
-    """Rounds over all variants, in turns; those whose times scatter get up to four times as many."""
+    """Rounds of measurement; each measures every variant once. Up to four times as many where times scatter."""
     reuse: bool = True
     """Take measurements kept from earlier runs on this machine, unless they are clearly off by now."""
 

@@ -82,7 +82,7 @@ def test_layers_that_differ_share_what_they_have_in_common(parent: Parent) -> No
 def test_noise_makes_no_cost_negative(parent: Parent, space: Space) -> None:
     plan = Plan.of(space, parent.config)
     samples = {name: [FakeEngine().times(stack, 1)] for name, stack in plan.stacks.items()}
-    samples["ffn linear"] = [Sample(prefill_ms=0.0, decode_ms=0.0)]
+    samples["ffn linear"] = [Sample(prefill_ms=0.5, decode_ms=0.5)]
     samples["pads"] = [Sample(prefill_ms=1.0, decode_ms=1.0)]
     times = part_times(plan, samples)
     assert times["ffn", "linear"].prefill_ms == 0.0

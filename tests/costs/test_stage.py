@@ -94,21 +94,21 @@ def test_another_machine_measures_for_itself(run: Run, parent: Parent, space: Sp
 
 
 def test_what_scatters_is_measured_more_often_and_reported(run: Run, parent: Parent, space: Space, use: Use) -> None:
-    busy = use(FakeEngine(lambda call: 1.5 if call // (STACKS * BATCHES) % 2 else 1.0))
+    busy = use(FakeEngine(lambda call: 1.5 if call * 7919 % 1009 < 500 else 1.0))
     measure_costs(run, parent, space)
     assert len(busy.calls) == 4 * BATCHES * ROUNDS * STACKS
     assert "warning: costs: times scatter, the typical stack's is known to" in log(run)
 
 
-def test_one_noisy_stack_alone_is_measured_again(run: Run, parent: Parent, space: Space, use: Use) -> None:
-    noisy = 10
-    engine = use(FakeEngine(lambda call: 1.5 if call in (noisy, noisy + STACKS * BATCHES) else 1.0))
+def test_what_slows_a_whole_round_is_no_cost(run: Run, parent: Parent, space: Space, use: Use) -> None:
+    """The first of three rounds is the fastest: the second quickest would be half as slow again."""
+    engine = use(FakeEngine(lambda call: 1.0 + call // (STACKS * BATCHES)))
     table = measure_costs(run, parent, space)
-    again = engine.calls[BATCHES * ROUNDS * STACKS :]
-    assert again
-    assert set(again) == {engine.calls[noisy]}
+    assert len(engine.calls) == BATCHES * ROUNDS * STACKS
     assert "warning" not in log(run)
-    assert table.block(2, "kv2+w24", 2).prefill_ms == pytest.approx(planted_ms("kv2", 2) + planted_ms("w24", 2))
+    expected = planted_ms("kv2", 2) + planted_ms("w24", 2)
+    assert table.block(2, "kv2+w24", 2).prefill_ms == pytest.approx(1.5 * expected)  # the lower quartile of 1, 2, 3
+    assert table.block(0, "kv2+w24", 2).decode_ms == pytest.approx(1.5 * expected / 10)
 
 
 @pytest.fixture
@@ -124,9 +124,7 @@ def test_a_later_run_measures_the_pads_alone(run: Run, later: Run, parent: Paren
     engine = use(FakeEngine(lambda call: 1.02))
     measure_costs(later, parent, space)
     assert len(engine.calls) == BATCHES * ROUNDS
-    said = (
-        rf"costs at batch 2: {STACKS - 1} of {STACKS - 1} stacks as measured .* \(load .*\), the pads take \+2.0% now"
-    )
+    said = rf"batch 2: {STACKS - 1} of {STACKS - 1} stacks .* measured from .* at a load of up to .* take \+2.0% now"
     assert re.search(said, log(later))
 
 
@@ -151,7 +149,7 @@ def test_what_is_off_by_now_is_measured_anew(
     use(engine)
     measure_costs(later, parent, space)
     assert len(engine.calls) == BATCHES * ROUNDS * STACKS
-    assert (f"{STACKS - 1} stacks measured anew, the pads take +10.0% now" in log(later)) == (changed == "speed")
+    assert ("the pads take +10.0% now; using 0" in log(later)) == (changed == "speed")
 
 
 @pytest.mark.parametrize("why", ["asked", "home cannot be written"])

@@ -18,6 +18,7 @@ from puzzle.costs.engine import Model, Sample
 from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS
 from puzzle.costs.worker import Worker
 from puzzle.device import device_name
+from puzzle.engines.environments import ENVIRONMENTS, python_of, version_of
 from puzzle.export import GGUFType, write_random
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import open_parent
@@ -32,12 +33,12 @@ class LlamaCppEngine:
     slow_start: ClassVar[bool] = False
 
     def __init__(self, scenario: Scenario) -> None:
-        self._dtype, self._worker = scenario.dtype, Worker("llama.cpp", "time_llama_cpp.py", scenario)
+        self._dtype, self._worker = scenario.dtype, Worker("time_llama_cpp.py", scenario)
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
         return {
-            "engine": f"llama.cpp (llama-cpp-python {self._worker.version('llama_cpp')})",
+            "engine": f"llama.cpp (llama-cpp-python {version_of(python_of(*ENVIRONMENTS['llama.cpp']), 'llama_cpp')})",
             "device": device_name(torch.device("cpu")),
             "threads": str(torch.get_num_threads()),
         }
@@ -52,4 +53,4 @@ class LlamaCppEngine:
         with tempfile.TemporaryDirectory(prefix="puzzle-llama-cpp-") as folder:
             file = write_random(config, Path(folder) / "model.gguf", dtype=file_type)
             options = {"cache_type": cache_type, "warm_up_steps": WARM_UP_STEPS, "steps": DECODE_STEPS}
-            return self._worker.time(file, batch_sizes, rounds, **options)
+            return self._worker.measure(file, batch_sizes, rounds, **options)

@@ -11,7 +11,16 @@ from puzzle.costs.engine import Engine, Sample
 from puzzle.costs.kept import KeptMeasurements, kept_folder, model_shapes
 from puzzle.costs.slopes import PADS, Plan
 from puzzle.costs.table import cost_rows, part_times
-from puzzle.costs.timing import ENGINES, MOST, Samples, Task, measure_in_turns, relative_standard_error, typical
+from puzzle.costs.timing import (
+    ENGINES,
+    MOST,
+    Samples,
+    Task,
+    measure_in_turns,
+    relative_standard_error,
+    typical,
+    without_drift,
+)
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
@@ -20,7 +29,7 @@ from puzzle.stages import COST
 from puzzle.variants import Architecture, Space
 
 _PRECISION = 0.03
-"""Stacks are measured again while the relative standard error of their request time is larger."""
+"""All stacks are measured again while the typical relative standard error of their request times is larger."""
 _OFF = 0.05
 """Kept measurements are not used where the pads' request time differs by more, and by more than two standard errors."""
 
@@ -53,7 +62,7 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     kept = KeptMeasurements(folder, scenario, environment)
     stacks = {name: Architecture(stack).configure(parent.config) for name, stack in plan.stacks.items()}
     with engine.conditions():
-        samples = _Stacks(run, engine, stacks, batch_sizes, kept, scenario).samples()
+        samples = _Stacks(run, engine, stacks, batch_sizes, kept, scenario.generated_tokens).samples()
     rows: list[CostRow] = []
     for batch_size in batch_sizes:
         times = part_times(plan, {name: samples[name, batch_size] for name in stacks})
@@ -85,10 +94,10 @@ class _Stacks:
     stacks: Mapping[str, PuzzleConfig]
     batch_sizes: Sequence[int]
     kept: KeptMeasurements
-    scenario: Scenario
+    generated_tokens: int
 
     def samples(self) -> Samples:
-        """At least `cost.repeats` rounds of every stack, up to `MOST` times as many where times scatter."""
+        """As many rounds of every stack: `cost.repeats`, up to `MOST` times as many where times scatter."""
         rounds = self.run.recipe.cost.repeats
         samples: Samples = {(name, batch_size): [] for name in self.stacks for batch_size in self.batch_sizes}
         for batch_size in self.batch_sizes:
@@ -96,12 +105,9 @@ class _Stacks:
 
         def wanted() -> list[Task]:
             least = min(map(len, samples.values()))
-            if least < rounds:
-                return [task for task, each in samples.items() if len(each) == least]
-            return [task for task, each in samples.items() if len(each) < MOST * rounds and error(each) > _PRECISION]
-
-        def error(each: Sequence[Sample]) -> float:
-            return relative_standard_error(self._requests_ms(each))
+            if least >= rounds and (least >= MOST * rounds or self._error(samples) <= _PRECISION):
+                return []
+            return [task for task, each in samples.items() if len(each) == least]
 
         def keep(task: Task) -> None:
             name, batch_size = task
@@ -110,13 +116,13 @@ class _Stacks:
                 self.kept.put(self.stacks[name], batch_size, samples[task], pads_ms)
 
         measure_in_turns(self.engine, self.stacks, samples, wanted, rounds, "costs", keep)
-        scatter = statistics.median(map(error, samples.values()))
-        if scatter > _PRECISION:
+        if (error := self._error(samples)) > _PRECISION:
             self.run.log_warning(
-                f"costs: times scatter, the typical stack's is known to {2 * scatter:.0%} only; close other programs, "
+                f"costs: times scatter, the typical stack's is known to {2 * error:.0%} only; close other programs, "
                 "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
             )
-        return samples
+        least = min(map(len, samples.values()))
+        return {task: each[:least] for task, each in samples.items()}
 
     def _use_kept(self, samples: Samples, batch_size: int, rounds: int) -> None:
         """Take kept samples into `samples` if the pads, which are always measured, take as long as they did then."""
@@ -124,29 +130,30 @@ class _Stacks:
         kept = {name: each for name, each in found.items() if each is not None}
         if not kept:
             return
-        pads = samples[PADS, batch_size]
+        pads: Task = (PADS, batch_size)
 
         def wanted() -> list[Task]:
-            return [(PADS, batch_size)] if len(pads) < rounds else []
+            return [pads] if len(samples[pads]) < rounds else []
 
         measure_in_turns(self.engine, self.stacks, samples, wanted, rounds, "costs of the pads")
-        pads_ms, error = typical(self._requests_ms(pads)), relative_standard_error(self._requests_ms(pads))
+        pads_ms, error = typical(now := self._requests_ms(samples[pads])), relative_standard_error(now)
         changes = {name: pads_ms / each.pads_ms - 1 for name, each in kept.items()}
         used = [name for name, change in changes.items() if abs(change) <= max(_OFF, 2 * error)]
         for name in used:
             samples[name, batch_size] += kept[name].samples
-        lines = []
-        if used:
-            dates, load = sorted(kept[name].measured for name in used), max(kept[name].load for name in used)
-            change = max((changes[name] for name in used), key=abs)
-            lines.append(
-                f"{len(used)} of {len(self.stacks) - 1} stacks as measured from {dates[0]} to {dates[-1]} "
-                f"(load up to {load:g}; {self.kept.folder}), the pads take {change:+.1%} now"
-            )
-        if len(used) < len(kept):
-            change = max(changes.values(), key=abs)
-            lines.append(f"{len(kept) - len(used)} stacks measured anew, the pads take {change:+.1%} now")
-        self.run.log(f"costs at batch {batch_size}: {'; '.join(lines)}")
+        dates, load = sorted(each.measured for each in kept.values()), max(each.load for each in kept.values())
+        change = max(changes.values(), key=abs)
+        self.run.log(
+            f"costs at batch {batch_size}: {len(kept)} of {len(self.stacks) - 1} stacks are in {self.kept.folder}, "
+            f"measured from {dates[0]} to {dates[-1]} at a load of up to {load:g}; the pads take {change:+.1%} now; "
+            f"using {len(used)}, measuring the others"
+        )
+
+    def _error(self, samples: Samples) -> float:
+        """The typical stack's relative standard error, without what slowed a whole round."""
+        least = min(map(len, samples.values()))
+        times_ms = [self._requests_ms(each[:least]) for each in samples.values()]
+        return statistics.median(map(relative_standard_error, without_drift(times_ms)))
 
     def _requests_ms(self, samples: Sequence[Sample]) -> list[float]:
-        return [sample.request_ms(self.scenario.generated_tokens) for sample in samples]
+        return [sample.request_ms(self.generated_tokens) for sample in samples]

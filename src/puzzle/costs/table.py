@@ -8,7 +8,7 @@ from puzzle.artefacts import Cost, CostRow, Scenario
 from puzzle.artefacts.costs import Part
 from puzzle.costs.engine import Sample
 from puzzle.costs.slopes import FIXED, PartName, Plan, part_name
-from puzzle.costs.timing import summarise
+from puzzle.costs.timing import typical, without_drift
 from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.variants import Space, Variant
 
@@ -38,14 +38,17 @@ def part_times(plan: Plan, samples: Mapping[str, Sequence[Sample]]) -> dict[Part
     """What every part adds to a model's times; at least 0, where noise says otherwise.
 
     Args:
-        samples: by the name of the stack, one a round.
+        samples: by the name of the stack, as many of each, one a round.
     """
-    stacks = {name: summarise(rounds) for name, rounds in samples.items()}
-    prefill_ms = plan.costs({name: times.prefill_ms for name, times in stacks.items()})
-    decode_ms = plan.costs({name: times.decode_ms for name, times in stacks.items()})
-    return {
-        part: Sample(prefill_ms=max(prefill_ms[part], 0.0), decode_ms=max(decode_ms[part], 0.0)) for part in prefill_ms
-    }
+    prefill_ms = _costs_ms(plan, {stack: [each.prefill_ms for each in rounds] for stack, rounds in samples.items()})
+    decode_ms = _costs_ms(plan, {stack: [each.decode_ms for each in rounds] for stack, rounds in samples.items()})
+    return {part: Sample(prefill_ms=prefill_ms[part], decode_ms=decode_ms[part]) for part in prefill_ms}
+
+
+def _costs_ms(plan: Plan, rounds_ms: Mapping[str, Sequence[float]]) -> dict[PartName, float]:
+    typical_ms = map(typical, without_drift(list(rounds_ms.values())))
+    costs_ms = plan.costs(dict(zip(rounds_ms, typical_ms, strict=True)))
+    return {part: max(cost_ms, 0.0) for part, cost_ms in costs_ms.items()}
 
 
 def cost_rows(

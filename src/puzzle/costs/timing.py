@@ -4,6 +4,8 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample
 from puzzle.costs.llama_cpp_engine import LlamaCppEngine
@@ -54,6 +56,18 @@ def relative_standard_error(values: Sequence[float]) -> float:
     (lower, upper), count = _quartiles(values), len(values)
     relative = (1.36 / 0.67) * (1 + 0.8 / count) / math.sqrt(count)
     return relative * (upper - lower) / 2 / abs(lower) if lower else 0.0
+
+
+def without_drift(times_ms: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times of models that took turns, [models, rounds], as if all rounds had been equally slow: typically so.
+
+    What slows the machine for a while slows all models: by the median over them of their times relative to their own
+    medians. So three rounds predict the ratio of two models better than five did as they are (docs/numbers.md).
+    """
+    times_MR = np.array(times_ms)
+    slowdown_R = np.median(times_MR / np.median(times_MR, axis=1, keepdims=True), axis=0)
+    corrected: list[list[float]] = (times_MR / slowdown_R * typical(list(slowdown_R))).tolist()
+    return corrected
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

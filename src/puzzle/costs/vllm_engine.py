@@ -19,6 +19,7 @@ from puzzle.costs.allocator import KEPT_FROM_START, allocator_name, keeps_memory
 from puzzle.costs.engine import Model, Sample
 from puzzle.costs.worker import Worker
 from puzzle.device import free_share, release_memory
+from puzzle.engines.environments import ENVIRONMENTS, python_of, version_of
 from puzzle.modeling import PuzzleConfig, save_configuration
 from puzzle.parents import open_parent
 from puzzle.variants import Architecture
@@ -36,12 +37,13 @@ class VLLMEngine:
 
     def __init__(self, scenario: Scenario) -> None:
         self._scenario, self._device = scenario, torch.device(scenario.device)
-        self._worker = Worker("vllm", "time_vllm.py", scenario)
+        self._worker = Worker("time_vllm.py", scenario)
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
+        version = version_of(python_of(*ENVIRONMENTS["vllm"]), "vllm")
         return {
-            "engine": f"vllm {self._worker.version('vllm')}, Transformers backend",
+            "engine": f"vllm {version}, Transformers backend",
             "device": self._scenario.device,
             "threads": str(torch.get_num_threads()),
             "allocator": allocator_name(self._device),
@@ -53,32 +55,19 @@ class VLLMEngine:
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a checkpoint in the code that vLLM chooses, which for a parent may be its own, or shapes in ours."""
-        if isinstance(model, Path):
-            return self._time(model, open_parent(str(model)).config, batch_sizes, rounds, "auto", "auto")
-        with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
-            save_configuration(model, Path(folder))
-            return self._time(Path(folder), model, batch_sizes, rounds, "dummy", "transformers")
-
-    def _time(
-        self,
-        checkpoint: Path,
-        config: PuzzleConfig,
-        batch_sizes: Sequence[int],
-        rounds: int,
-        load_format: str,
-        model_impl: str,
-    ) -> list[list[Sample]]:
+        config = model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
         dtype, tokens = getattr(torch, self._scenario.dtype), max(batch_sizes) * self._scenario.total_tokens
         variants = (variant for block in Architecture.of(config).blocks for variant in block.subblocks)
         cache_bytes = sum(variant.kv_bytes(config, tokens, dtype) for variant in variants)
         release_memory()
-        return self._worker.time(
-            checkpoint,
-            batch_sizes,
-            rounds,
-            load_format=load_format,
-            model_impl=model_impl,
-            dtype=self._scenario.dtype,
-            cache_gib=_CACHE_GIB + math.ceil(cache_bytes / 2**30),
-            memory_share=_MEMORY_SHARE * free_share(self._device),
-        )
+        options = {
+            "dtype": self._scenario.dtype,
+            "cache_gib": _CACHE_GIB + math.ceil(cache_bytes / 2**30),
+            "memory_share": _MEMORY_SHARE * free_share(self._device),
+        }
+        if isinstance(model, Path):
+            return self._worker.measure(model, batch_sizes, rounds, load_format="auto", model_impl="auto", **options)
+        with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
+            save_configuration(model, Path(folder))
+            options |= {"load_format": "dummy", "model_impl": "transformers"}
+            return self._worker.measure(Path(folder), batch_sizes, rounds, **options)

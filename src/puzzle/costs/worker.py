@@ -5,46 +5,35 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Sample
-from puzzle.engines.environments import ENVIRONMENTS, python_of, version_of
+from puzzle.engines.environments import ENVIRONMENTS, python_of
 from puzzle.errors import PuzzleError, one_line
 
 _SERVE = Path(__file__).parent / "workers" / "serve.py"
 
 
+@dataclass
 class Worker:
-    """The process of one engine: `workers/serve.py` with the engine's own file beside it."""
+    """The process of the scenario's engine: `workers/serve.py`, with the engine's `script` beside it."""
 
-    def __init__(self, engine: str, script: str, scenario: Scenario) -> None:
-        """Nothing is started yet.
-
-        Args:
-            engine: as `scenario.engine` names it.
-            script: file in `workers/`.
-        """
-        self._engine, self._script, self._scenario = engine, script, scenario
-        self._process: subprocess.Popen[str] | None = None
-
-    def version(self, module: str) -> str:
-        """Of the engine's package."""
-        return version_of(python_of(*ENVIRONMENTS[self._engine]), module)
+    script: str
+    scenario: Scenario
+    _process: "subprocess.Popen[str] | None" = field(default=None, init=False)
+    _answers: TextIO = field(init=False)
 
     @contextmanager
     def running(self, variables: Mapping[str, str]) -> Iterator[None]:
-        """Keep the process until the end of the block.
-
-        Args:
-            variables: for its environment, beside the number of OpenMP's threads.
-        """
+        """Keep the process until the end of the block, with these variables in its environment."""
         reader, writer = os.pipe()  # engines print what they like to standard output
         process = subprocess.Popen(
-            [str(python_of(*ENVIRONMENTS[self._engine])), str(_SERVE), self._script, str(writer)],
+            [str(python_of(*ENVIRONMENTS[self.scenario.engine])), str(_SERVE), self.script, str(writer)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -59,38 +48,36 @@ class Worker:
             try:
                 yield
             finally:
-                self._process = None
                 with suppress(BrokenPipeError):
                     process.stdin.close()
                 process.wait()
 
-    def time(self, model: Path, batch_sizes: Sequence[int], rounds: int, **options: Any) -> list[list[Sample]]:
+    def measure(self, model: Path, batch_sizes: Sequence[int], rounds: int, **options: Any) -> list[list[Sample]]:
         """For each batch size a sample a round; a `PuzzleError` if the engine refuses, or dies of the request.
 
         Args:
-            options: what the engine's own script needs to know.
+            options: what the script needs to know besides.
         """
-        assert self._process is not None, "measure inside `conditions`"
-        assert self._process.stdin is not None
+        engine, process = self.scenario.engine, self._process
+        assert process is not None, "measure inside `conditions`"
+        assert process.stdin is not None
         request = {
             "model": str(model),
-            "threads": torch.get_num_threads(),
-            "prompt_tokens": self._scenario.prompt_tokens,
-            "generated_tokens": self._scenario.generated_tokens,
             "batch_sizes": list(batch_sizes),
             "rounds": rounds,
+            "prompt_tokens": self.scenario.prompt_tokens,
+            "generated_tokens": self.scenario.generated_tokens,
+            "threads": torch.get_num_threads(),
             **options,
         }
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
         line = self._answers.readline()
         if not line:
-            code = self._process.wait()
-            raise PuzzleError(f"scenario.engine: {self._engine}'s process ended with {code}; run it by hand to see why")
+            raise PuzzleError(
+                f"scenario.engine: {engine}'s process ended with {process.wait()}; run it by hand to see why"
+            )
         answer = json.loads(line)
         if "error" in answer:
-            raise PuzzleError(f"scenario.engine: {self._engine} cannot run this ({one_line(answer['error'])})")
-        return [
-            [Sample(prefill_ms=prefill_ms, decode_ms=decode_ms) for prefill_ms, decode_ms in samples]
-            for samples in answer["samples"]
-        ]
+            raise PuzzleError(f"scenario.engine: {engine} cannot run this ({one_line(answer['error'])})")
+        return [[Sample(prefill_ms=pair[0], decode_ms=pair[1]) for pair in pairs] for pairs in answer["samples"]]

@@ -2,8 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp
@@ -14,105 +12,81 @@ _MICRO_BATCH = 512
 """Tokens that are computed at once; the server's default."""
 
 
-class _Sequences:
-    """A batch of sequences in one context, each with a cache of its own."""
-
-    def __init__(self, model: Any, request: dict[str, Any], batch_size: int) -> None:
-        self.size, self.length = batch_size, 0
-        self._capacity = self.size * request["prompt_tokens"]
-        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        self._context = llama_cpp.llama_init_from_model(model, self._parameters(request))
-        if self._context is None:
-            raise MemoryError("no context of this batch size and length; see llama.cpp's log")
-        self._batch = llama_cpp.llama_batch_init(self._capacity, 0, 1)
-
-    def _parameters(self, request: dict[str, Any]) -> Any:
-        parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = self.size * (request["prompt_tokens"] + request["generated_tokens"] + request["steps"])
-        parameters.n_batch, parameters.n_ubatch = self._capacity, min(_MICRO_BATCH, self._capacity)
-        parameters.n_seq_max = self.size
-        parameters.n_threads = parameters.n_threads_batch = request["threads"]
-        parameters.type_k = parameters.type_v = request["cache_type"]
-        # Without it the cache of all layers is as wide as the widest.
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        return parameters
-
-    def extend(self, tokens: int) -> None:
-        """Let every sequence read so many tokens more, and compute the logits of its last."""
-        batch = self._batch
-        batch.n_tokens = self.size * tokens
-        for sequence in range(self.size):
-            for offset in range(tokens):
-                index, position = sequence * tokens + offset, self.length + offset
-                batch.token[index] = (7 * sequence + position) % self._vocabulary
-                batch.pos[index], batch.n_seq_id[index], batch.seq_id[index][0] = position, 1, sequence
-                batch.logits[index] = offset == tokens - 1
-        self.length += tokens
-
-    def compute(self) -> None:
-        """What `extend` has asked for."""
-        code = llama_cpp.llama_decode(self._context, self._batch)
-        if code != 0:
-            raise RuntimeError(f"llama_decode ended with {code}")
-        llama_cpp.llama_synchronize(self._context)
-
-    def clear(self) -> None:
-        """Forget everything; every page of the cache has been written then."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        self.length = 0
-
-    def close(self) -> None:
-        llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self._context)
-
-
 def measure(request: dict[str, Any]) -> list[list[tuple[float, float]]]:
     """Prefill and decode step in ms, of every round, for each batch size.
 
     Args:
         request: also has "cache_type", "warm_up_steps" and "steps".
     """
-    with _loaded(request["model"]) as model:
-        return [
-            [_round(model, request, batch_size) for _ in range(request["rounds"])]
-            for batch_size in request["batch_sizes"]
-        ]
-
-
-def _round(model: Any, request: dict[str, Any], batch_size: int) -> tuple[float, float]:
-    """One prefill, then decode steps around the middle of the answer."""
-    # Of one thread the processor time says more: it leaves out what other programs take.
-    clock = time.process_time if request["threads"] == 1 else time.perf_counter
-    sequences = _Sequences(model, request, batch_size)
-
-    def milliseconds(tokens: int) -> float:
-        sequences.extend(tokens)
-        began = clock()
-        sequences.compute()
-        return 1e3 * (clock() - began)
-
-    milliseconds(min(request["prompt_tokens"], -(-_MICRO_BATCH // sequences.size)))
-    sequences.clear()
-    prefill_ms = milliseconds(request["prompt_tokens"])
-    skipped = (request["generated_tokens"] - request["steps"]) // 2 - request["warm_up_steps"]
-    while skipped > 0:
-        milliseconds(min(skipped, request["prompt_tokens"]))
-        skipped -= request["prompt_tokens"]
-    for _ in range(request["warm_up_steps"]):
-        milliseconds(1)
-    decode_ms = statistics.median(milliseconds(1) for _ in range(request["steps"]))
-    sequences.close()
-    return prefill_ms, decode_ms
-
-
-@contextmanager
-def _loaded(path: str) -> Iterator[Any]:
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+    model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if model is None:
         raise ValueError("the file is not loaded; see llama.cpp's log")
     try:
-        yield model
+        sizes, rounds = request["batch_sizes"], range(request["rounds"])
+        return [[_round(_Sequences(model, request, size), request) for _ in rounds] for size in sizes]
     finally:
         llama_cpp.llama_model_free(model)
+
+
+def _round(sequences: "_Sequences", request: dict[str, Any]) -> tuple[float, float]:
+    """A prefill, after a micro-batch that does not count; then decode steps around the middle of the answer."""
+    prompt, steps = request["prompt_tokens"], request["steps"]
+    sequences.read_ms(min(prompt, -(-_MICRO_BATCH // sequences.size)))
+    sequences.clear()
+    prefill_ms = sequences.read_ms(prompt)
+    skipped = (request["generated_tokens"] - steps) // 2 - request["warm_up_steps"]
+    while skipped > 0:
+        sequences.read_ms(min(skipped, prompt))
+        skipped -= prompt
+    steps_ms = [sequences.read_ms(1) for _ in range(request["warm_up_steps"] + steps)]
+    sequences.close()
+    return prefill_ms, statistics.median(steps_ms[-steps:])
+
+
+class _Sequences:
+    """A batch of sequences in one context, each with a cache of its own."""
+
+    def __init__(self, model: Any, request: dict[str, Any], size: int) -> None:
+        self.size, self._length, capacity = size, 0, size * request["prompt_tokens"]
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = size * (request["prompt_tokens"] + request["generated_tokens"] + request["steps"])
+        parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = capacity, min(_MICRO_BATCH, capacity), size
+        parameters.n_threads = parameters.n_threads_batch = request["threads"]
+        parameters.type_k = parameters.type_v = request["cache_type"]
+        # Without it the cache of all layers is as wide as the widest.
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self._context = llama_cpp.llama_init_from_model(model, parameters)
+        if self._context is None:
+            raise MemoryError("no context of this batch size and length; see llama.cpp's log")
+        self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        self._batch = llama_cpp.llama_batch_init(capacity, 0, 1)
+        # Of one thread the processor time says more: it leaves out what other programs take.
+        self._clock = time.process_time if request["threads"] == 1 else time.perf_counter
+
+    def read_ms(self, tokens: int) -> float:
+        """Milliseconds in which every sequence reads so many tokens more, with the logits of its last."""
+        batch = self._batch
+        batch.n_tokens = self.size * tokens
+        for sequence in range(self.size):
+            for offset in range(tokens):
+                index, position = sequence * tokens + offset, self._length + offset
+                batch.token[index] = (7 * sequence + position) % self._vocabulary
+                batch.pos[index], batch.n_seq_id[index], batch.seq_id[index][0] = position, 1, sequence
+                batch.logits[index] = offset == tokens - 1
+        self._length += tokens
+        began = self._clock()
+        if (code := llama_cpp.llama_decode(self._context, batch)) != 0:
+            raise RuntimeError(f"llama_decode ended with {code}")
+        llama_cpp.llama_synchronize(self._context)
+        return 1e3 * (self._clock() - began)
+
+    def clear(self) -> None:
+        """Forget everything; every page of the cache has been written then."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        self._length = 0
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_free(self._context)
