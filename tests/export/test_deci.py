@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from puzzle.errors import PuzzleError
 from puzzle.export import convert, export_deci
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, save_checkpoint
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
@@ -77,6 +77,14 @@ def test_files_with_weights_are_those_of_the_child(
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     tokens = random_tokens(2, 16)
     torch.testing.assert_close(as_puzzle(folder)(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_all_tensors_have_the_childs_dtype(save_child: SaveChild, tmp_path: Path) -> None:
+    model, child = save_child("none+w48", "kv4+w48")
+    save_checkpoint(model.bfloat16(), child, None)
+    folder = export_deci(child, tmp_path / "out")
+    assert {tensor.dtype for tensor in weights_in(folder).values()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype == torch.bfloat16
 
 
 def test_what_goes_with_it(save_child: SaveChild, tmp_path: Path) -> None:

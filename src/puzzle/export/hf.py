@@ -5,6 +5,7 @@ from pathlib import Path
 
 from puzzle.child import Child
 from puzzle.runs import Run, write_text
+from puzzle.stages import EXPORT
 
 
 def export_hf(run: Run, child: Child, card: str) -> Path:
@@ -13,7 +14,7 @@ def export_hf(run: Run, child: Child, card: str) -> Path:
     `AutoModelForCausalLM.from_pretrained(DIR / "child", trust_remote_code=True)` loads it anywhere; after
     `import puzzle` the flag is not needed.
     """
-    stage = run.stage("export", version=1, settings={"format": "hf", "card": card}, inputs=(child.address,))
+    stage = run.open(EXPORT, child=child, card=card)
     target = run.path / "child"
     if not (stage.done and target.exists()):
         partial = run.path / ".child.partial"
