@@ -77,7 +77,7 @@ def test_a_layers_number_is_not_the_beginning_of_another(tmp_path: Path) -> None
 
 
 def test_layers_and_the_rest_are_everything(parent: Parent) -> None:
-    found = parent.outer_state()
+    found = parent.embeddings_and_head()
     assert set(found) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for layer in range(4):
         found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parent.layer_state(layer).items()}
@@ -89,7 +89,7 @@ def test_layers_and_the_rest_are_everything(parent: Parent) -> None:
 def test_a_tied_head_is_read_and_counted_once(tmp_path: Path) -> None:
     pico_llama().save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
-    assert set(parent.outer_state()) == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert set(parent.embeddings_and_head()) == {"model.embed_tokens.weight", "model.norm.weight"}
     assert parent.num_params == pico_llama().num_parameters()
 
 

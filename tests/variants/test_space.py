@@ -85,17 +85,23 @@ def test_given_sizes_and_kinds() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"kv_heads": [4, 3]}, r"space\.kv_heads: 3 is no smaller form of any layer's own \(kv8\); use smaller sizes"),
+        (
+            {"kv_heads": [4, 3]},
+            r"space\.kv_heads: 3 is no smaller form of what the parent has \(kv8\); use smaller sizes",
+        ),
         ({"kv_heads": [16]}, r"space\.kv_heads: 16 is no"),
-        ({"ffn_widths": [256, 513]}, r"space\.ffn_widths: 513 is no smaller form of any layer's own \(w512\); use"),
+        ({"ffn_widths": [256, 513]}, r"space\.ffn_widths: 513 is no smaller form of what the parent has \(w512\); use"),
         ({"attention": ["mamba"]}, r"space\.attention: attention variant 'mamba' is unknown; use kv<"),
         (
             {"ffn": ["linear", "moe"]},
             r"space\.ffn: ffn variant 'moe' is unknown; use w<number>, linear, rank<number>, none",
         ),
-        ({"ffn": ["rank64"]}, r"space\.ffn: rank64 is no smaller form of any layer's own \(w512\); use smaller sizes"),
-        ({"ffn": ["w600"]}, r"space\.ffn: w600 is no smaller form of any layer's own \(w512\)"),
-        ({"attention": ["kv3"]}, r"space\.attention: kv3 is no smaller form of any layer's own \(kv8\)"),
+        (
+            {"ffn": ["rank64"]},
+            r"space\.ffn: rank64 is no smaller form of what the parent has \(w512\); use smaller sizes",
+        ),
+        ({"ffn": ["w600"]}, r"space\.ffn: w600 is no smaller form of what the parent has \(w512\)"),
+        ({"attention": ["kv3"]}, r"space\.attention: kv3 is no smaller form of what the parent has \(kv8\)"),
     ],
     ids=str,
 )
@@ -114,7 +120,7 @@ def test_layers_that_differ_get_what_is_below_their_own() -> None:
     assert names(parent, 2) == (["linear", "none"], ["linear", "none"])
     assert names(parent, 3) == (["none"], ["none"])
     assert names(parent, 1, kv_heads=[4])[0] == ["kv2", "linear", "none"]
-    with pytest.raises(PuzzleError, match=r"space\.kv_heads: 3 is no smaller form of any layer's own \(kv4, kv2\)"):
+    with pytest.raises(PuzzleError, match=r"space\.kv_heads: 3 is no smaller form of what the parent has \(kv4, kv2\)"):
         derive_space(parent, kv_heads=[3])
 
 

@@ -67,7 +67,7 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
 
 def assemble(parent: Parent, library: Library, architecture: Architecture) -> PuzzleForCausalLM:
     """The child in memory, in float32 on the CPU."""
-    state = parent.outer_state()
+    state = parent.embeddings_and_head()
     for layer, block in enumerate(architecture.blocks):
         state |= _named(layer, library.block_state(layer, block))
     return _model(parent, architecture, state)
@@ -86,7 +86,7 @@ def save_child(parent: Parent, architecture: Architecture, layer_state: Callable
     parts = path.with_name("parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir()
-    state = _mapped(parts / "outer.safetensors", parent.outer_state())
+    state = _mapped(parts / "outer.safetensors", parent.embeddings_and_head())
     for layer in range(len(architecture.blocks)):
         state |= _mapped(parts / f"layer{layer:03d}.safetensors", _named(layer, layer_state(layer)))
     shutil.rmtree(path, ignore_errors=True)

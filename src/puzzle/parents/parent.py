@@ -87,7 +87,7 @@ class Parent:
         prefix, tensors = f"model.layers.{layer}.", self.checkpoint.read(self._layer_names(layer))
         return {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors}
 
-    def outer_state(self) -> dict[str, Tensor]:
+    def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
         return {name: tensor.float() for name, tensor in self.checkpoint.read(self._names_outside_layers())}
 

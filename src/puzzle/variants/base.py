@@ -25,7 +25,7 @@ _NONE = {"kind": "none"}
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Which of the formulas variants start by."""
+    """The formulas by which variants start."""
 
     method: Literal["closed_form", "paper"] = "closed_form"
     """Least squares on calibration statistics; or slices, means and products of weights (paper appendix A)."""
@@ -35,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class ParentSubblock:
-    """What a variant starts from: one subblock of one layer of the parent, and what calibration recorded of it."""
+    """What a variant starts from: one subblock of one layer of the parent, and its calibration moments."""
 
     config: PuzzleConfig
     variant: "Variant"
@@ -56,7 +56,7 @@ class ParentSubblock:
 
     @cached_property
     def channels(self) -> Tensor:
-        """An FFN's channels, those that narrower ones keep first: one ranking, so widths nest. [I]"""
+        """Ranking of an FFN's channels: a narrower FFN keeps the first ones, so that widths nest. [I]"""
         return rank_channels(
             self.state["mlp.down_proj.weight"],
             self.statistics["activation_mean_abs"],
@@ -74,18 +74,18 @@ class Variant(ABC):
     kind: ClassVar[str]
     """What `PuzzleConfig.blocks` calls it."""
     grammar: ClassVar[str]
-    """Of its names: `kv{num_kv_heads}[win{window}[s{sinks}]]`. What is in brackets is left out at its default."""
+    """Of its names: `kv{num_key_value_heads}[win{window}[s{sinks}]]`. Parts in brackets are left out at defaults."""
     module: ClassVar[type[nn.Module] | None] = None
     """The class of its module, where that is not the family's own: built as `module(config, entry)`, and copied into
     checkpoints, so it may use nothing but torch, nn, Tensor and Any."""
     closed_form: ClassVar[bool] = False
-    """Whether its closed-form start minimises the loss on its own output: nothing is left to train."""
+    """Whether its start is the optimum of the BLD loss, so that it is not trained."""
     absent: ClassVar[bool] = False
     """Whether it is a subblock left out."""
     output_projection: ClassVar[str | None] = None
     """The linear module it ends with, such as `mlp.down_proj`: refitted by least squares; None: has none."""
     recorded: ClassVar[str | None] = None
-    """The module whose inputs calibration gives to `record`; None: smaller forms need no such moments."""
+    """The module whose inputs calibration passes to `record`; None: nothing more is recorded."""
     setting: ClassVar[str | None] = None
     """The setting of the recipe's section `space` that lists its sizes; None: there is none."""
 
@@ -138,7 +138,7 @@ class Variant(ABC):
 
     @property
     def order(self) -> tuple[int, str]:
-        """By which variants are listed: the largest first, then those without sizes, by name."""
+        """Sort key: the largest first, then kinds without sizes by name."""
         return -(self.size or 0), self.name
 
     @property
@@ -198,8 +198,8 @@ class Variant(ABC):
     # Its place among the alternatives.
 
     @abstractmethod
-    def fits(self, own: "Variant", config: PuzzleConfig) -> bool:
-        """Whether it is a smaller alternative to a layer's parent variant."""
+    def fits(self, parent: "Variant", config: PuzzleConfig) -> bool:
+        """Whether it is a smaller alternative to the layer's parent variant."""
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> "list[Variant]":
         """Of a parent variant, the same kind in other sizes, the largest first; by default those that `space` derives.
@@ -210,7 +210,7 @@ class Variant(ABC):
         return []
 
     def share(self, parent: "Variant") -> float | None:
-        """For drawings: which part of the parent variant's size is left; None: something else takes its place."""
+        """Its size relative to the parent variant's, for drawings; None: another kind takes its place."""
         return 1.0 if self == parent else None
 
     @property
@@ -229,28 +229,28 @@ class Variant(ABC):
         """The variant's weights before any training, in the parent's dtype."""
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text, if its moments tell; else None."""
+        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text; None: its moments do not suffice."""
         return None
 
     def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
-        """`state` as weights of the larger variant `wider` that computes the same; None where there is no such form."""
+        """Weights of the larger variant `wider` that compute the same function as `state`; None: there are none."""
         return None
 
-    # What others learn from it as the parent's variant.
+    # As the parent variant: what the others start from.
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None] | None:
-        """One linear map [D, D] in its place, and its bias [D], by weights alone and in float64 (paper appendix A)."""
+        """The linear map [D, D] and bias [D] that replace it, from its weights alone, in float64 (paper appendix A)."""
         return None
 
     def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:  # noqa: B027 (most record nothing)
-        """Add what smaller forms are to know of one batch to `sums` over tokens.
+        """Add the moments of one batch that its smaller forms start from to `sums` over tokens.
 
         Args:
             layer: the parent's. inputs: of its module `recorded`.
         """
 
     def recorded_values(self, config: PuzzleConfig) -> int:
-        """How many float32 values `record` sums up; each takes one multiply-add a token."""
+        """Number of float32 values that `record` sums; each takes one multiply-add a token."""
         return 0
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A look at the space before anything is trained: what starts much worse than something smaller can be left out."""
+"""Pruning of the space before training: variants whose start is much worse than that of a smaller one."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,7 +13,7 @@ ExpectedLosses = Mapping[tuple[int, Subblock, str], float | None]
 def expected_losses(
     read: Callable[[int, Subblock], ParentSubblock], space: Space
 ) -> dict[tuple[int, Subblock, str], float | None]:
-    """What every variant's start loses on the calibration text, by its moments alone; None where these do not tell.
+    """The expected loss of every variant's start on the calibration text; None where its moments do not suffice.
 
     Args:
         read: reads a subblock of a layer of the parent; one is held at a time.

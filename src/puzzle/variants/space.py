@@ -119,7 +119,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LayerSpace:
-    """The variants one layer may take; the parent's own comes first in both."""
+    """The variants that one layer may take; the parent variant comes first in both."""
 
     attention: tuple[Variant, ...]
     ffn: tuple[Variant, ...]
@@ -132,7 +132,7 @@ class LayerSpace:
         return self.attention if subblock == "attention" else self.ffn
 
     def blocks(self) -> list[BlockVariant]:
-        """Every composed block, the parent's own first."""
+        """Every composed block, the parent's first."""
         return [BlockVariant(attention, ffn) for attention in self.attention for ffn in self.ffn]
 
 
@@ -154,10 +154,10 @@ def derive_space(
     ffn: Sequence[str] = ("linear", "none"),
     **sizes: Sequence[int] | None,
 ) -> Space:
-    """The space of a model: its own kinds in the sizes that they derive unless these are given, then variants by name.
+    """The space of a model: its kinds in smaller sizes, derived unless given, then variants by name.
 
-    A layer gets its own first, and of the others those that fit it. A size or a sized variant that fits no layer, and
-    an unknown name, is a `PuzzleError`.
+    A layer gets its parent variant first, then those that fit it. A size or a sized variant that fits no layer, and an
+    unknown name, is a `PuzzleError`.
 
     Args:
         attention: further variants, such as `linear`, `none`, `kv2win1024s4`. ffn: such as `linear`, `none`, `rank64`.
@@ -165,37 +165,32 @@ def derive_space(
     """
     parent = Architecture.of(config)
     named = {"attention": _named("attention", attention), "ffn": _named("ffn", ffn)}
-    fitting: set[Variant] = set()
 
-    def alternatives(own: Variant) -> tuple[Variant, ...]:
-        """The layer's own, then what fits it, each once."""
-        sized = own.alternatives(config, sizes.get(own.setting or ""))
-        kept = [own, *(variant for variant in sized + named[own.subblock] if variant.fits(own, config))]
-        fitting.update(kept)
-        return tuple(dict.fromkeys(kept))
+    def alternatives(of: Variant) -> tuple[Variant, ...]:
+        """A parent variant, then what fits it, each once."""
+        candidates = of.alternatives(config, sizes.get(of.setting or "")) + named[of.subblock]
+        return tuple(dict.fromkeys((of, *(variant for variant in candidates if variant.fits(of, config)))))
 
     layers = tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in parent.blocks)
-    owns = dict.fromkeys(variant for block in parent.blocks for variant in block.subblocks)
+    found = {variant for layer in layers for variant in (*layer.attention, *layer.ffn)}
+    parents = dict.fromkeys(variant for block in parent.blocks for variant in block.subblocks)
+
+    def check(setting: str, given: object, variants: Iterable[Variant]) -> None:
+        if found.isdisjoint(variants):
+            names = ", ".join(variant.name for variant in parents if setting in (variant.setting, variant.subblock))
+            raise PuzzleError(
+                f"space.{setting}: {given} is no smaller form of what the parent has ({names}); use smaller sizes "
+                "(of KV heads, divisors)"
+            )
+
     for setting, given in sizes.items():
         for size in given or ():
-            of_size = [v for own in owns if own.setting == setting for v in own.alternatives(config, [size])]
-            _check(setting, str(size), of_size, fitting, owns)
+            sized = (variant.alternatives(config, [size]) for variant in parents if variant.setting == setting)
+            check(setting, size, (variant for variants in sized for variant in variants))
     for variant in (*named["attention"], *named["ffn"]):
         if variant.size is not None:
-            _check(variant.subblock, variant.name, [variant], fitting, owns)
+            check(variant.subblock, variant.name, [variant])
     return Space(layers)
-
-
-def _check(
-    setting: str, given: str, variants: Sequence[Variant], fitting: set[Variant], owns: Iterable[Variant]
-) -> None:
-    """A `PuzzleError` if what a setting gives fits no layer."""
-    if not fitting.intersection(variants):
-        found = ", ".join(str(own) for own in owns if setting in (own.setting, own.subblock))
-        raise PuzzleError(
-            f"space.{setting}: {given} is no smaller form of any layer's own ({found}); use smaller sizes "
-            "(of KV heads, divisors)"
-        )
 
 
 def _parse_row(layer: int, row: dict[str, Any]) -> BlockVariant:

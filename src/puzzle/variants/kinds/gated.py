@@ -1,4 +1,4 @@
-"""The gated FFN: the parent's own, and narrower (paper section 2.1 and appendix A)."""
+"""The gated FFN: the parent variant, and narrower ones (paper section 2.1 and appendix A)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from puzzle.variants.least_squares import output_power, padded, refit
 from puzzle.variants.registry import register
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
-"""Widths below the parent's own (paper section 2.1)."""
+"""Default widths as shares of the parent's (paper section 2.1)."""
 
 
 @register
 @dataclass(frozen=True)
 class GatedFFN(Variant):
-    """The family's gated FFN with `intermediate_size` channels; with the parent's number, the parent's own FFN."""
+    """The family's gated FFN with `intermediate_size` channels; with the parent's number, the parent variant."""
 
     subblock: ClassVar[Subblock] = "ffn"
     kind: ClassVar[str] = "gated"
@@ -37,8 +37,8 @@ class GatedFFN(Variant):
         """Gate, up, and their product."""
         return 3 * self.intermediate_size
 
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return isinstance(own, GatedFFN) and self.intermediate_size < own.intermediate_size
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        return isinstance(parent, GatedFFN) and self.intermediate_size < parent.intermediate_size
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> list[Variant]:
         """The paper's fractions of the width, rounded."""
@@ -61,7 +61,7 @@ class GatedFFN(Variant):
         """Keep the first channels of the ranking (`puzzle.variants.channels`); refit the down projection to them.
 
         The refit is the least-squares optimum of the BLD loss for the kept channels; a bias stays the parent's. The
-        start of the paper keeps the down projection's own columns.
+        start of the paper keeps the down projection's columns as they are.
         """
         assert isinstance(parent.variant, GatedFFN)
         state = dict(parent.state)
@@ -82,7 +82,7 @@ class GatedFFN(Variant):
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
 
-        Only of weights as they start: gate and up projection are taken to be the parent's own.
+        Holds for untrained weights only: gate and up projection are assumed to be the parent's.
         """
         if parent.variant == self:
             return 0.0
@@ -123,12 +123,12 @@ class GatedFFN(Variant):
         return self.intermediate_size**2
 
     def _kept(self, parent: ParentSubblock) -> Tensor:
-        """The parent's channels that it has, in their order. [I']"""
+        """Indices of the kept channels, ascending. [I']"""
         assert isinstance(parent.variant, GatedFFN)
         assert self.intermediate_size <= parent.variant.intermediate_size
         return parent.channels[: self.intermediate_size].sort().values
 
 
 def hardware_multiple(width: int) -> int:
-    """What FFN widths are rounded to: 256 for real models (engines and tensor cores want it), less for small ones."""
+    """The multiple that FFN widths are rounded to: 256 (for engines and tensor cores), less for small models."""
     return min(256, max(1, 2 ** (width.bit_length() - 5)))

@@ -1,4 +1,4 @@
-"""Grouped-query attention: the parent's own, with fewer KV heads, with a sliding window (paper appendix A)."""
+"""Grouped-query attention: the parent variant, fewer KV heads, sliding windows (paper appendix A)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from puzzle.variants.registry import register
 @register
 @dataclass(frozen=True)
 class GroupedQuery(Variant):
-    """The family's attention with `num_key_value_heads`; with the parent's sizes, the parent's own.
+    """The family's attention with `num_key_value_heads`; with the parent's sizes, the parent variant.
 
     Attributes:
         window: how many of the most recent tokens a token attends to, itself included, at least 2; None: to all.
@@ -43,7 +43,7 @@ class GroupedQuery(Variant):
         return heads + window + (f", first {self.sinks} kept" if self.sinks else "")
 
     def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
-        """Of a window all keys and values but one are cached: that is the next token's own."""
+        """A window caches one token less than it has: the last one is the next token itself."""
         assert config.head_dim is not None
         return 2 * self.num_key_value_heads * config.head_dim * self._held(tokens)
 
@@ -66,13 +66,13 @@ class GroupedQuery(Variant):
             return f"{self}, which does not divide the parent's {heads} attention heads; use a divisor"
         return None
 
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        """Fewer KV heads, which divide the layer's own, a shorter reach, or both."""
-        if not isinstance(own, GroupedQuery) or own.num_key_value_heads % self.num_key_value_heads:
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        """Fewer KV heads, which divide the parent variant's, a shorter reach, or both."""
+        if not isinstance(parent, GroupedQuery) or parent.num_key_value_heads % self.num_key_value_heads:
             return False
-        if (self.window, self.sinks) == (own.window, own.sinks):
-            return self.num_key_value_heads < own.num_key_value_heads
-        return self._reach(config) < own._reach(config)
+        if (self.window, self.sinks) == (parent.window, parent.sinks):
+            return self.num_key_value_heads < parent.num_key_value_heads
+        return self._reach(config) < parent._reach(config)
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> list[Variant]:
         """KV heads are halved while that is possible, then divided by their smallest factor: 6 gives 3, 1."""
@@ -103,20 +103,20 @@ class GroupedQuery(Variant):
         """The parent's weights, with its KV heads merged or selected if there are fewer (paper appendix A).
 
         With `kv_heads="mean"` each is the mean of the heads that become one (Ainslie et al. 2023); with "importance"
-        the heads whose groups contribute most stay as they are.
+        the heads whose groups add most to the output stay as they are.
         """
         assert isinstance(parent.variant, GroupedQuery)
-        own_heads = parent.variant.num_key_value_heads
-        assert own_heads % self.num_key_value_heads == 0
+        parent_heads = parent.variant.num_key_value_heads
+        assert parent_heads % self.num_key_value_heads == 0
         state = dict(parent.state)
-        if own_heads == self.num_key_value_heads:
+        if parent_heads == self.num_key_value_heads:
             return state
         if parent.start.kv_heads == "importance":
             ranking = parent.statistics["group_contribution"].argsort(descending=True, stable=True)
             kept = ranking[: self.num_key_value_heads].sort().values
-            return keep_groups(state, own_heads, kept, parent.config)
+            return keep_groups(state, parent_heads, kept, parent.config)
         for name in _kv_tensors(state):
-            state[name] = merge_heads(state[name], own_heads, self.num_key_value_heads)
+            state[name] = merge_heads(state[name], parent_heads, self.num_key_value_heads)
         return state
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
@@ -154,11 +154,11 @@ class GroupedQuery(Variant):
         add_sum(sums, "group_contribution", norms)
 
     def _held(self, tokens: int) -> int:
-        """Of how many tokens keys and values are held after `tokens`."""
+        """Number of tokens whose keys and values are cached after `tokens`."""
         return tokens if self.window is None else min(tokens, self.sinks + self.window - 1)
 
     def _reach(self, config: PuzzleConfig) -> int:
-        """How many tokens can be attended to at most."""
+        """Largest number of tokens that a token attends to."""
         limit: int = config.max_position_embeddings
         return limit if self.window is None else min(limit, self.window + self.sinks)
 
@@ -170,13 +170,13 @@ def merge_heads(tensor: Tensor, old_heads: int, new_heads: int) -> Tensor:
 
 
 def keep_groups(state: State, old_heads: int, kept: Tensor, config: PuzzleConfig) -> State:
-    """The attention with only these KV heads, each leading its own query heads and spare ones of the groups that go.
+    """The attention with only these KV heads, each with its query heads first, then some of the removed groups'.
 
-    The spare heads' columns of the output projection are zero: they add nothing until training lets them.
+    The output projection's columns of these spare query heads are zero, so they add nothing before training.
 
     Args:
-        old_heads: number of KV heads so far.
-        kept: indices of those that stay, ascending, [new_heads].
+        old_heads: present number of KV heads.
+        kept: indices of the kept KV heads, ascending, [new_heads].
     """
     queries = torch.arange(config.num_attention_heads, device=kept.device).view(old_heads, -1)
     gone = torch.ones(old_heads, dtype=torch.bool, device=kept.device)
@@ -205,5 +205,5 @@ def _heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _repeated(tensor: Tensor, heads: int, repeats: int) -> Tensor:
-    """[heads * head_dim, ...] -> [heads * repeats * head_dim, ...], each head so many times in a row."""
+    """[heads * head_dim, ...] -> [heads * repeats * head_dim, ...], each head repeated `repeats` times in a row."""
     return _heads(tensor, heads).repeat_interleave(repeats, 0).flatten(0, 1)

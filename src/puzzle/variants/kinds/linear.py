@@ -41,8 +41,8 @@ class _Linear(Variant):
     def description(self) -> str:
         return "linear map"
 
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return not own.closed_form
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        return not parent.closed_form
 
     @property
     def cell(self) -> str:

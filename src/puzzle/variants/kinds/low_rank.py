@@ -37,9 +37,9 @@ class LowRankFFN(Variant):
     def description(self) -> str:
         return f"linear map of rank {self.rank}"
 
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        """Smaller than the layer's own FFN, and than one linear map."""
-        return 2 * self.rank < config.hidden_size and self.num_params(config) < own.num_params(config)
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        """Smaller than the parent's FFN, and than one linear map."""
+        return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
 
     @property
     def cell(self) -> str:

@@ -22,8 +22,8 @@ class _Nothing(Variant):
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         return 0.0
 
-    def fits(self, own: Variant, config: PuzzleConfig) -> bool:
-        return own != self
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        return parent != self
 
     def share(self, parent: Variant) -> float | None:
         return 0.0
