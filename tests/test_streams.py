@@ -124,7 +124,7 @@ def test_preparing_goes_on_after_the_last_file(opened: Open, tmp_path: Path, cut
     assert left == [f"{name}/003/{index:06d}.safetensors" for name in texts for index in range(3)]
     for name in texts:
         for index, tokens_BT in enumerate(text()):
-            found, expected = (each.inputs(3, name, index, tokens_BT) for each in (again, resident))
+            found, expected = (each.inputs(3, name, (index, tokens_BT)) for each in (again, resident))
             assert torch.equal(found, expected)
 
 
@@ -137,7 +137,7 @@ def test_each_text_goes_on_from_its_own_layer(opened: Open) -> None:
     for index, tokens_BT in enumerate(text()):
         expected_BTD = resident.forward(range(3), resident.embed(tokens_BT))
         for name in ("one", "two"):
-            assert torch.equal(resident.inputs(3, name, index, tokens_BT), expected_BTD)
+            assert torch.equal(resident.inputs(3, name, (index, tokens_BT)), expected_BTD)
 
 
 def test_preparing_goes_back_for_an_earlier_layer(opened: Open, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_preparing_goes_back_for_an_earlier_layer(opened: Open, tmp_path: Path) 
     stream.prepare(1, {"text": text})
     assert {file.parent.name for file in tmp_path.rglob("*.safetensors")} == {"001"}
     stream.hold([0])
-    assert torch.equal(stream.inputs(1, "text", 0, tokens_BT), stream.forward(range(1), stream.embed(tokens_BT)))
+    assert torch.equal(stream.inputs(1, "text", (0, tokens_BT)), stream.forward(range(1), stream.embed(tokens_BT)))
     stream.prepare(0, {"text": text})
     assert not list(tmp_path.rglob("*.safetensors"))
 

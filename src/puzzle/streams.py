@@ -208,18 +208,16 @@ class Stream:
         if not self.resident:
             runs = [groupby(enumerate(part), key=lambda pair: pair[1] - pair[0]) for part in parts]
             parts = [[layer for _, layer in run] for part in runs for _, run in part]
+        own = [0] * self.num_layers if self.resident else self.layer_bytes
         for part in parts:
-            for group in packed(part, lambda i: extra_bytes(i) + self._streamed_bytes(i), self.room(())):
+            for group in packed(part, lambda layer: extra_bytes(layer) + own[layer], self.room(())):
                 yield range(group[0], group[-1] + 1)
-
-    def _streamed_bytes(self, layer: int) -> int:
-        return 0 if self.resident else self.layer_bytes[layer]
 
     def hold(self, layers: Collection[int], weights: Mapping[int, State] | None = None) -> None:
         """Hold the weights of these layers; of a streamed model, of no others.
 
         Args:
-            weights: what `read` gave for the layers, if it was called before.
+            weights: the layers' tensors, if they were read before.
         """
         if self.resident:
             return
@@ -273,18 +271,16 @@ class Stream:
             for name, batches in behind.items():
                 if (start := max(group.start, starts[name])) < group.stop:
                     layers = range(start, group.stop)
-                    inputs, forward = partial(self._inputs, start, name), partial(self.forward, layers)
+                    inputs, forward = partial(self.inputs, start, name), partial(self.forward, layers)
                     self.activations.advance(name, batches(), layers, inputs, forward)
 
     @torch.no_grad()
-    def inputs(self, layer: int, text: str, batch: int, tokens_BT: Tensor) -> Tensor:
-        """The inputs of `layer` for a batch of a text that was prepared for it, [B, T, D]."""
+    def inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
+        """The inputs of `layer` for a batch of a text that was prepared for it, by number and tokens. [B, T, D]"""
+        batch, tokens_BT = numbered_BT
         if layer == 0:
             return self.embed(tokens_BT)
         return self.activations.read(text, layer, batch).to(self.model.device)
-
-    def _inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
-        return self.inputs(layer, text, *numbered_BT)
 
     @torch.no_grad()
     def forward(self, layers: range, hidden_BTD: Tensor) -> Tensor:
@@ -303,7 +299,7 @@ class Stream:
             first: number of the first batch; those before it are skipped.
         """
         numbered = islice(enumerate(batches), first, None)
-        for _, hidden_BTD in read_ahead(numbered, partial(self._inputs, layers.start, text)):
+        for _, hidden_BTD in read_ahead(numbered, partial(self.inputs, layers.start, text)):
             yield self.through(layers, hidden_BTD)
 
     def through(self, layers: range, hidden_BTD: Tensor) -> Iterator[LayerPass]:
@@ -336,8 +332,8 @@ class Stream:
             yield from (self.forward(layers, self.embed(tokens_BT)) for tokens_BT in batches())
             return
         self.prepare(self.num_layers, {text: batches})
-        for batch, tokens_BT in enumerate(batches()):
-            yield self.inputs(self.num_layers, text, batch, tokens_BT)
+        for numbered_BT in enumerate(batches()):
+            yield self.inputs(self.num_layers, text, numbered_BT)
 
     def close(self) -> None:
         """Delete what was kept on disk."""

@@ -8,7 +8,7 @@ from puzzle.artefacts.artefact import Artefact
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryRow:
-    """One variant of one half of one layer, or a whole block. Losses are normalised MSE on held-out text:
+    """One variant of one subblock of one layer, or a whole block. Losses are normalised MSE on held-out text:
     E||y - y'||^2 / E||y||^2 (docs/numbers.md).
     """
 

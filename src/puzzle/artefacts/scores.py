@@ -29,9 +29,9 @@ class ScoreRow:
     cosine: float
     """1 - cosine of the final hidden states to the parent's, after the last norm."""
     sequences: int
-    """Scored; fewer than the table's where the race was lost early."""
+    """Scored; fewer than the table's where the score is estimated from those of its subblocks."""
     task: float | None = None
-    """Of the user's own function, the higher the better; none where the race was lost."""
+    """Of the user's own function, the higher the better; none where that was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class ScoreTable(Artefact):
         return [self.parent_row(layer) for layer in range(self.num_layers)]
 
     def having(self, score: ScoreName) -> "ScoreTable":
-        """The table of the blocks that have this score: all, unless it is `task`, which losers of the race lack."""
+        """The table of the blocks that have this score: all, unless it is `task`, which some may lack."""
         if score != "task":
             return self
         table = replace(self, rows=tuple(row for row in self.rows if row.task is not None))

@@ -151,10 +151,9 @@ class _Refinement:
 
     def _inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
         """The inputs of `layer` in the child for a batch; of the first layer they are the parent's. [B, T, D]"""
-        batch, tokens_BT = numbered_BT
         if layer == self._layers.start:
-            return self._stream.inputs(layer, text, batch, tokens_BT)
-        return self._activations.read(text, layer, batch).to(self._run.device)
+            return self._stream.inputs(layer, text, numbered_BT)
+        return self._activations.read(text, layer, numbered_BT[0]).to(self._run.device)
 
     def _forward(self, student: Student, hidden_BTD: Tensor) -> Tensor:
         """The refined layer's output."""

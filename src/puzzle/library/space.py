@@ -9,12 +9,10 @@ from puzzle.parents import Parent
 from puzzle.runs import Run, read_json, write_json
 from puzzle.stages import SPACE
 from puzzle.variants import (
-    SUBBLOCKS,
     BlockVariant,
     LayerSpace,
     Space,
     Start,
-    Variant,
     expected_losses,
     prune_space,
 )
@@ -62,22 +60,12 @@ def narrow_space(
     """
     layers = []
     for index, layer in enumerate(space.layers):
-        used = [BlockVariant.parse(solution[index]) for solution in solutions]
-        kept = [BlockVariant.parse(always[index])] if always is not None else []
-        attention, ffn = (
-            _most_used(
-                layer.subblock(which), [b.subblock(which) for b in used], keep, [b.subblock(which) for b in kept]
-            )
-            for which in SUBBLOCKS
-        )
-        layers.append(LayerSpace(attention, ffn))
+        uses = Counter(v for solution in solutions for v in BlockVariant.parse(solution[index]).subblocks)
+        safe = () if always is None else BlockVariant.parse(always[index]).subblocks
+        subblocks = []
+        for variants in (layer.attention, layer.ffn):
+            ranked = sorted(variants, key=lambda variant: -uses[variant])  # where uses are equal, the first ones first
+            kept = (variants[0], *ranked[:keep], *safe)
+            subblocks.append(tuple(variant for variant in variants if variant in kept))
+        layers.append(LayerSpace(*subblocks))
     return Space(tuple(layers))
-
-
-def _most_used(
-    variants: tuple[Variant, ...], uses: Sequence[Variant], keep: int, always: Sequence[Variant]
-) -> tuple[Variant, ...]:
-    """In the space's order; where uses are equal, the first ones."""
-    counts = Counter(uses)
-    ranked = sorted(variants, key=lambda variant: -counts[variant])
-    return tuple(variant for variant in variants if variant in (variants[0], *ranked[:keep], *always))

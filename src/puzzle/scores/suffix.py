@@ -101,7 +101,7 @@ class SuffixScorer:
         return dict(zip(blocks, torch.cat(parts, dim=1), strict=True))
 
     def _inputs(self, text: str, layer: int, batch: int) -> Tensor:
-        return self._stream.inputs(layer, text, batch, self._text.tokens(batch)[:, :-1])
+        return self._stream.inputs(layer, text, (batch, self._text.tokens(batch)[:, :-1]))
 
     def _final(self, batch: int) -> Tensor:
         return self._inputs("final", self._stream.num_layers, batch)
