@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from puzzle.library import Library, final_states
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, save_checkpoint
-from puzzle.parents import Parent, finish, open_checkpoint, open_parent
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, save_checkpoint
+from puzzle.parents import Parent, open_checkpoint, open_parent
 from puzzle.runs import Run, read_tensors, write_tensors, write_text
 from puzzle.stages import REALISE
 from puzzle.streams import Stream

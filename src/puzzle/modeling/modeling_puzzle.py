@@ -257,15 +257,6 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         output_BTD, _ = self.self_attn(hidden_states=norm(hidden_BTD), **context)
         return output_BTD
 
-    # The names from before `has` and `subblock_output`, until nobody uses them.
-    @property
-    def has_attention(self) -> bool:
-        return self.has("attention")
-
-    @property
-    def has_ffn(self) -> bool:
-        return self.has("ffn")
-
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         for which in self._norm_names:
             hidden_states = hidden_states + self.subblock_output(which, hidden_states, **context)
