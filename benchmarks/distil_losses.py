@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from ablations import BASE
 from setting import CHILD, opened, recipe
 
-import puzzle.distill.trainer
+import puzzle.training
 from puzzle import Child, Pipeline, Quality, distil, realise
 from puzzle.evaluate import evaluate
 
@@ -34,8 +34,8 @@ LOSSES = {
 
 def main(parent: str, text: str, folder: str, *seeds: str) -> None:
     """Print and keep one row per loss and seed, and at last the table."""
-    puzzle.distill.trainer._best = lambda curve: int(curve[-1]["step"])
-    distillation = {"tokens": TOKENS, "learning_rate": 3e-4, "batch_size": 8, "validation_tokens": 2048, "log": []}
+    puzzle.training._best = lambda curve: curve[-1]
+    distillation = {"tokens": TOKENS, "learning_rate": 3e-4, "batch_size": 8, "validation_tokens": 2048}
     chosen = recipe(parent, text, **BASE, distil=distillation, evaluate={"tokens": 65_536})
     rows = []
     with opened(Path(folder) / "run", chosen) as method:

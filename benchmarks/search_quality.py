@@ -65,7 +65,7 @@ def settings(parent: str, text: str, seed: int) -> Recipe:
         library={"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
         score={"tokens": 8192},
         correct=NO_STEP,
-        distil={"batch_size": 4, "validation_tokens": 4096, "log": []},
+        distil={"batch_size": 4, "validation_tokens": 4096},
         evaluate={"tokens": 16_384},
     )
     return base.model_copy(update={"seed": seed})

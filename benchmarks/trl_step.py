@@ -35,7 +35,7 @@ def main(parent: str, text: str, folder: str) -> None:
     """Print milliseconds a step of each way, and their ratios."""
     torch.set_num_threads(1)
     root = Path(folder)
-    settings = {"learning_rate": RATE, "batch_size": BATCH, "cosine_weight": 0, "documents": False, "log": []}
+    settings = {"learning_rate": RATE, "batch_size": BATCH, "cosine_weight": 0, "documents": False}
     chosen = recipe(parent, text, **BASE, distil={**settings, "tokens": BATCH * 256, "validation_tokens": 256})
     with opened(root / "run", chosen) as method:
         child = realise(method.run, method.parent, method.library, CHILD)

@@ -9,19 +9,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.cache import cache_folder
 from puzzle.data import TokenData, prepare_data
 from puzzle.demo.corpus import read_corpus, write_corpus
+from puzzle.device import autocast, multiplies_bfloat16
 from puzzle.parents import open_parent
 from puzzle.recipe import DataSettings, Recipe
-from puzzle.runs import Run, StageFolder, create_folder, open_run, progress, read_json, write_json
-from puzzle.training import BETAS, TrainingState, autocast, learning_rate, set_learning_rate
+from puzzle.runs import StageFolder, create_folder, open_run, progress, read_json, write_json
+from puzzle.stages import Stage
+from puzzle.training import Part, adamw, remove_states, train
 
-_VERSION = 1
+PRETRAIN = Stage(name="pretrain", help="Train the demo's parent.", inputs=("parent", "data"))
+
+_VERSION = 2
 _NAME = "llama-2m-stdlib"
 _VOCAB_SIZE = 2048
 _BATCH_SIZE = 8
@@ -30,7 +33,7 @@ _MUON_RATE = 0.02
 _ADAMW_RATE = 3e-3
 _WARMUP = 0.03
 _TIMED_STEPS = 6
-_OPTIMISER_FACTOR = 1.2
+_OPTIMIZER_FACTOR = 1.2
 """What Muon and AdamW add to the time of a step (measured at these sizes, 2 cores, 2026-11)."""
 
 
@@ -59,9 +62,9 @@ def demo_parent(seconds: float) -> tuple[Path, Path, float]:
     with open_run(run_folder) as run:
         parent = open_parent(str(start))
         data = prepare_data(run, parent)
-        stage = run.stage("pretrain", version=_VERSION, settings={}, inputs=(parent.address, data.address))
+        stage = run.open(PRETRAIN, parent=parent, data=data)
         if not stage.done:
-            _pretrain(run, stage, start, data, seconds)
+            _pretrain(stage, start, data, seconds)
         return stage.path / _NAME, corpus, float(stage.facts["tokens_per_second"])
 
 
@@ -98,37 +101,37 @@ def _save_start(folder: Path, corpus: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def _pretrain(run: Run, stage: StageFolder, start: Path, data: TokenData, seconds: float) -> None:
+def _pretrain(folder: StageFolder, start: Path, data: TokenData, seconds: float) -> None:
     """Muon on the layers' matrices, AdamW on the rest; how many steps is decided once, by timing the first."""
     model = LlamaForCausalLM.from_pretrained(start)
     parameters = dict(model.named_parameters())
-    matrices = [value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name]
-    others = [value for value in parameters.values() if not any(value is matrix for matrix in matrices)]
-    muon: Optimizer = torch.optim.Muon(matrices, lr=_MUON_RATE, weight_decay=0.0)
-    adamw: Optimizer = torch.optim.AdamW(others, lr=_ADAMW_RATE, betas=BETAS, weight_decay=0.0, fused=True)
-    plan_file = stage.path / "plan.json"
+    matrices = {name: value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
+    others = [value for name, value in parameters.items() if name not in matrices]
+    muon = torch.optim.Muon(matrices.values(), lr=_MUON_RATE, weight_decay=0.0)
+    plan_file = folder.path / "plan.json"
     if not plan_file.exists():
         write_json(plan_file, _plan(model, data, seconds))
     plan = read_json(plan_file)
-    steps: int = plan["steps"]
-    state = TrainingState(stage.path / "training.safetensors", parameters, muon, adamw)
-    first = state.restore()
-    with progress("train the parent", steps, first) as bar:
-        for step in range(first, steps):
-            for optimizer, peak in ((muon, _MUON_RATE), (adamw, _ADAMW_RATE)):
-                set_learning_rate(optimizer, learning_rate(step, steps=steps, peak=peak, warmup=_WARMUP))
-            loss = _loss(model, data, step)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in (muon, adamw):
-                optimizer.step()
-                optimizer.zero_grad()
-            state.save_if_due(step + 1)
-            bar.advance(loss=float(loss.detach()))
-    model.save_pretrained(stage.path / _NAME)
-    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(stage.path / _NAME)
-    (stage.path / "training.safetensors").unlink(missing_ok=True)
-    stage.commit(**plan)
+
+    def gradients(step: int) -> dict[str, Tensor]:
+        loss = _loss(model, data, step)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    with progress("train the parent", plan["steps"]) as bar:
+        train(
+            [Part("parent", parameters, [muon, adamw(others, _ADAMW_RATE)])],
+            gradients,
+            steps=plan["steps"],
+            warmup=_WARMUP,
+            max_grad_norm=1.0,
+            folder=folder.path,
+            bar=bar,
+        )
+    model.save_pretrained(folder.path / _NAME)
+    PreTrainedTokenizerFast.from_pretrained(start).save_pretrained(folder.path / _NAME)
+    folder.commit(**plan)
+    remove_states(folder.path)
 
 
 def _plan(model: LlamaForCausalLM, data: TokenData, seconds: float) -> dict[str, float]:
@@ -139,7 +142,7 @@ def _plan(model: LlamaForCausalLM, data: TokenData, seconds: float) -> dict[str,
         _loss(model, data, step).backward()
         model.zero_grad()
         times.append(time.perf_counter() - began)
-    step_seconds = _OPTIMISER_FACTOR * min(times)
+    step_seconds = _OPTIMIZER_FACTOR * min(times)
     return {
         "steps": max(1, math.floor(seconds / step_seconds)),
         "tokens_per_second": _BATCH_SIZE * _SEQUENCE_LENGTH / step_seconds,
@@ -148,13 +151,6 @@ def _plan(model: LlamaForCausalLM, data: TokenData, seconds: float) -> dict[str,
 
 def _loss(model: LlamaForCausalLM, data: TokenData, step: int) -> Tensor:
     tokens_BT = data.training_batch(step, _BATCH_SIZE, seed=0)
-    with autocast(model.device, _precision()):
+    with autocast(model.device, torch.bfloat16 if multiplies_bfloat16() else torch.float32):
         logits_BTV = model(tokens_BT[:, :-1], use_cache=False).logits
     return cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
-
-
-def _precision() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively."""
-    capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
