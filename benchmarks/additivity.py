@@ -22,6 +22,7 @@ from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of, summarise
 from puzzle.costs.slopes import Plan, Stack
 from puzzle.costs.table import cost_rows, part_times
 from puzzle.costs.timing import Samples, measure_in_turns
+from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings
 from puzzle.variants import Architecture, BlockVariant, Space, derive_space
@@ -44,7 +45,8 @@ def main(
     torch.set_num_threads(int(threads))
     config = open_parent(checkpoint).config
     settings = ScenarioSettings(engine=name, prompt_tokens=int(prompt), generated_tokens=int(generated))
-    scenario, space, size = scenario_of(settings, torch.device("cpu")), derive_space(config), int(batch)
+    scenario, size = scenario_of(settings, torch.device("cpu")), int(batch)
+    space = deployable(derive_space(config), config, [TIMED_AS[name]] if name in TIMED_AS else [])
     engine = ENGINES[name](scenario)
     plan, models = Plan.of(space, config), architectures(space)
     asked = plan.stacks | models | {f"{model} again": blocks for model, blocks in models.items()}

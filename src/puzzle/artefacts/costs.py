@@ -84,7 +84,7 @@ Part = Literal["attention", "ffn", "block", "fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """One variant of one half of one layer at one batch size.
+    """One variant of one subblock of one layer at one batch size.
 
     Or, as `block`, a whole block whose subblocks were not measured apart (tables of other libraries). Or, as `fixed`,
     what every child has: embeddings, final norm, head, and the engine's time per step that belongs to no layer; `layer`

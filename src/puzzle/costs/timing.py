@@ -23,7 +23,7 @@ ENGINES: dict[str, Callable[[Scenario], Engine]] = {
 """By `scenario.engine`."""
 MOST = 4
 """Limit of the rounds, as a multiple of those asked for."""
-_PRECISION = 0.01
+_PRECISION = 0.015
 """Relative standard error of a ratio of request times that is good enough."""
 
 Task = tuple[str, int]
@@ -116,7 +116,7 @@ def time_models(
     Args:
         models: architectures (`Architecture.configure`) or checkpoints on disk, each with its batch size.
         rounds: at least; up to `MOST` times as many.
-        enough: whether the samples so far suffice; by default if `ratio_standard_error` is at most 1 %.
+        enough: whether the samples so far suffice; by default if `ratio_standard_error` is at most 1.5 %.
     """
     tasks = [(str(index), batch_size) for index, (_, batch_size) in enumerate(models)]
     samples: Samples = {task: [] for task in tasks}

@@ -100,6 +100,7 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
     try:
         (prefill_ms,) = times_ms(device, step, 1)
         _extend(cache, max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS))
+        # On a GPU launches set this time, as nothing is captured: a graph over a static cache would be replayed here.
         steps_ms = times_ms(device, step, WARM_UP_STEPS + DECODE_STEPS)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
