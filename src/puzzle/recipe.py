@@ -268,8 +268,6 @@ class DistilSettings(Section):
     """Parts in which a step's sequences are run, one after another: less memory, the same step."""
     warmup: Annotated[Fraction, Field(ge=0, lt=1)] = 0.05
     """Share of the steps."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: on the layers' matrices, AdamW on the rest."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Applied to weights with two or more dimensions."""
     max_grad_norm: PositiveFloat = 1.0

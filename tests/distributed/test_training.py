@@ -29,9 +29,9 @@ BLOCKS = ("kv1+w8", "none+w64", "kv2+none", "linear+w16")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"accumulate": 2, "lm_weight": 0.5},
     "cached": {"teacher_cache": 8, "validation_tokens": 32 * 13},
-    "rounded": {"optimizer": "muon"},
+    "rounded": {},
 }
-"""The last in bfloat16, which Muon's own products are in any case; 13 sequences are no multiple of the processes."""
+"""The last in bfloat16; 13 sequences are no multiple of the processes."""
 WORKER = Path(__file__).with_name("worker.py")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.child import Child
@@ -26,7 +25,6 @@ from puzzle.distributed.together import train_on_cluster
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent
-from puzzle.recipe import DistilSettings
 from puzzle.runs import Run, progress, read_json
 from puzzle.stages import DISTIL, TEACHER
 from puzzle.training import Part, Point, adamw, remove_states, train
@@ -51,9 +49,10 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
     batches = Batches(data, settings, run.recipe.seed)
     model = _build(run, parent, child, _cache(run, parent, data, batches))
     parameters = dict(model.student.requires_grad_(True).named_parameters())
+    optimizer = adamw(parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay)
     with progress(f"GKD of the {label}", batches.steps) as bar:
         trained = train(
-            [Part("child", parameters, _optimizers(settings, parameters))],
+            [Part("child", parameters, [optimizer])],
             partial(_gradients, run, model, batches),
             steps=batches.steps,
             warmup=settings.warmup,
@@ -114,21 +113,6 @@ def _validate(run: Run, model: Distillation, batches: Batches, step: int) -> Poi
         "loss": settings.kl_weight * kl + settings.cosine_weight * cosine + settings.lm_weight * lm,
         "validation_kl": kl,
     }
-
-
-def _optimizers(settings: DistilSettings, parameters: Mapping[str, Tensor]) -> list[Optimizer]:
-    """AdamW, or Muon on the layers' matrices and AdamW on the rest.
-
-    Muon's updates are scaled to be as large as AdamW's (Muon is Scalable, arXiv 2502.16982): one rate serves both.
-    """
-    rate, decay = settings.learning_rate, settings.weight_decay
-    matrices = {name for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
-    if settings.optimizer == "adamw" or not matrices:
-        return [adamw(parameters.values(), rate, weight_decay=decay)]
-    muon = torch.optim.Muon(
-        [parameters[name] for name in sorted(matrices)], rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, adamw([parameters[name] for name in parameters.keys() - matrices], rate, weight_decay=decay)]
 
 
 def _build(run: Run, parent: Parent, child: Child, cache: Path | None) -> Distillation:
