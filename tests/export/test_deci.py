@@ -113,8 +113,10 @@ def test_unknown_formats_and_folders_that_are_no_child(save_child: SaveChild, tm
     _, child = save_child("kv4+w48")
     with pytest.raises(PuzzleError, match="'onnx' is unknown"):
         convert(child, "onnx")
-    with pytest.raises(PuzzleError, match=r"no readable config\.json"):
+    with pytest.raises(PuzzleError, match=r"config\.json cannot be read"):
         convert(tmp_path, "deci")
+    with pytest.raises(PuzzleError, match="holds a llama model"):
+        convert(convert(child, "llama"), "deci")
 
 
 @pytest.mark.parametrize("to", ["deci", "llama", "gguf"])

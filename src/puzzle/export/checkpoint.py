@@ -1,6 +1,5 @@
 """What the formats share: a child's folder is read without loading the model, and a new one appears whole or not."""
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from torch import Tensor
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent
-from puzzle.runs import write_json
+from puzzle.runs import read_json, write_json
 from puzzle.variants import Architecture, BlockVariant, Subblock, parse_variant
 
 NO_OP = {"no_op": True}
@@ -37,13 +36,11 @@ class Layer:
 
 def open_child(path: Path) -> Parent:
     """A child's folder, checked as a parent is; a `PuzzleError` if it is not a whole checkpoint in Puzzle's format."""
-    try:
-        model_type = json.loads((path / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise PuzzleError(f"export: {path} has no readable config.json; name the folder of a child") from None
+    child = open_parent(str(path))
+    model_type = read_json(path / "config.json")["model_type"]
     if model_type != PuzzleConfig.model_type:
         raise PuzzleError(f"export: {path} holds a {model_type} model; only children in Puzzle's format are exported")
-    return open_parent(str(path))
+    return child
 
 
 def layers_of(config: PuzzleConfig) -> list[Layer]:
