@@ -30,12 +30,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if not flush:
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
+    if flush:
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
-    finally:
         os.close(folder)
 
 
@@ -55,10 +52,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """A JSON file of a run folder; a PuzzleError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise _lost(path, error) from None
+    return read_parsed(path, json.loads)
 
 
 def read_parsed(path: Path, parse: Callable[[str], _T]) -> _T:
@@ -69,14 +63,12 @@ def read_parsed(path: Path, parse: Callable[[str], _T]) -> _T:
         raise _lost(path, error) from None
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None, *, flush: bool = True
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, flush: bool = True) -> None:
     """A safetensors file; tensors are made contiguous and moved to the CPU. See `write_atomically` for `flush`."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, dict(metadata or {})), flush=flush)
+    write_atomically(path, lambda temporary: save_file(plain, temporary), flush=flush)
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
@@ -85,10 +77,9 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except (FileNotFoundError, SafetensorError) as error:
         raise _lost(path, error) from None
-    return tensors
 
 
 def _lost(path: Path, error: Exception) -> PuzzleError:

@@ -1,29 +1,31 @@
 """The run folder: one recipe, one process at a time, and one folder per finished or unfinished stage.
 
-    DIR/puzzle.json              the mark of a run folder
-    DIR/recipe.yaml              what the person wrote; edit it and only what depends on the edit runs again
-    DIR/stages/NAME-ADDRESS/     a stage's files; `manifest.json`, written last, says it is finished
-    DIR/used.json                the stage folders that the last command used
-    DIR/architecture.json, summary.json, report.html, log.txt
-
-An address is the hash of the stage's name and version, the settings that it reads, and the addresses of its inputs.
+DIR/puzzle.json              the mark of a run folder
+DIR/recipe.yaml              what the person wrote; edit it and only what depends on the edit runs again
+DIR/used.json                the stage folders that the last command used
+DIR/stages/NAME-ADDRESS/     a stage's files, and beside them
+    stage.json               what the address is the hash of: name, version, settings read, addresses of inputs
+    clock.json               when this attempt began, and the seconds of those before it
+    manifest.json            written last: the stage is finished
+DIR/architecture.json, summary.json, report.html, log.txt
 """
 
 import fcntl
+import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
-from puzzle.runs.files import remove_temporary, write_json, write_text
-from puzzle.runs.folder import StageFolder, find_folder, open_folder
+from puzzle.runs.files import read_json, remove_temporary, write_json, write_text
 from puzzle.stages import Stage
 
 if TYPE_CHECKING:
@@ -32,6 +34,48 @@ if TYPE_CHECKING:
 _MARK = "puzzle.json"
 _LOCK = ".lock"
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage, found by its address; files in it are kept from one start to the next."""
+
+    path: Path
+    name: str
+    address: str
+    _spent_s: float = field(default=0.0, compare=False)
+    """By attempts before this one."""
+    _opened_s: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of a finished stage: `seconds` over all attempts, when it was `finished`, and its `facts`.
+
+        An attempt that was killed counts until the last file it wrote; what came after was lost and done again.
+        """
+        manifest: dict[str, Any] = read_json(self.path / "manifest.json")
+        return manifest
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stage wrote into its manifest."""
+        facts: dict[str, Any] = self.manifest["facts"]
+        return facts
+
+    def commit(self, **facts: Any) -> None:
+        """Mark the stage as finished; every file of it must be on disk."""
+        manifest = {
+            "stage": self.name,
+            "address": self.address,
+            "seconds": round(self._spent_s + time.monotonic() - self._opened_s, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "facts": facts,
+        }
+        write_json(self.path / "manifest.json", manifest)
 
 
 @dataclass(frozen=True)
@@ -70,14 +114,19 @@ class Run:
         return self._open({"stage": name, "version": version, "settings": plain, "inputs": list(inputs)})
 
     def _open(self, identity: dict[str, Any]) -> StageFolder:
-        folder = find_folder(self.path / "stages", identity)
-        if self.only is not None and identity["stage"] not in self.only and not folder.done:
+        name, address = identity["stage"], digest(identity)
+        folder = StageFolder(self.path / "stages" / f"{name}-{address[:12]}", name, address)
+        if self.only is not None and name not in self.only and not folder.done:
             raise PuzzleError(
                 f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} "
                 f"alone; run `puzzle refine {self.path}` first, without torchrun"
             )
         if self.leads:
-            folder = open_folder(self.path / "stages", identity)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not (folder.path / "stage.json").exists():
+                write_json(folder.path / "stage.json", identity)
+            if not folder.done:
+                folder = replace(folder, _spent_s=_start_clock(folder.path))
         if folder not in self.used:
             self.used.append(folder)
             if self.leads:
@@ -218,3 +267,34 @@ def _locked(path: Path) -> Iterator[None]:
 def _is_blank(path: Path) -> bool:
     """Nothing there but what a start that was cut off at once leaves."""
     return all(entry.name == _LOCK or entry.name.startswith(f".{_MARK}.") for entry in path.iterdir())
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: the same on every machine, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _start_clock(path: Path) -> float:
+    """Note that an attempt begins now; the seconds of the attempts before it."""
+    clock, spent_s = path / "clock.json", 0.0
+    if clock.exists():
+        earlier = read_json(clock)
+        spent_s = earlier["spent_s"] + max(0.0, last_written(path) - earlier["began"])
+    write_json(clock, {"began": time.time(), "spent_s": spent_s})
+    return spent_s
+
+
+def last_written(path: Path) -> float:
+    """When the newest file below `path` was written."""
+    return max((facts.st_mtime for _, facts in files(path)), default=0.0)
+
+
+def files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file below `path` but hidden ones, which are being written; others may come and go meanwhile."""
+    for file in path.rglob("[!.]*"):
+        try:
+            facts = file.stat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISREG(facts.st_mode):
+            yield file, facts

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from puzzle.recipe import Recipe
 from puzzle.runs.files import read_json
-from puzzle.runs.folder import files, last_written
-from puzzle.runs.run import check_folder, process_in
+from puzzle.runs.run import check_folder, files, last_written, process_in
 from puzzle.stages import COMMANDS, REPORT
 from puzzle.units import format_bytes, format_seconds
 
