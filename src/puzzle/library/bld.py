@@ -48,7 +48,11 @@ class StudentPlan:
     def of(
         cls, layer: int, subblock: str, variant: str, num_params: int, identity: Any, build: Callable[[], Student]
     ) -> "StudentPlan":
-        """Args: identity: what its weights follow from, beside layer, subblock and variant."""
+        """The plan of a variant.
+
+        Args:
+            identity: what its weights follow from, beside layer, subblock and variant.
+        """
         name = digest([identity, layer, subblock, variant])[:24]
         row = LibraryRow(
             layer=layer,
