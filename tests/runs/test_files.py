@@ -75,7 +75,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path) -> None:
 
 def test_tensors_come_back_as_they_were(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16, requires_grad=True)}
-    write_tensors(tmp_path / "file", tensors, {"what": "test"})
+    write_tensors(tmp_path / "file", tensors)
     back = read_tensors(tmp_path / "file")
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
