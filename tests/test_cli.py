@@ -23,10 +23,9 @@ from tests.conftest import pico_puzzle
 from puzzle.artefacts import Solution
 from puzzle.cli import main
 from puzzle.errors import PuzzleError
-from puzzle.query import Tables
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.runs import Run, is_run_folder, open_run
-from puzzle.search import solve
+from puzzle.search import Tables, read_table, solve
 from puzzle.stages import COMMANDS
 
 STAGES = [stage.name for stage in COMMANDS]
@@ -47,11 +46,11 @@ class Pipeline:
     @property
     def tables(self) -> Tables:
         target = TargetSettings.model_validate({"throughput": "1.5x", "memory": "60%"})
-        return replace(Tables.read(TABLE), target=target)
+        return replace(read_table(TABLE), target=target)
 
     @property
     def searched(self) -> Solution:
-        return solve(self.tables.scores, self.tables.costs, self.tables.target, self.tables.settings)
+        return solve(self.tables)
 
     def run_stage(self, run: Run, name: str) -> "Pipeline":
         self.asked.append((run.path, name))
@@ -200,7 +199,7 @@ def test_a_run_is_searched_for_other_targets(pipeline: Pipeline, capsys: pytest.
     assert "asked: throughput at least 2,793" in capsys.readouterr().out
     assert main(["search", "out", "--table", "out.json"]) == 0
     assert [name for _, name in pipeline.asked] == ["report", "search", "score", "score"]
-    written, read = Tables.read(Path("out.json")), pipeline.tables
+    written, read = read_table(Path("out.json")), pipeline.tables
     assert (written.scores, written.costs.scenario) == (read.scores, read.costs.scenario)
 
 
@@ -261,10 +260,9 @@ def test_every_stage_with_a_command_has_a_property_of_the_pipeline() -> None:
         (["search", "table.json", "--search", "gap"], "--search gap: expected key=value, such as gap=0"),
         (["search", "table.json", "--target", "target.throughput=9x"], "target.throughput: 9x (16760 tok/s) asked"),
         (["search", "table.json", "--target", "score=1"], "target.score: alone it is met best by the parent itself"),
-        (["search", "table.json", "--target", "memory=60%", "--out", "."], "--out: . is a folder; name a file"),
         (
-            ["search", "table.json", "--frontier", "2", "--figure", "no/f.html"],
-            "--figure: the folder no does not exist",
+            ["search", "table.json", "--target", "memory=60%", "--out", "no/f.json"],
+            "no/f.json cannot be written; name a file in",
         ),
         (["search", "table.json", "--baseline", "random", "--seed", "-1"], "--seed: found -1; must be a whole numb"),
         (["export", "nowhere", "--to", "fooo"], "export: format 'fooo' is unknown; use one of hf, deci"),

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
     from puzzle.child.realise import Child, realise  # of the module, or mypy takes the name for it
     from puzzle.child.refine import refine
-    from puzzle.correct import TrueScore
     from puzzle.costs import measure_costs, time_models
     from puzzle.data import TokenData, prepare_data
     from puzzle.distill import distil
@@ -29,25 +28,25 @@ if TYPE_CHECKING:
     from puzzle.pipeline import Pipeline, run_stage
     from puzzle.recipe import Recipe
     from puzzle.runs import Run, create_folder, open_run
-    from puzzle.scores import score
-    from puzzle.search.frontier import frontier
-    from puzzle.search.solve import solve
+    from puzzle.scores import TrueScore, score
+    from puzzle.search.solve import frontier, solve
+    from puzzle.search.tables import Tables
     from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 # fmt: off
 __all__ = [
     "Architecture", "BlockVariant", "Bounds", "Child", "Cost", "CostTable", "Library", "LibraryIndex", "Parent",
     "Pipeline", "PuzzleConfig", "PuzzleError", "PuzzleForCausalLM", "Quality", "Recipe", "Run", "Scenario",
-    "ScoreTable", "Solution", "Space", "Statistics", "TokenData", "Totals", "TrueScore", "build_library", "calibrate",
-    "create_folder", "derive_space", "distil", "export_hf", "frontier", "measure_costs", "measure_speed", "open_parent",
-    "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve", "time_models",
+    "ScoreTable", "Solution", "Space", "Statistics", "Tables", "TokenData", "Totals", "TrueScore", "build_library",
+    "calibrate", "create_folder", "derive_space", "distil", "export_hf", "frontier", "measure_costs",
+    "measure_speed", "open_parent", "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve",
+    "time_models",
 ]
 # fmt: on
 
 _HOMES = {
     "artefacts": "Bounds Cost CostTable LibraryIndex Scenario ScoreTable Solution Totals",
     "child": "Child realise refine",
-    "correct": "TrueScore",
     "costs": "measure_costs time_models",
     "data": "TokenData prepare_data",
     "distill": "distil",
@@ -60,8 +59,8 @@ _HOMES = {
     "pipeline": "Pipeline run_stage",
     "recipe": "Recipe",
     "runs": "Run create_folder open_run",
-    "scores": "score",
-    "search": "frontier solve",
+    "scores": "TrueScore score",
+    "search": "Tables frontier solve",
     "variants": "Architecture BlockVariant Space derive_space",
 }
 

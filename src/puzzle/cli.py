@@ -6,7 +6,7 @@ import errno
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -203,25 +203,34 @@ def search(arguments: argparse.Namespace) -> None:
     """Choose the best architecture within the target (MIP), in a run folder or in a table file of any library."""
     from dataclasses import fields
 
-    from puzzle.query import Question, Tables, print_answer, print_solution
+    from rich.console import Console, RenderableType
+
+    from puzzle.query import Question, answer
+    from puzzle.report import solution_table
+    from puzzle.runs import open_run
+    from puzzle.search import read_table
 
     asked = [flag for flag in ("frontier", "pool", "baseline") if getattr(arguments, flag) is not None]
     if len(asked) > 1:
         raise PuzzleError(f"--{asked[1]}: it does not go together with --{asked[0]}; leave one out")
     question = Question(**{item.name: getattr(arguments, item.name) for item in fields(Question)})
-    if arguments.place.is_file() or arguments.place.suffix == ".json":
-        print_answer(Tables.read(arguments.place), question)
-        return
-    from puzzle.runs import open_run
 
+    def show(parts: Iterable[RenderableType]) -> None:
+        console = Console()
+        for part in parts:
+            console.print(part)
+
+    if arguments.place.is_file() or arguments.place.suffix == ".json":
+        show(answer(read_table(arguments.place), question))
+        return
     with open_run(arguments.place, arguments.on) as opened:
         from puzzle.pipeline import run_stage
 
         if question == Question():
             method = run_stage(opened, "search")
-            print_solution(method.searched, method.tables)
+            show([solution_table(method.searched, method.tables.parent)])
         else:
-            print_answer(run_stage(opened, "score").tables, question)
+            show(answer(run_stage(opened, "score").tables, question))
 
 
 @_command(

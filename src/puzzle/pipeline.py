@@ -15,12 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle.artefacts import Correction, CostTable, ScoreTable, Solution, Totals
-from puzzle.baseline import uniform_architecture, uniform_space
+from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.checks import check_installed, check_recipe
 from puzzle.child import Child, realise, refine
-from puzzle.confirm import checked, confirmed_search, first_confirmed
-from puzzle.correct import TrueScore, correct
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import choose_device
@@ -32,23 +29,21 @@ from puzzle.library import Library, Statistics, build_library, calibrate, narrow
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
-from puzzle.query import Tables
-from puzzle.recipe import Recipe, TargetSettings
+from puzzle.recipe import Recipe
 from puzzle.report import Check, ReportData, final_table, model_card, summary, table_row, versions, write_report
 from puzzle.runs import Run, write_json, write_text
-from puzzle.scores import score
-from puzzle.search import frontier
+from puzzle.scores import TrueScore, score
+from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
 from puzzle.stages import COMMANDS
 from puzzle.variants import Space, derive_space
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """The baseline: what it is, its weights after GKD, and the cost table with its blocks in it."""
+    """The baseline: what it is, and its weights after GKD."""
 
     solution: Solution
     child: Child
-    costs: CostTable
 
 
 class Pipeline:
@@ -97,11 +92,10 @@ class Pipeline:
     @cached_property
     def preferred_space(self) -> Space:
         """Per subblock the `library.coupled` variants that the frontier uses most, and the best child's (F.1.1)."""
-        recipe, scores = self.run.recipe, self.subblock_scores
-        best = confirmed_search(self.run, self.parent, scores, self.costs, self.further_costs).blocks
-        points = frontier(scores, self.costs, recipe.target, recipe.search, further=self._further)
-        shown = [solution.blocks for solution in points]
-        return narrow_space(self.space, shown, recipe.library.coupled or 0, always=best)
+        tables = self._tables(self.subblock_scores)
+        best = until_met(self.run, self.parent, tables).solution.blocks
+        shown = [solution.blocks for solution in frontier(tables)]
+        return narrow_space(self.space, shown, self.run.recipe.library.coupled or 0, always=best)
 
     @cached_property
     def library(self) -> Library:
@@ -129,9 +123,19 @@ class Pipeline:
         return [measure_costs(self.run, self.parent, self.space, scenario) for scenario in scenarios]
 
     @cached_property
+    def tables(self) -> Tables:
+        """What is searched, and what `puzzle search` asks its questions to."""
+        return self._tables(self.scores)
+
+    @cached_property
+    def met(self) -> Met:
+        """The search repeated until its solution meets the target as measured."""
+        return until_met(self.run, self.parent, self.tables)
+
+    @property
     def searched(self) -> Solution:
-        """The architecture of the lowest summed score within the bounds, with its proof, timed on the engine."""
-        return confirmed_search(self.run, self.parent, self.scores, self.costs, self.further_costs)
+        """The architecture of the lowest summed score within the bounds, with its proof."""
+        return self.met.solution
 
     @cached_property
     def true_score(self) -> TrueScore:
@@ -139,30 +143,13 @@ class Pipeline:
         return TrueScore(self.run, self.parent, self.data, self.library)
 
     @cached_property
-    def correction(self) -> Correction | None:
-        """What whole architectures say of that solution and of others, if `correct.tokens` asks."""
-        tables = (self.scores, self.costs, self.searched, self.further_costs)
-        return correct(self.run, self.true_score, self.parent, self.data, *tables)
-
-    @cached_property
     def solution(self) -> Solution:
-        """The best one as a whole, timed on the engine."""
-        if self.correction is None:
+        """The best of the pool as a whole, if `correct.tokens` asks, and if it meets the target as measured."""
+        if not self.run.recipe.corrected:
             return self.searched
-        return first_confirmed(self.run, self.parent, self.costs, self.correction.ranked, self.further_costs)
-
-    @property
-    def tables(self) -> Tables:
-        """What `puzzle search` asks its questions to."""
-        return Tables(
-            scores=self.scores,
-            costs=self.costs,
-            target=self.run.recipe.target,
-            settings=self.run.recipe.search,
-            further=self._further,
-            influence=lambda: self.statistics.influence(len(self.space.layers)),
-            evaluate=lambda architectures: self.true_score(architectures),
-        )
+        tables, evaluate = self.met.tables, self.true_score.scores
+        found = correct(self.run, tables, self.searched, evaluate, self.library, self.data)
+        return first_met(self.run, self.parent, tables, found.ranked)
 
     @cached_property
     def child_before(self) -> Child:
@@ -184,25 +171,12 @@ class Pipeline:
         """The honest baseline: all layers alike, as fast as the child, made and distilled in the same way."""
         if not self.run.recipe.evaluate.uniform_baseline:
             return None
-        run, parent, data, solution = self.run, self.parent, self.data, self.solution
-        influence = self.statistics.influence(len(self.space.layers))
-        architecture = uniform_architecture(
-            run, parent, self.space, self.subblock_scores, self.costs, influence, solution
-        )
-        space = uniform_space(parent, architecture)
-        library = build_library(run, parent, data, self.statistics, space)
-        blocks = tuple(block.name for block in architecture.blocks)
-        costs = self.costs.extended(measure_costs(run, parent, space))
-        described = replace(
-            solution,
-            blocks=blocks,
-            score=score(run, parent, data, library, space).total(blocks),
-            predicted=dict(costs.totals(blocks, solution.batch_size).as_dict()),
-            proof=None,
-        )
-        refined = refine(run, parent, realise(run, parent, library, blocks), data)
-        child = distil(run, parent, refined, data, label="uniform child")
-        return Uniform(described, child, costs)
+        run, parent, data, influence = self.run, self.parent, self.data, self.influence
+        tables = replace(self.tables, scores=self.subblock_scores)
+        solution = uniform_solution(run, parent, self.space, tables, influence, self.solution)
+        library = build_library(run, parent, data, self.statistics, space_of(parent, solution.blocks))
+        refined = refine(run, parent, realise(run, parent, library, solution.blocks), data)
+        return Uniform(solution, distil(run, parent, refined, data, label="uniform child"))
 
     @cached_property
     def rows(self) -> dict[str, dict[str, float]]:
@@ -220,7 +194,7 @@ class Pipeline:
         }
         measured = measure_speed(self.run, models, self.costs, self.solution.batch_size)
         return {
-            name: table_row(asdict(qualities[name]), self._predicted(model), measured[name])
+            name: table_row(asdict(qualities[name]), self._predicted(name, model), measured[name])
             for name, model in models.items()
         }
 
@@ -241,9 +215,20 @@ class Pipeline:
         return path
 
     @property
-    def _further(self) -> list[tuple[CostTable, TargetSettings]]:
-        targets = [each.target for each in self.run.recipe.scenarios]
-        return list(zip(self.further_costs, targets, strict=True))
+    def influence(self) -> list[float]:
+        """Block influence of each layer."""
+        return self.statistics.influence(len(self.space.layers))
+
+    def _tables(self, scores: ScoreTable) -> Tables:
+        recipe = self.run.recipe
+        return Tables(
+            scores=scores,
+            costs=self.costs,
+            target=recipe.target,
+            settings=recipe.search,
+            further=[*zip(self.further_costs, (each.target for each in recipe.scenarios), strict=True)],
+            influence=lambda: self.influence,
+        )
 
     @property
     def _target(self) -> str:
@@ -252,16 +237,12 @@ class Pipeline:
         bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
         return f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
 
-    @property
-    def _all_costs(self) -> CostTable:
-        return self.uniform.costs if self.uniform is not None else self.costs
-
-    def _predicted(self, model: Parent | Child) -> Totals:
-        blocks = [block.name for block in model.architecture.blocks]
-        return self._all_costs.totals(blocks, self.solution.batch_size)
+    def _predicted(self, name: str, model: Parent | Child) -> dict[str, float]:
+        if name == "uniform" and self.uniform is not None:
+            return self.uniform.solution.predicted
+        return self.costs.totals(model.architecture.names, self.solution.batch_size).as_dict()
 
     def _report_data(self) -> ReportData:
-        target, settings = self.run.recipe.target, self.run.recipe.search
         curves = {"child": distillation_curve(self.child)}
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
@@ -274,8 +255,8 @@ class Pipeline:
             rows=self.rows,
             checks=[
                 Check(model=f"{model}, search {number}", quantity=quantity, predicted=predicted, measured=measured)
-                for number, timed in enumerate(checked(self.run, self.costs), 1)
-                for model, times in timed.items()
+                for number, timing in enumerate(self.met.timings, 1)
+                for model, times in timing.at_batch.items()
                 for quantity, predicted, measured in zip(
                     ("prefill_ms", "decode_ms"), times.predicted, times.measured, strict=True
                 )
@@ -283,9 +264,9 @@ class Pipeline:
             solution=self.solution,
             proof=self.searched.proof,
             uniform=self.uniform.solution if self.uniform is not None else None,
-            frontier=frontier(self.scores, self.costs, target, settings, further=self._further),
+            frontier=frontier(self.tables),
             scores=self.scores,
-            costs=self._all_costs,
+            costs=self.costs,
             curves=curves,
             seconds=self.run.seconds(),
             warnings=[*dict.fromkeys(text for text in warned if text)],

@@ -92,9 +92,9 @@ class Quantity:
         return units.format_scaled(value, self.scales, self.digits)
 
     def setting_text(self, value: float, rounding: str = ROUND_HALF_EVEN) -> str:
-        """As the recipe reads it, with four significant digits: `2480tok/s`, `24GB`."""
+        """As the recipe reads it, with four significant digits: `2480 tok/s`, `24GB`."""
         scale, unit = next((item for item in self.scales if abs(value) >= item[0]), self.scales[-1])
-        return plain_digits(value / scale, rounding) + unit
+        return plain_digits(value / scale, rounding) + (f" {unit}" if "/" in unit else unit)
 
     @property
     def direction(self) -> str:

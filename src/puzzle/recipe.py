@@ -213,8 +213,6 @@ class SearchSettings(Section):
     """What layers must not take, in the same terms, as `{all: [linear+*, none+none]}`."""
     equal: PositiveInt | Layers | Annotated[list[NumberedLayers], Field(min_length=1)] | None = None
     """Layers that take one block together: `all`, groups of `4` consecutive ones, or a list such as `[0-7, 8-15]`."""
-    kinds: PositiveInt | None = None
-    """At most so many distinct blocks in the whole model; null: any number."""
     gap: Annotated[float, Field(ge=0, lt=1)] = 1e-6
     """Relative gap at which a solution counts as optimal."""
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -232,16 +230,6 @@ class CorrectSettings(Section):
     """Solutions of the search that are compared, the best ones of the summed score; 0: none beside the best."""
     differing: PositiveInt = 2
     """Layers in which each of these differs from all before."""
-    depth: Count = 0
-    """Whole layers removed, each the least missed with those before it gone, around which blocks are scored again."""
-    rounds: Count = 1
-    """Times that blocks are scored again around the best architecture and searched again, while that helps."""
-    pairs: Count = 0
-    """Pairs of blocks at most whose joint score is measured around the best architecture and added to the search."""
-    finalists: Count = 0
-    """Architectures that also go through short GKD, subblock of which stay for twice the tokens; below 2: none."""
-    finalist_tokens: PositiveCount = 250_000
-    """GKD tokens of every finalist in the first round."""
 
 
 class RefineSettings(Section):

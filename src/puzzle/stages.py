@@ -205,15 +205,20 @@ SEARCH = Stage(
     name="search",
     help="Choose the best architecture within the target (MIP).",
     result="searched",
-    reads=("target", "search"),
+    reads=("target", "scenarios", "search"),
     inputs=("scores", "costs", "margin"),
+)
+TIMING = Stage(
+    name="timing",
+    help="Time the solution and the parent on the engine.",
+    inputs=("parent", "costs", "target", "models"),
 )
 CORRECT = Stage(
     name="correct",
     help="Compare the best solutions of the search as whole architectures.",
     result="solution",
-    reads=("correct", "target", "search", "precision"),
-    inputs=("library", "data", "scores", "costs"),
+    reads=("correct", "target", "scenarios", "search", "precision"),
+    inputs=("library", "data", "scores", "costs", "margin"),
     work=_pool_work,
     wanted=lambda recipe: recipe.correct.tokens > 0,
 )
@@ -254,6 +259,12 @@ EVALUATE = Stage(
     inputs=("parent", "model", "data"),
     work=_evaluation_work,
 )
+UNIFORM = Stage(
+    name="uniform",
+    help="Find the uniform child that is as fast as the child.",
+    reads=("search",),
+    inputs=("parent", "space", "scores", "costs", "influence", "child"),
+)
 SPEED = Stage(
     name="speed",
     help="Time whole models on the engine.",
@@ -269,8 +280,8 @@ EXPORT = Stage(
 REPORT = Stage(name="report", help="Write the report.", result="report")
 
 STAGES = (
-    *(DATA, CALIBRATE, SPACE, LIBRARY, SCORE, COST, SEARCH, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
-    *(EVALUATE, SPEED, EXPORT, REPORT),
+    *(DATA, CALIBRATE, SPACE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
+    *(EVALUATE, UNIFORM, SPEED, EXPORT, REPORT),
 )
 """In the order of the method."""
 COMMANDS = tuple(stage for stage in STAGES if stage.result)

@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 from tests.search.conftest import cost_row, cost_table
 
-from puzzle.artefacts import Bounds, ScoreName, ScoreRow, ScoreTable
+from puzzle.artefacts import ScoreName, ScoreRow, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings
-from puzzle.search.exact import Instance, best_architecture
+from puzzle.search import Tables
+from puzzle.search.exact import best
 
 BLOCKS = ("kv4+w64", "kv2+w64", "kv1+w64", "none+w64")
 LOSS = ((3.0, 2.9, 3.2, 4.0), (3.0, 3.1, 2.8, 3.5))
@@ -60,9 +61,8 @@ def test_the_search_finds_the_best_sum_of_any_score(score: ScoreName, params: fl
         rows += [cost_row(layer, "attention", block.split("+")[0], 1, params=4 - i) for i, block in enumerate(BLOCKS)]
         rows.append(cost_row(layer, "ffn", "w64", 1))
     costs = cost_table(rows, [1])
-    instance = Instance.of(table, costs, score)
-    bounds = Bounds(params=params)
-    solution = best_architecture(instance, bounds, SearchSettings(score=score))
+    tables = Tables(scores=table, costs=costs, settings=SearchSettings(score=score))
+    solution = best(tables, [{"params": params}])
     there = {(row.layer, row.block) for row in table.having(score).rows}
     sums = [
         table.total(blocks, score)

@@ -2,13 +2,30 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hypothesis import strategies as st
 
 from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, ScoreRow, ScoreTable, Totals
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search import Tables
 
 FFN = "w64"
 BOUNDS = ("throughput_tok_s", "request_ms", "decode_ms", "prefill_ms", "memory_bytes", "params", "weight_bytes")
+
+
+SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
+
+
+def ask(
+    scores: ScoreTable,
+    costs: CostTable,
+    target: TargetSettings | None = None,
+    settings: SearchSettings = SETTINGS,
+    **given: Any,
+) -> Tables:
+    """What is asked of the search."""
+    return Tables(scores=scores, costs=costs, target=target or TargetSettings(), settings=settings, **given)
 
 
 def score_table(scores: Sequence[Sequence[tuple[str, float]]]) -> ScoreTable:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import architectures, cost_row, cost_table, score_table, within
+from tests.search.conftest import architectures, ask, cost_row, cost_table, score_table, within
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
@@ -18,7 +18,7 @@ from puzzle.search import BASELINES, solve, solve_baseline
 from puzzle.units import Amount
 
 EXACT = SearchSettings(gap=0, margin=0)
-MAY_FAIL = {"greedy", "uniform", "depth", "noop-only"}
+MAY_FAIL = {"greedy", "uniform", "depth"}
 ATTENTION, FFN = ("kv2", "kv1", "none"), ("w4", "w2", "none")
 BLOCKS = [f"{attention}+{ffn}" for attention, ffn in itertools.product(ATTENTION, FFN)]
 
@@ -60,7 +60,6 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[Sequence[str]], bool]]] = {
     "fix": ({"fix": {"0": "parent"}}, lambda blocks: blocks[0] == BLOCKS[0]),
     "forbid": ({"forbid": {"all": ["none+none", "w2"]}}, lambda blocks: not {"none+none", "kv1+w2"} & set(blocks)),
     "equal": ({"equal": 2}, lambda blocks: blocks[:1] == blocks[1:2] or len(blocks) == 1),
-    "kinds": ({"kinds": 1}, lambda blocks: len(set(blocks)) == 1),
     "score": ({}, lambda blocks: True),
 }
 
@@ -76,15 +75,14 @@ def test_within_bounds_and_rules_and_never_better_than_the_program(
     if rule == "score":
         target = target.model_copy(update={"score": Amount(4.0, relative=False, text="4")})
     chosen = EXACT.model_copy(update=given)
-    arguments: Any = (name, scores, costs, target, chosen)
     try:
-        best = solve(scores, costs, target, chosen)
+        best = solve(ask(scores, costs, target, chosen))
     except PuzzleError:
         with pytest.raises(PuzzleError):
-            solve_baseline(*arguments, seed=seed, evaluations=20)
+            solve_baseline(ask(scores, costs, target, chosen), name, seed)
         return
     try:
-        found = solve_baseline(*arguments, seed=seed, evaluations=20)
+        found = solve_baseline(ask(scores, costs, target, chosen), name, seed)
     except PuzzleError:
         assert name in MAY_FAIL or rule == "score"  # which those that look at no score may miss
         return
@@ -96,14 +94,14 @@ def test_within_bounds_and_rules_and_never_better_than_the_program(
     assert best.score - 1e-9 <= found.score <= (4.0 if rule == "score" else math.inf)
     assert keeps(found.blocks)
     assert found.proof is None
-    assert found == solve_baseline(*arguments, seed=seed, evaluations=20)
+    assert found == solve_baseline(ask(scores, costs, target, chosen), name, seed)
 
 
 @given(problems())
 @settings(max_examples=15, deadline=None)
 def test_max_parameters_has_the_most(problem: tuple[ScoreTable, CostTable, TargetSettings]) -> None:
     scores, costs, _ = problem
-    found = solve_baseline("max-parameters", *problem, EXACT)
+    found = solve_baseline(ask(*problem, EXACT), "max-parameters")
     params = [costs.totals(blocks, costs.batch_sizes[0]).cost.params for blocks in feasible(scores, costs, found)]
     assert found.predicted["params"] == max(params)
 
@@ -135,13 +133,13 @@ def served(draw: st.DrawFn) -> tuple[ScoreTable, CostTable, TargetSettings, list
 def test_within_the_bounds_of_every_scenario(name: str, problem: Any, seed: int) -> None:
     *tables, further = problem
     try:
-        best = solve(*tables, EXACT, further=further)
+        best = solve(ask(*tables, EXACT, further=further))
     except PuzzleError:
         with pytest.raises(PuzzleError):
-            solve_baseline(name, *tables, EXACT, seed=seed, evaluations=20, further=further)
+            solve_baseline(ask(*tables, EXACT, further=further), name, seed=seed)
         return
     try:
-        found = solve_baseline(name, *tables, EXACT, seed=seed, evaluations=20, further=further)
+        found = solve_baseline(ask(*tables, EXACT, further=further), name, seed=seed)
     except PuzzleError:
         assert name in MAY_FAIL
         return
@@ -161,37 +159,33 @@ def test_a_further_scenario_decides() -> None:
     there = replace(costs, rows=tuple(replace(row, prefill_ms=row.decode_ms, decode_ms=1.0) for row in costs.rows))
     further = [(there, TargetSettings.model_validate({"time_to_first_token": "4ms"}))]
     for name in BASELINES:
-        free = solve_baseline(name, scores, costs, _bound(8), EXACT)
-        found = solve_baseline(name, scores, costs, _bound(8), EXACT, further=further)
+        free = solve_baseline(ask(scores, costs, _bound(8), EXACT), name)
+        found = solve_baseline(ask(scores, costs, _bound(8), EXACT, further=further), name)
         assert there.totals(found.blocks, 1).cost.prefill_ms <= 4
         assert name == "random" or there.totals(free.blocks, 1).cost.prefill_ms == 8
         assert [str(serving.asked["prefill_ms"]) for serving in found.further] == ["4.0"]
 
 
-def _all_alike(blocks: Sequence[str]) -> bool:
-    return len(set(blocks)) == 1
-
-
-def _kept_or_none(blocks: Sequence[str]) -> bool:
-    return all(block in ("kv2+w4", "kv2+none", "none+w4", "none+none") for block in blocks)
-
-
-@pytest.mark.parametrize(("name", "allowed"), [("uniform", _all_alike), ("noop-only", _kept_or_none)])
 @given(problem=problems())
 @settings(max_examples=15, deadline=None)
-def test_the_best_of_what_it_may_choose(
-    name: str, allowed: Any, problem: tuple[ScoreTable, CostTable, TargetSettings]
+def test_uniform_drops_as_few_layers_as_it_takes_and_makes_the_others_alike(
+    problem: tuple[ScoreTable, CostTable, TargetSettings],
 ) -> None:
     scores, costs, _ = problem
-    best = solve(*problem, EXACT)
-    able = [scores.total(blocks) for blocks in feasible(scores, costs, best) if allowed(blocks)]
-    if able:
-        found = solve_baseline(name, *problem, EXACT)
-        assert allowed(found.blocks)
-        assert found.score == pytest.approx(min(able))
-    else:
-        with pytest.raises(PuzzleError, match=f"baseline {name}: it finds nothing within the target"):
-            solve_baseline(name, *problem, EXACT)
+    within_bounds = feasible(scores, costs, solve(ask(*problem, EXACT)))
+    order = sorted(range(scores.num_layers), key=lambda layer: scores.value(layer, "none+none"))
+    for count in range(scores.num_layers):
+        alike = [
+            scores.total(blocks)
+            for blocks in within_bounds
+            if len({blocks[layer] for layer in order[count:]}) == 1
+            and all(blocks[layer] == "none+none" for layer in order[:count])
+        ]
+        if alike:
+            assert solve_baseline(ask(*problem, EXACT), "uniform").score == pytest.approx(min(alike))
+            return
+    with pytest.raises(PuzzleError, match="baseline uniform: it finds nothing within the target"):
+        solve_baseline(ask(*problem, EXACT), "uniform")
 
 
 def _ladder(scores: Sequence[Sequence[float]]) -> tuple[ScoreTable, CostTable]:
@@ -215,65 +209,30 @@ def _bound(latency_ms: float) -> TargetSettings:
 def test_greedy_hands_on_what_is_left_to_the_harder_layers() -> None:
     tables = _ladder([(0, 5, 9), (0, 1, 2), (0, 3, 6)])
     # 2.5 ms a layer. Layer 1 is the easiest: kv1, 0.5 left. Layer 2: kv1, 1 left. Layer 0 has 3.5 ms: kv1, not its own.
-    assert solve_baseline("greedy", *tables, _bound(7.5), EXACT).blocks == ("kv1+w4",) * 3
+    assert solve_baseline(ask(*tables, _bound(7.5), EXACT), "greedy").blocks == ("kv1+w4",) * 3
     # 3 ms a layer: layer 2 has 4 ms and keeps its own, the hardest has what is left.
-    assert solve_baseline("greedy", *tables, _bound(9), EXACT).blocks == ("kv1+w4", "kv1+w4", "kv2+w4")
+    assert solve_baseline(ask(*tables, _bound(9), EXACT), "greedy").blocks == ("kv1+w4", "kv1+w4", "kv2+w4")
     # The program gives the easiest layer up, which greedy never does.
-    assert solve(*tables, _bound(8), EXACT).blocks == ("kv2+w4", "none+none", "kv2+w4")
+    assert solve(ask(*tables, _bound(8), EXACT)).blocks == ("kv2+w4", "none+none", "kv2+w4")
 
 
 def test_depth_drops_as_few_as_it_takes_the_least_missed_first() -> None:
     tables = _ladder([(0, 1, 7), (0, 1, 2), (0, 1, 4)])
-    assert solve_baseline("depth", *tables, _bound(8), EXACT).blocks == ("kv2+w4", "none+none", "kv2+w4")
-    assert solve_baseline("depth", *tables, _bound(4), EXACT).blocks == ("kv2+w4", "none+none", "none+none")
-    influenced = solve_baseline("depth", *tables, _bound(4), EXACT, influence=[0.1, 0.3, 0.2])
+    assert solve_baseline(ask(*tables, _bound(8), EXACT), "depth").blocks == ("kv2+w4", "none+none", "kv2+w4")
+    assert solve_baseline(ask(*tables, _bound(4), EXACT), "depth").blocks == ("kv2+w4", "none+none", "none+none")
+    influenced = solve_baseline(ask(*tables, _bound(4), EXACT, influence=lambda: [0.1, 0.3, 0.2]), "depth")
     assert influenced.blocks == ("none+none", "kv2+w4", "none+none")
 
 
 def test_random_draws_everything_where_no_bound_binds() -> None:
     tables = _ladder([(0, 5, 9), (0, 1, 2)])
-    drawn = {solve_baseline("random", *tables, _bound(100), EXACT, seed=seed).blocks for seed in range(80)}
+    drawn = {solve_baseline(ask(*tables, _bound(100), EXACT), "random", seed=seed).blocks for seed in range(80)}
     assert len(drawn) == 9
-
-
-def test_evolution_minimises_what_it_is_given_within_its_evaluations() -> None:
-    tables = _ladder([(0, 2, 9)] * 4)
-    asked: list[tuple[str, ...]] = []
-
-    def evaluate(pool: Sequence[tuple[str, ...]]) -> list[float]:
-        """Two layers are better dropped together, whatever their scores say."""
-        asked.extend(pool)
-        return [-1.0 if blocks[0] == blocks[3] == "none+none" else tables[0].total(blocks) for blocks in pool]
-
-    found = solve_baseline("evolutionary", *tables, _bound(8), EXACT, evaluate=evaluate, evaluations=60)
-    assert found.blocks[0] == found.blocks[3] == "none+none"
-    assert len(asked) == len(set(asked))
-    assert 30 < len(asked) <= 60
-    asked.clear()
-    solve_baseline("evolutionary", *tables, _bound(8), EXACT, evaluate=evaluate, evaluations=11)
-    assert len(asked) == 11
-    by_score = solve_baseline("evolutionary", *tables, _bound(8), EXACT)
-    assert by_score.score == solve(*tables, _bound(8), EXACT).score
 
 
 def test_what_a_person_can_get_wrong() -> None:
     tables = _ladder([(0, 1, 2)])
     with pytest.raises(PuzzleError, match="baseline 'greed' is unknown; use one of random, greedy, "):
-        solve_baseline("greed", *tables, _bound(8), EXACT)
+        solve_baseline(ask(*tables, _bound(8), EXACT), "greed")
     with pytest.raises(PuzzleError, match="target: no cost is bounded"):
-        solve_baseline("greedy", *tables, TargetSettings(), EXACT)
-
-
-def test_a_rule_may_name_a_block_that_the_baseline_cannot_take() -> None:
-    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)]
-    for layer in range(2):
-        rows += [cost_row(layer, "ffn", name, 1, params=size) for name, size in (("w8", 8), ("none", 0))]
-        rows += [cost_row(layer, "attention", f"kv{k}", 1, params=k) for k in (4, 2)]
-    blocks = ("kv4+w8", "kv2+w8", "kv4+none", "kv2+none")
-    tables = score_table([[(name, place / 8) for place, name in enumerate(blocks)]] * 2), cost_table(rows, (1,))
-    forbidding = EXACT.model_copy(update={"forbid": {"all": ["kv2"], "0": "*+none"}})
-    found = solve_baseline("noop-only", *tables, TargetSettings(parameters="70%"), forbidding)
-    assert found.blocks == ("kv4+w8", "kv4+none")
-    fixing = EXACT.model_copy(update={"fix": {"1": "kv2"}})
-    with pytest.raises(PuzzleError, match="baseline noop-only: it finds nothing"):
-        solve_baseline("noop-only", *tables, TargetSettings(parameters="70%"), fixing)
+        solve_baseline(ask(*tables, TargetSettings(), EXACT), "greedy")

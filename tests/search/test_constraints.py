@@ -3,16 +3,14 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import architectures, cost_row, cost_table, score_table, within
+from tests.search.conftest import SETTINGS, architectures, ask, cost_row, cost_table, score_table, within
 from tests.search.test_solve import bounded
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe, SearchSettings, TargetSettings
 from puzzle.search import solve
-from puzzle.search.exact import Instance, best_architecture
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
+from puzzle.search.exact import best
 
 
 @settings(max_examples=50, deadline=None)
@@ -26,10 +24,7 @@ def test_constraints_are_kept_to_and_cost_nothing_more(
     fix = data.draw(st.dictionaries(st.sampled_from(["0", f"0-{last}", "last:1"]), names, max_size=1))
     forbid = data.draw(st.dictionaries(st.sampled_from(["all", f"{last}", "first:1"]), names, max_size=2))
     equal = data.draw(st.sampled_from([None, "all", 2, [f"0-{last}"]]))
-    kinds = data.draw(st.sampled_from([None, 1, 2]))
-    rules = SETTINGS.model_validate(
-        SETTINGS.model_dump() | {"fix": fix, "forbid": forbid, "equal": equal, "kinds": kinds}
-    )
+    rules = SETTINGS.model_validate(SETTINGS.model_dump() | {"fix": fix, "forbid": forbid, "equal": equal})
     found = [
         scores.total(blocks)
         for blocks in architectures(scores)
@@ -37,10 +32,9 @@ def test_constraints_are_kept_to_and_cost_nothing_more(
         and all(_means(pattern, blocks[layer]) for span, pattern in fix.items() for layer in _span(span, last))
         and not any(_means(pattern, blocks[layer]) for span, pattern in forbid.items() for layer in _span(span, last))
         and _is_equal(blocks, equal)
-        and (kinds is None or len(set(blocks)) <= kinds)
     ]
     try:
-        solution = best_architecture(Instance.of(scores, costs, constraints=rules), bounds, rules)
+        solution = best(ask(scores, costs, None, rules), [bounds])
     except PuzzleError as error:
         if "is no block" in str(error):
             return
@@ -49,7 +43,6 @@ def test_constraints_are_kept_to_and_cost_nothing_more(
         assert not found
         return
     assert solution.score == pytest.approx(min(found), abs=1e-9)
-    assert kinds is None or len(set(solution.blocks)) <= kinds
     assert _is_equal(solution.blocks, equal)
 
 
@@ -92,13 +85,11 @@ def four_layers() -> tuple[ScoreTable, CostTable]:
         ({"equal": "all"}, "none+w64 none+w64 none+w64 none+w64"),
         ({"equal": 2}, "none+w64 none+w64 none+w64 none+w64"),
         ({"equal": ["1-3"]}, "none+none kv8+none kv8+none kv8+none"),
-        ({"kinds": 1}, "none+w64 none+w64 none+w64 none+w64"),
-        ({"kinds": 2}, "none+none kv8+none kv8+none kv8+none"),
     ],
 )
 def test_what_is_chosen(settings: dict[str, object], blocks: str) -> None:
     rules = Recipe.model_validate({"parent": "p", "data": {"source": "s"}, "search": settings}).search
-    assert " ".join(solve(*four_layers(), TargetSettings(parameters="21"), rules).blocks) == blocks
+    assert " ".join(solve(ask(*four_layers(), TargetSettings(parameters="21"), rules)).blocks) == blocks
 
 
 @pytest.mark.parametrize(
@@ -109,7 +100,7 @@ def test_what_is_chosen(settings: dict[str, object], blocks: str) -> None:
         ({"fix": {"2-1": "kv8"}}, "search.fix: 2-1 are no layers of this model, which has layers 0 to 3"),
         (
             {"fix": {"all": "kv4"}},
-            "search.fix: kv4 is no block of layer 0, nor half of one; it has kv8+w64, kv8+none, none+w64, none+none",
+            "search.fix: kv4 is no block or subblock of layer 0; it has kv8+w64, kv8+none, none+w64, none+none",
         ),
         ({"fix": {"0": "none"}}, "search.fix: none is both an attention and an FFN; write none+* or *+none"),
         (
@@ -123,11 +114,6 @@ def test_what_is_chosen(settings: dict[str, object], blocks: str) -> None:
         ),
         ({"equal": ["0-2", "2-3"]}, "search.equal: layer 2 is in two groups; join them into one"),
         (
-            {"kinds": 1, "fix": {"0": "none+none", "1": "kv8"}},
-            "search.kinds: 1 are not enough for what search.fix, search.forbid and search.equal leave; raise it or "
-            "loosen these",
-        ),
-        (
             {"fix": {"all": "kv8+*"}},
             "target.parameters: 21 asked; reachable 32 (parent) to 24 (0.75x); nearest: 24",
         ),
@@ -135,5 +121,5 @@ def test_what_is_chosen(settings: dict[str, object], blocks: str) -> None:
 )
 def test_what_a_person_can_get_wrong(settings: dict[str, object], line: str) -> None:
     with pytest.raises(PuzzleError) as raised:
-        solve(*four_layers(), TargetSettings(parameters="21"), SearchSettings(**settings))
+        solve(ask(*four_layers(), TargetSettings(parameters="21"), SearchSettings(**settings)))
     assert str(raised.value) == line

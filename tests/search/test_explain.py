@@ -5,15 +5,13 @@ import re
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import BOUNDS, cost_row, cost_table, everything, score_table, tables
+from tests.search.conftest import BOUNDS, SETTINGS, ask, cost_row, cost_table, everything, score_table, tables
 
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES
-from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.recipe import TargetSettings
 from puzzle.search import parent_totals, solve
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 @pytest.fixture
@@ -86,7 +84,7 @@ def trade() -> tuple[ScoreTable, CostTable]:
 )
 def test_the_line(trade: tuple[ScoreTable, CostTable], target: dict[str, str], line: str) -> None:
     with pytest.raises(PuzzleError) as raised:
-        solve(*trade, TargetSettings(**target), SETTINGS)
+        solve(ask(*trade, TargetSettings(**target), SETTINGS))
     assert str(raised.value) == line
 
 
@@ -97,7 +95,7 @@ def test_a_byte_out_of_reach_is_out_of_reach() -> None:
     with pytest.raises(
         PuzzleError, match=r"^target.parameters: .* asked; reachable 4B \(parent\) to 2B .*nearest: 2B$"
     ):
-        solve(*tables, TargetSettings(parameters="1999999999"), SETTINGS)
+        solve(ask(*tables, TargetSettings(parameters="1999999999"), SETTINGS))
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,7 +114,7 @@ def test_the_nearest_target_can_be_met(
         assume(share > 0.01 and (share * parent[name] >= 1 or not QUANTITIES[name].exact))
         target[QUANTITIES[name].setting] = f"{share:.6f}x"
     try:
-        solve(scores, costs, TargetSettings(**target), SETTINGS)
+        solve(ask(scores, costs, TargetSettings(**target), SETTINGS))
     except PuzzleError as error:
         line = str(error)
     else:
@@ -124,6 +122,6 @@ def test_the_nearest_target_can_be_met(
     nearest = re.search(r"nearest[a-z ]*: (?:target\.(\w+): )?([\d.]+x)$", line)
     if nearest:
         setting = nearest[1] or re.match(r"target\.(\w+)", line)[1]
-        solve(scores, costs, TargetSettings(**target | {setting: nearest[2]}), SETTINGS)
+        solve(ask(scores, costs, TargetSettings(**target | {setting: nearest[2]}), SETTINGS))
     else:
         assert line.endswith(("set each within its range", "within the other bounds either", "loosen several"))

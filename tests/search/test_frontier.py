@@ -6,15 +6,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import BOUNDS, cost_row, cost_table, everything, score_table, tables, within
+from tests.search.conftest import BOUNDS, SETTINGS, ask, cost_row, cost_table, everything, score_table, tables, within
 
 from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES
-from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.recipe import TargetSettings
 from puzzle.search import frontier, parent_totals
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -22,7 +20,7 @@ SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 def test_every_point_is_the_best_at_its_bound(case: tuple[ScoreTable, CostTable], quantity: str) -> None:
     scores, costs = case
     models = everything(scores, costs)
-    points = frontier(scores, costs, TargetSettings(), SETTINGS, quantity, points=4)
+    points = frontier(ask(scores, costs, TargetSettings(), SETTINGS), quantity, points=4)
     values = [totals.as_dict()[quantity] for _, totals in models]
     best = max(values) if QUANTITIES[quantity].at_least else min(values)
     assert points[-1].bounds[quantity] == pytest.approx(best)
@@ -47,7 +45,7 @@ def one_layer() -> tuple[ScoreTable, CostTable]:
 
 
 def test_other_bounds_are_kept_and_the_quantitys_own_is_not() -> None:
-    points = frontier(*one_layer(), TargetSettings(parameters="400", throughput="1000x"), SETTINGS, points=5)
+    points = frontier(ask(*one_layer(), TargetSettings(parameters="400", throughput="1000x"), SETTINGS), points=5)
     # kv2 takes 13/37 of the parent's time, kv4 21/37; the bounds are 1, 1.30, 1.69, 2.19 and 2.85 times its throughput.
     assert [point.blocks for point in points] == [("kv4+w64",)] * 3 + [("kv2+w64",)] * 2
     assert {point.bounds["params"] for point in points} == {400}
@@ -57,9 +55,9 @@ def test_one_point_where_other_bounds_allow_nothing_better_than_the_parent() -> 
     scores, costs = one_layer()
     smallest_batch = TargetSettings(memory="1700B")
     only_parent = replace(scores, rows=scores.rows[:1])
-    points = frontier(only_parent, costs, smallest_batch, SETTINGS, points=5)
+    points = frontier(ask(only_parent, costs, smallest_batch, SETTINGS), points=5)
     assert [(point.blocks, point.batch_size) for point in points] == [(("kv8+w64",), 1)]
-    assert len(frontier(scores, costs, smallest_batch, SETTINGS, points=5)) == 5
+    assert len(frontier(ask(scores, costs, smallest_batch, SETTINGS), points=5)) == 5
 
 
 def test_a_model_that_takes_no_time_is_noise() -> None:
@@ -69,31 +67,21 @@ def test_a_model_that_takes_no_time_is_noise() -> None:
     with pytest.raises(
         PuzzleError, match=r"cost: a model is predicted to take -1 ms, which is noise; raise cost.repeats"
     ):
-        frontier(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS)
+        frontier(ask(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS))
 
 
 def test_other_bounds_out_of_reach_are_explained() -> None:
     with pytest.raises(PuzzleError, match=r"target.parameters: 100 asked; reachable 800 \(parent\) to 200"):
-        frontier(*one_layer(), TargetSettings(parameters="100", throughput="2x"), SETTINGS)
+        frontier(ask(*one_layer(), TargetSettings(parameters="100", throughput="2x"), SETTINGS))
 
 
 def test_a_quantity_that_can_be_nothing() -> None:
     rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
     rows += [cost_row(0, "attention", f"kv{k}", 1, params=k) for k in (8, 4, 0)]
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5), ("kv0+w64", 1.0)]])
-    points = frontier(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS, "params", 3)
+    points = frontier(ask(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS), "params", 3)
     assert [(point.blocks, point.bounds["params"]) for point in points] == [
         (("kv8+w64",), 8),
         (("kv4+w64",), 4),
         (("kv0+w64",), 0),
     ]
-
-
-def test_too_few_kinds_for_what_is_fixed() -> None:
-    scores, costs = one_layer()
-    scores = replace(scores, num_layers=2, rows=(*scores.rows, *(replace(row, layer=1) for row in scores.rows)))
-    costs = replace(costs, rows=(*costs.rows, *(replace(row, layer=1) for row in costs.rows if row.layer == 0)))
-    own, *_, last = (row.block for row in scores.layer(0))
-    settings = SETTINGS.model_copy(update={"kinds": 1, "fix": {"0": own, "1": last}})
-    with pytest.raises(PuzzleError, match=r"^search\.kinds: 1 are not enough for what search\.fix"):
-        frontier(scores, costs, TargetSettings(), settings)

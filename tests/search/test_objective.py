@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import cost_row, cost_table, everything, score_table, within
+from tests.search.conftest import SETTINGS, ask, cost_row, cost_table, everything, score_table, within
 from tests.search.test_solve import bounded, two_batches
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
@@ -11,9 +11,7 @@ from puzzle.errors import PuzzleError
 from puzzle.quantities import SETTINGS as QUANTITY_OF
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import solve
-from puzzle.search.exact import Instance, Objective, best_architecture
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
+from puzzle.search.exact import Objective, best
 
 
 @settings(max_examples=50, deadline=None)
@@ -28,23 +26,23 @@ def test_the_objective_is_best_within_all_bounds(
         for score, totals in everything(scores, costs)
         if within(totals, bounds) and score <= most
     ]
-    solution = best_architecture(Instance.of(scores, costs), bounds | {"score": most}, SETTINGS, Objective(name))
+    solution = best(ask(scores, costs), [bounds | {"score": most}], objective=Objective(name))
     if not values:
         assert solution is None
         return
     assert solution is not None
-    best = max(values) if setting == "throughput" else min(values)
-    assert Objective(name).reached(solution) == pytest.approx(best, rel=1e-6, abs=1e-9)
+    expected = max(values) if setting == "throughput" else min(values)
+    assert Objective(name).reached(solution) == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert solution.score <= most
     assert solution.proof is not None
     assert solution.proof.status == "optimal"
-    assert solution.proof.bound == pytest.approx(best, rel=1e-6, abs=1e-9)
+    assert solution.proof.bound == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_the_fastest_child_that_is_good_enough() -> None:
     settings = SETTINGS.model_copy(update={"objective": "throughput"})
     for most, block in ((0.4, "kv8+w64"), (0.5, "kv4+w64")):
-        solution = solve(*two_batches(), TargetSettings(score=most), settings)
+        solution = solve(ask(*two_batches(), TargetSettings(score=most), settings))
         assert (solution.blocks, solution.batch_size, solution.bounds["score"]) == ((block,), 4, most)
 
 
@@ -77,7 +75,7 @@ def test_the_fastest_child_that_is_good_enough() -> None:
 )
 def test_the_line(target: dict[str, object], settings: dict[str, object], line: str) -> None:
     with pytest.raises(PuzzleError) as raised:
-        solve(*two_batches(), TargetSettings(**target), SearchSettings(**settings))
+        solve(ask(*two_batches(), TargetSettings(**target), SearchSettings(**settings)))
     assert str(raised.value) == line
 
 
@@ -89,7 +87,7 @@ def test_a_bound_that_is_said_to_decide_nothing_decides_nothing(case: tuple[Scor
     units = {"memory_bytes": "B", "weight_bytes": "B", "request_ms": "ms", "prefill_ms": "ms", "decode_ms": "ms"}
     asked = {_setting(name): f"{value:.12f}{units.get(name, '')}" for name, value in bounds.items()}
     try:
-        notes = solve(scores, costs, TargetSettings(**asked), SETTINGS).notes
+        notes = solve(ask(scores, costs, TargetSettings(**asked), SETTINGS)).notes
     except PuzzleError:
         return
     best = _best(scores, costs, bounds)
@@ -113,11 +111,11 @@ def test_notes() -> None:
     rows = [cost_row(-1, "fixed", "", 1, params=1000, decode=5.0), cost_row(0, "ffn", "w64", 1)]
     rows += [cost_row(0, "attention", f"kv{k}", 1, params=k, kv=100, decode=10.0) for k in (8, 4)]
     tables = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5)]]), cost_table(rows, (1,))
-    assert solve(*tables, TargetSettings(parameters="1004"), SETTINGS).notes == (
+    assert solve(ask(*tables, TargetSettings(parameters="1004"), SETTINGS)).notes == (
         "target.parameters: met, but the child is predicted no faster than the parent (1.00x) and no smaller in memory "
         "(1.00x); bound throughput or latency if speed is what you want",
     )
     target = TargetSettings(parameters="1004", throughput="0.5x")
-    assert solve(*tables, target, SETTINGS).notes == (
+    assert solve(ask(*tables, target, SETTINGS)).notes == (
         "target.throughput: 0.5x (41.67 tok/s): decides nothing, the best architecture without it meets it too",
     )

@@ -1,24 +1,18 @@
 """Pools of solutions against enumeration."""
 
 import itertools
-import sys
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import architectures, cost_row, cost_table, score_table, within
+from tests.search.conftest import SETTINGS, architectures, ask, cost_row, cost_table, score_table, within
 from tests.search.test_solve import bounded, two_batches
 
-from puzzle.artefacts import Bounds, CostTable, ScoreTable, Solution
+from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES
-from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.recipe import TargetSettings
 from puzzle.search import pool
-from puzzle.search.exact import best_architecture
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 
 
 def _apart(one: tuple[str, ...], other: tuple[str, ...]) -> int:
@@ -46,7 +40,7 @@ def test_each_is_the_best_of_those_far_enough_from_all_before(
         **{QUANTITIES[name].setting: f"{value:.12f}" + _unit(name) for name, value in bounds.items()}
     )
     try:
-        found = pool(scores, costs, target, SETTINGS, count, differing)
+        found = pool(ask(scores, costs, target, SETTINGS), count, differing)
     except PuzzleError:
         assert not left
         return
@@ -73,21 +67,11 @@ def test_a_dominated_block_and_another_batch_size() -> None:
         rows += [cost_row(-1, "fixed", "", batch_size, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", batch_size)]
         rows += [cost_row(0, "attention", f"kv{k}", batch_size, params=k if k != 3 else 4) for k in (8, 4, 3)]
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5), ("kv3+w64", 0.75)]])
-    found = pool(scores, cost_table(rows, (1, 2)), TargetSettings(parameters="4"), SETTINGS, 3, 1)
+    found = pool(ask(scores, cost_table(rows, (1, 2)), TargetSettings(parameters="4"), SETTINGS), 3, 1)
     assert [each.blocks for each in found] == [("kv4+w64",), ("kv3+w64",)]
     assert [each.proof.status for each in found if each.proof] == ["optimal", "optimal"]
 
 
 def test_differing_out_of_range_is_said() -> None:
     with pytest.raises(PuzzleError, match="pool: found differing 2; it must be from 1 to the 1 layers"):
-        pool(*two_batches(), TargetSettings(parameters="70"), SETTINGS, 2, 2)
-
-
-def test_what_was_found_before_the_time_was_over_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hurried(*args: Any, others: Sequence[Any], **given: Any) -> Solution | None:
-        if others:
-            raise PuzzleError("search.time_limit_s: over")
-        return best_architecture(*args, others=others, **given)
-
-    monkeypatch.setattr(sys.modules["puzzle.search.solve"], "best_architecture", hurried)
-    assert len(pool(*two_batches(), TargetSettings(parameters="120"), SETTINGS, 2, 1)) == 1
+        pool(ask(*two_batches(), TargetSettings(parameters="70"), SETTINGS), 2, 2)

@@ -14,10 +14,10 @@ from tests.search.test_solve import two_batches
 from puzzle.artefacts import Solution
 from puzzle.errors import PuzzleError
 from puzzle.pipeline import Pipeline
-from puzzle.query import Question, Tables, answer
+from puzzle.query import Question, answer
 from puzzle.recipe import Recipe, SearchSettings, TargetSettings
 from puzzle.runs import create_folder, open_run
-from puzzle.search import BASELINES
+from puzzle.search import BASELINES, Tables
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def ask(tables: Tables, **question: Any) -> str:
 
 @pytest.mark.parametrize("question", [{}, {"pool": 2}, {"frontier": 3}, *({"baseline": name} for name in BASELINES)])
 def test_every_answer_serves_all_scenarios(tables: Tables, question: dict[str, Any], tmp_path: Path) -> None:
-    if question.get("baseline") in ("depth", "noop-only"):  # there is no empty block
+    if question.get("baseline") == "depth":  # there is no empty block
         with pytest.raises(PuzzleError, match="it finds nothing within the target"):
             ask(tables, **question)
         return
@@ -59,12 +59,6 @@ def test_what_is_asked_there_is_printed(tables: Tables) -> None:
     printed = ask(tables)
     assert "asked in torch, cpu, float32, prompt 8, generate 5, at batch size 8: memory at most 38.4 kB" in printed
     assert "predicted: memory 32.0 kB" in printed
-
-
-def test_a_table_file_of_them_gives_the_same_answer(tables: Tables, tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
-    assert "wrote" in ask(tables, table=path)
-    assert ask(Tables.read(path), target=["throughput=0.1x"]).splitlines()[:-4] == ask(tables).splitlines()[:-4]
 
 
 def test_a_bound_there_on_what_has_no_costs_is_named(tables: Tables) -> None:

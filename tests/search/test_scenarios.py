@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import BOUNDS, architectures, cost_row, cost_table, within
+from tests.search.conftest import BOUNDS, SETTINGS, architectures, ask, cost_row, cost_table, within
 from tests.search.test_solve import bounded, two_batches
 
 from puzzle.artefacts import Bounds, CostRow, CostTable, ScoreTable, Solution
 from puzzle.errors import PuzzleError
-from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.recipe import TargetSettings
 from puzzle.search import solve
-from puzzle.search.exact import Instance, best_architecture
-
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
+from puzzle.search.exact import best
 
 
 @st.composite
@@ -49,7 +47,7 @@ def test_one_architecture_meets_all_bounds(case: tuple[ScoreTable, CostTable, Bo
             for one, other in itertools.product(costs.batch_sizes, further.batch_sizes)
         )
     ]
-    solution = best_architecture(Instance.of(scores, costs, further=[(further, there)]), bounds, SETTINGS)
+    solution = best(ask(scores, costs, further=[(further, TargetSettings())]), [bounds, there])
     if not found:
         assert solution is None
         return
@@ -71,7 +69,7 @@ def _long_prompts() -> CostTable:
 
 def test_relative_bounds_are_of_the_parent_in_their_scenario() -> None:
     further = [(_long_prompts(), TargetSettings(memory="60%"))]
-    solution = solve(*two_batches(), TargetSettings(throughput="0.1x"), SETTINGS, further=further)
+    solution = solve(ask(*two_batches(), TargetSettings(throughput="0.1x"), SETTINGS, further=further))
     assert solution.blocks == ("kv4+w64",)
     (serving,) = solution.further
     assert (serving.batch_size, serving.parent["memory_bytes"]) == (8, 64036)
@@ -83,11 +81,11 @@ def test_what_cannot_be_met_there_is_explained() -> None:
     with pytest.raises(
         PuzzleError, match=r"scenarios\[0\].target.latency: 10ms asked; reachable 42ms \(parent\) to 42ms"
     ):
-        solve(*two_batches(), TargetSettings(throughput="0.1x"), SETTINGS, further=further)
+        solve(ask(*two_batches(), TargetSettings(throughput="0.1x"), SETTINGS, further=further))
     further = [(_long_prompts(), TargetSettings(memory="60%"))]
     line = (
         r"target.score: 0.1, scenarios\[0\].target.memory: 60% \(38.42kB\): each alone can be met, together they "
         r"cannot; nearest with the other bounds kept: target.score: 0.5$"
     )
     with pytest.raises(PuzzleError, match=line):
-        solve(*two_batches(), TargetSettings(score=0.1), SETTINGS, further=further)
+        solve(ask(*two_batches(), TargetSettings(score=0.1), SETTINGS, further=further))

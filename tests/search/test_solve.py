@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tests.search.conftest import (
     BOUNDS,
     FFN,
+    SETTINGS,
     architectures,
+    ask,
     cost_row,
     cost_table,
     everything,
@@ -23,15 +25,9 @@ from tests.search.conftest import (
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search import evaluate_blocks, parent_totals, resolve_bounds, solve
-from puzzle.search.bounds import excesses
-from puzzle.search.core import minimise_core
-from puzzle.search.exact import Instance, best_architecture
-from puzzle.search.explain import best_value
-from puzzle.search.highs import Outcome, Relaxation, minimise, relax
-from puzzle.search.problem import Program, build_program
+from puzzle.search import parent_totals, resolve_bounds, solve, violations
+from puzzle.search.exact import Objective, best
 
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 examples = settings(max_examples=60, deadline=None)  # a busy machine is no error
 
 
@@ -51,13 +47,13 @@ def bounded(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> tuple[ScoreTable
 def test_the_solution_is_the_best_of_all_architectures(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
     scores, costs, bounds = case
     feasible = [score for score, totals in everything(scores, costs) if within(totals, bounds)]
-    solution = best_architecture(Instance.of(scores, costs), bounds, SETTINGS)
+    solution = best(ask(scores, costs), [bounds])
     if not feasible:
         assert solution is None
         return
     assert solution is not None
     assert solution.score == pytest.approx(min(feasible), abs=1e-9)
-    score, totals = evaluate_blocks(scores, costs, solution.blocks, solution.batch_size)
+    score, totals = scores.total(solution.blocks), costs.totals(solution.blocks, solution.batch_size)
     assert (score, totals.as_dict()) == (solution.score, solution.predicted)
     assert within(totals, bounds)
     assert solution.proof is not None
@@ -71,11 +67,13 @@ def test_the_best_value_is_the_best_of_all_architectures(case: tuple[ScoreTable,
     scores, costs, bounds = case
     bounds = {key: bounds[key] for key in bounds if key != name}
     values = [totals.as_dict()[name] for _, totals in everything(scores, costs) if within(totals, bounds)]
-    best = best_value(Instance.of(scores, costs), name, bounds, SETTINGS)
+    solution = best(ask(scores, costs), [bounds], objective=Objective(name))
     if not values:
-        assert best is None
+        assert solution is None
         return
-    assert best == pytest.approx(max(values) if name == "throughput_tok_s" else min(values), rel=1e-6)
+    assert solution is not None
+    expected = max(values) if name == "throughput_tok_s" else min(values)
+    assert solution.predicted[name] == pytest.approx(expected, rel=1e-6)
 
 
 @examples
@@ -83,14 +81,14 @@ def test_the_best_value_is_the_best_of_all_architectures(case: tuple[ScoreTable,
 def test_a_check_of_bounds_agrees_with_their_meaning(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
     scores, costs, bounds = case
     for _, totals in everything(scores, costs):
-        assert (not excesses(totals, bounds)) == within(totals, bounds)
+        assert (not violations(totals.as_dict(), bounds)) == within(totals, bounds)
 
 
 @settings(max_examples=25, deadline=None)
 @given(bounded())
 def test_the_same_search_gives_the_same_architecture(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
     scores, costs, bounds = case
-    first, second = (best_architecture(Instance.of(scores, costs), bounds, SETTINGS) for _ in range(2))
+    first, second = (best(ask(scores, costs), [bounds]) for _ in range(2))
     if first is None or second is None:
         assert first is second
     else:
@@ -111,7 +109,7 @@ def two_batches() -> tuple[ScoreTable, CostTable]:
 
 
 def test_of_equal_scores_the_fastest_batch_size_wins() -> None:
-    solution = solve(*two_batches(), TargetSettings(parameters="70"), SETTINGS)
+    solution = solve(ask(*two_batches(), TargetSettings(parameters="70"), SETTINGS))
     assert (solution.blocks, solution.batch_size) == (("kv4+w64",), 4)
 
 
@@ -145,36 +143,26 @@ def test_bytes_beyond_the_solvers_precision_are_counted_exactly() -> None:
         ),
     ]
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.1), ("kv2+w64", 0.2), ("kv1+w64", 0.3)]])
-    solution = solve(scores, cost_table(rows, (1,)), TargetSettings(parameters="100G"), SETTINGS)
+    solution = solve(ask(scores, cost_table(rows, (1,)), TargetSettings(parameters="100G"), SETTINGS))
     assert solution.blocks == ("kv2+w64",)
 
 
 @pytest.mark.parametrize("exact", [10**11, 10**12])
-def test_what_exact_integers_exclude_is_searched_again(exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HiGHS, and at 1e12 the enumeration too, takes a sum that is one above the bound."""
+def test_what_exact_integers_exclude_is_searched_again(exact: int) -> None:
+    """HiGHS takes a sum that is one above the bound."""
     rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)]
     for layer in range(2):
         rows += [cost_row(layer, "ffn", "w64", 1)]
         rows += [cost_row(layer, "attention", f"kv{k}", 1, params=k * exact // 2) for k in (2, 1)]
     scores = score_table([[("kv2+w64", 0.0), ("kv1+w64", 0.1 + layer)] for layer in range(2)])
-    if exact < 10**12:
-        monkeypatch.setattr("puzzle.search.core._LABELS", (0, 0))
-    again = []
-    without = Program.without
-    monkeypatch.setattr(Program, "without", lambda *args: (again.append(args), without(*args))[1])
     target = TargetSettings(parameters=str(3 * exact // 2 - 1))
-    assert solve(scores, cost_table(rows, (1,)), target, SETTINGS).blocks == ("kv1+w64", "kv1+w64")
-    assert again
+    assert solve(ask(scores, cost_table(rows, (1,)), target, SETTINGS)).blocks == ("kv1+w64", "kv1+w64")
     with pytest.raises(PuzzleError, match=r"^target.parameters: \d+ ?\S* asked; reachable .*; nearest: "):
-        solve(scores, cost_table(rows, (1,)), TargetSettings(parameters=str(exact - 1)), SETTINGS)
+        solve(ask(scores, cost_table(rows, (1,)), TargetSettings(parameters=str(exact - 1)), SETTINGS))
 
 
 @pytest.mark.parametrize("never", [1e4, 1e8, 1e12, 1e15])
-@pytest.mark.parametrize("labels", [(1024, 8192), (0, 0)])
-def test_a_score_for_never_leaves_the_others_exact(
-    never: float, labels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("puzzle.search.core._LABELS", labels)
+def test_a_score_for_never_leaves_the_others_exact(never: float) -> None:
     rng, names = np.random.default_rng(7), [f"kv{k}" for k in range(6, -1, -1)]
     rows, kl = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0)], []
     for layer in range(16):
@@ -188,8 +176,8 @@ def test_a_score_for_never_leaves_the_others_exact(
     costs, target = cost_table(rows, (1,)), TargetSettings(parameters="60%", latency="0.7x")
     alike = [list(zip((f"{name}+w64" for name in names), values, strict=False)) for values in kl]
     forbidden = [[*layer, ("kv0+w64", never)] for layer in alike]
-    found = solve(score_table(forbidden), costs, target, SETTINGS)
-    assert found.score == pytest.approx(solve(score_table(alike), costs, target, SETTINGS).score, rel=1e-8)
+    found = solve(ask(score_table(forbidden), costs, target, SETTINGS))
+    assert found.score == pytest.approx(solve(ask(score_table(alike), costs, target, SETTINGS)).score, rel=1e-8)
     assert found.proof is not None
     assert found.proof.status == "optimal"
 
@@ -215,7 +203,7 @@ def test_where_many_tie_the_bound_may_be_a_rounding_above_the_best(seed: int) ->
     shares = (("parameters", 0.45, 0.6), ("disk", 0.38, 0.5), ("latency", 0.1, 0.14))
     target = TargetSettings.model_validate({name: f"{rng.uniform(low, high):.4f}x" for name, low, high in shares})
     settings = SearchSettings(margin=0, forbid={"all": "kv0"}, gap=rng.choice([0, 1e-6]))
-    solution = solve(score_table(kl), cost_table(rows, (1,)), target, settings)
+    solution = solve(ask(score_table(kl), cost_table(rows, (1,)), target, settings))
     assert solution.score >= sum(layer[1][1] for layer in kl) - 1e-12
     assert solution.proof is not None
     assert solution.proof.status == "optimal"
@@ -224,7 +212,7 @@ def test_where_many_tie_the_bound_may_be_a_rounding_above_the_best(seed: int) ->
 @pytest.mark.parametrize("target", [{"throughput": "1e18"}, {"latency": "1e-14ms"}, {"score": 1e-200}])
 def test_targets_beyond_all_measure_are_out_of_reach(target: dict[str, Any]) -> None:
     with pytest.raises(PuzzleError, match=r"asked; reachable|each alone can be met"):
-        solve(*two_batches(), TargetSettings.model_validate({"parameters": "60", **target}), SETTINGS)
+        solve(ask(*two_batches(), TargetSettings.model_validate({"parameters": "60", **target}), SETTINGS))
 
 
 def test_a_byte_is_not_lost_to_rounding() -> None:
@@ -234,32 +222,12 @@ def test_a_byte_is_not_lost_to_rounding() -> None:
     assert bounds == {"params": 29}
 
 
-def test_dominated_blocks_are_left_out_and_of_equals_the_fastest_stays() -> None:
-    names = {
-        "kv8": (100, 5.0, 0.0),
-        "kv4": (50, 3.0, 0.5),
-        "kv3": (50, 2.0, 0.5),
-        "kv2": (50, 2.0, 0.5),
-        "kv1": (60, 1, 0.6),
-    }
-    rows = [cost_row(-1, "fixed", "", 1, prefill=1.0, decode=1.0), cost_row(0, "ffn", "w64", 1)]
-    rows += [cost_row(0, "attention", name, 1, params=p, decode=decode) for name, (p, decode, _) in names.items()]
-    scores = score_table([[(f"{name}+w64", kl) for name, (_, _, kl) in names.items()]])
-    (choices,) = Instance.of(scores, cost_table(rows, (1,))).choices
-
-    def kept(bounds: Bounds) -> list[str]:
-        return [choices.blocks[entry] for entry in build_program(choices, choices.scores, bounds).entries]
-
-    assert kept(Bounds(params=70)) == ["kv8+w64", "kv3+w64"]
-    assert kept(Bounds(params=70, decode_ms=3.0)) == ["kv8+w64", "kv3+w64", "kv1+w64"]
-
-
 def test_a_block_without_a_score_is_not_chosen() -> None:
     scores, costs = two_batches()
     without = replace(scores, rows=scores.rows[:1])
     assert list(architectures(without)) == [("kv8+w64",)]
     with pytest.raises(PuzzleError, match=r"target.parameters"):
-        solve(without, costs, TargetSettings(parameters="70"), SETTINGS)
+        solve(ask(without, costs, TargetSettings(parameters="70"), SETTINGS))
 
 
 def test_nothing_found_in_time_is_said() -> None:
@@ -270,41 +238,11 @@ def test_nothing_found_in_time_is_said() -> None:
     scores = score_table([[(f"kv{k}+w64", (8 - k) * (1 + layer / 3)) for k in range(8, -1, -1)] for layer in range(40)])
     costs = cost_table(rows, (1,))
     target = TargetSettings(parameters="31%", throughput="1.7x")
-    proof = solve(scores, costs, target, SETTINGS).proof
+    proof = solve(ask(scores, costs, target, SETTINGS)).proof
     assert proof is not None
     assert (proof.status, proof.gap) == ("optimal", pytest.approx(0, abs=1e-9))
     with pytest.raises(PuzzleError, match=r"search.time_limit_s: 0 s were over before any"):
-        solve(scores, costs, target, SearchSettings.model_construct(gap=1e-6, time_limit_s=0.0))
-
-
-def test_a_solution_without_a_proof_is_not_called_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hurried(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
-        return replace(minimise(program, gap=gap, time_limit_s=time_limit_s), status="feasible", bound=0.125)
-
-    monkeypatch.setattr("puzzle.search.core.minimise", hurried)
-    monkeypatch.setattr("puzzle.search.core._LABELS", (0, 0))
-
-    def loose(program: Program) -> Relaxation:
-        return replace(relax(program), bound=0.0)
-
-    monkeypatch.setattr("puzzle.search.exact.relax", loose)
-    proof = solve(*two_batches(), TargetSettings(parameters="70"), SETTINGS).proof
-    assert proof is not None
-    assert (proof.status, proof.bound, proof.gap) == ("feasible", 0.125, 0.75)
-
-
-def test_the_search_ends_when_no_other_batch_size_can_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    solved = []
-
-    def counted(program: Program, relaxation: Relaxation, *, gap: float, time_limit_s: float) -> Outcome:
-        solved.append(program)
-        return minimise_core(program, relaxation, gap=gap, time_limit_s=time_limit_s)
-
-    monkeypatch.setattr("puzzle.search.exact.minimise_core", counted)
-    solution = best_architecture(Instance.of(*two_batches()), Bounds(request_ms=57), SETTINGS)
-    assert solution is not None
-    assert (solution.blocks, solution.batch_size) == (("kv8+w64",), 1)
-    assert len(solved) == 1
+        solve(ask(scores, costs, target, SearchSettings.model_construct(gap=1e-6, time_limit_s=0.0)))
 
 
 def test_a_margin_makes_speed_and_time_bounds_tighter_and_leaves_sizes() -> None:

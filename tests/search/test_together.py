@@ -8,29 +8,26 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import architectures, within
+from tests.search.conftest import SETTINGS, architectures, ask, within
 from tests.search.test_constraints import _is_equal, _means
-from tests.search.test_pairs import total
 from tests.search.test_scenarios import two_scenarios
 
-from puzzle.artefacts import Bounds, CostTable, PairTerm, ScoreTable, Totals
+from puzzle.artefacts import Bounds, CostTable, ScoreTable, Totals
 from puzzle.errors import PuzzleError
-from puzzle.recipe import SearchSettings
-from puzzle.search.exact import Instance, Objective, best_architecture
+from puzzle.recipe import SearchSettings, TargetSettings
+from puzzle.search.exact import Objective, best
 
-SETTINGS = SearchSettings(gap=1e-9, margin=0.0)
 Case = tuple[ScoreTable, CostTable, Bounds, CostTable, Bounds]
 
 
 @st.composite
 def rules(draw: st.DrawFn) -> dict[str, Any]:
-    """Some of `fix`, `forbid`, `equal` and `kinds`."""
-    names, every = st.sampled_from(["kv8", "kv7", "parent"]), {"fix", "forbid", "equal", "kinds"}
+    """Some of `fix`, `forbid` and `equal`."""
+    names, every = st.sampled_from(["kv8", "kv7", "parent"]), {"fix", "forbid", "equal"}
     given: dict[str, Any] = {
         "fix": {"0": [draw(names), draw(names)]},  # which every layer has
         "forbid": {"all": draw(st.sampled_from(["kv8", "kv7"]))},
         "equal": draw(st.sampled_from(["all", 2])),
-        "kinds": draw(st.sampled_from([1, 2])),
     }
     return {name: given[name] for name in draw(st.sets(st.sampled_from(sorted(every)), max_size=2))}
 
@@ -39,8 +36,7 @@ def keeps(blocks: Sequence[str], given: dict[str, Any]) -> bool:
     """The meaning of the rules, written a second time."""
     fixed = any(_means(name, blocks[0]) for name in given.get("fix", {}).get("0", ["*+w64"]))
     forbidden = "forbid" in given and any(_means(given["forbid"]["all"], block) for block in blocks)
-    kinds = len(set(blocks)) <= given.get("kinds", len(blocks))
-    return fixed and not forbidden and kinds and _is_equal(tuple(blocks), given.get("equal"))
+    return fixed and not forbidden and _is_equal(tuple(blocks), given.get("equal"))
 
 
 def served(case: Case, blocks: tuple[str, ...]) -> Iterator[tuple[Totals, Totals]]:
@@ -56,27 +52,21 @@ def served(case: Case, blocks: tuple[str, ...]) -> Iterator[tuple[Totals, Totals
 @given(two_scenarios(), rules(), st.data())
 def test_all_demands_at_once(case: Case, given: dict[str, Any], data: st.DataObject) -> None:
     scores, costs, bounds, further, there = case
-    every, pairs = [*architectures(scores)], []
-    if scores.num_layers > 1:
-        for _ in range(data.draw(st.integers(0, 3))):
-            layers = tuple(data.draw(st.permutations(range(scores.num_layers)))[:2])
-            blocks = tuple(data.draw(st.sampled_from(scores.layer(layer))).block for layer in layers)
-            pairs.append(PairTerm(layers=layers, blocks=blocks, score=data.draw(st.integers(-8, 8)) / 8))
     most = data.draw(st.sampled_from([None, 0.5, 1.0]))
     objective = data.draw(
         st.sampled_from([Objective(), Objective("params"), Objective("decode_ms", 1), Objective("throughput_tok_s")])
     )
 
     def value(blocks: tuple[str, ...], totals: tuple[Totals, Totals]) -> float:
-        if objective.name == "score":
-            return total(scores, pairs, blocks)
-        its: float = totals[objective.place].as_dict()[objective.name]
-        return -its if objective.name == "throughput_tok_s" else its
+        if objective.key == "score":
+            return scores.total(blocks)
+        its: float = totals[objective.scenario].as_dict()[objective.key]
+        return -its if objective.key == "throughput_tok_s" else its
 
     found = {
         blocks: min(value(blocks, totals) for totals in served(case, blocks))
-        for blocks in every
-        if keeps(blocks, given) and (most is None or total(scores, pairs, blocks) <= most) and any(served(case, blocks))
+        for blocks in architectures(scores)
+        if keeps(blocks, given) and (most is None or scores.total(blocks) <= most) and any(served(case, blocks))
     }
     others = data.draw(st.sampled_from([[], sorted(found, key=lambda blocks: found[blocks])[:1]]))
     differing = data.draw(st.integers(1, scores.num_layers))
@@ -87,9 +77,9 @@ def test_all_demands_at_once(case: Case, given: dict[str, Any], data: st.DataObj
     ]
     asked, solution = SearchSettings.model_validate(SETTINGS.model_dump() | given), None
     with suppress(PuzzleError):  # rules that leave no block
-        instance = Instance.of(scores, costs, constraints=asked, pairs=pairs, further=[(further, there)])
+        tables = ask(scores, costs, None, asked, further=[(further, TargetSettings())])
         limits = bounds | ({} if most is None else {"score": most})
-        solution = best_architecture(instance, limits, asked, objective, others=others, differing=differing)
+        solution = best(tables, [limits, there], objective=objective, others=others, differing=differing)
     if solution is None:
         assert not values
         return

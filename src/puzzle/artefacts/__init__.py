@@ -1,26 +1,22 @@
 """The typed artefacts in which the stages meet. Plain data: no torch, blocks by name."""
 
 from puzzle.artefacts.artefact import Artefact, dump_rows
-from puzzle.artefacts.correction import WORTH, Correction, Finalist, Judged, Step, WholeScore
+from puzzle.artefacts.correction import Correction, Evaluated, WholeScore
 from puzzle.artefacts.costs import Cost, CostRow, CostTable, Scenario, Totals
 from puzzle.artefacts.library import LibraryIndex, LibraryRow
-from puzzle.artefacts.pairs import PairTerm
 from puzzle.artefacts.scores import ScoreName, ScoreRow, ScoreTable
 from puzzle.artefacts.solution import Bounds, Proof, Serving, Solution
 
 __all__ = [
-    "WORTH",
     "Artefact",
     "Bounds",
     "Correction",
     "Cost",
     "CostRow",
     "CostTable",
-    "Finalist",
-    "Judged",
+    "Evaluated",
     "LibraryIndex",
     "LibraryRow",
-    "PairTerm",
     "Proof",
     "Scenario",
     "ScoreName",
@@ -28,7 +24,6 @@ __all__ = [
     "ScoreTable",
     "Serving",
     "Solution",
-    "Step",
     "Totals",
     "WholeScore",
     "dump_rows",

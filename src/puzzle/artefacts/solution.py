@@ -47,7 +47,7 @@ class Solution(Artefact):
     """One block name a layer, such as `kv2+w512`."""
     batch_size: int
     score: float
-    """Sum of the blocks' scores, by default of their KL, and of pair terms: the estimate of the child's KL."""
+    """Sum of the blocks' scores, by default of their KL: the estimate of the child's KL."""
     predicted: dict[str, float]
     """`Totals.as_dict` at `batch_size`."""
     parent: dict[str, float]
@@ -62,3 +62,8 @@ class Solution(Artefact):
     """The recipe's `scenarios`, in order."""
     notes: tuple[str, ...] = ()
     """What a person should know of the target: bounds that ask for nothing, or give nothing."""
+
+    @property
+    def servings(self) -> tuple["Solution | Serving", ...]:
+        """For each scenario, the main one first."""
+        return (self, *self.further)

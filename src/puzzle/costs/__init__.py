@@ -1,7 +1,6 @@
 """Costs of blocks and of whole models: the memory model, the engines' times, and the table made of both."""
 
 from puzzle.costs.engine import Engine, Model, Sample
-from puzzle.costs.fit import Timed, fitted
 from puzzle.costs.roofline import Machine, read_machine
 from puzzle.costs.stage import measure_costs, scenario_of
 from puzzle.costs.table import fixed_memory, subblock_memory
@@ -13,8 +12,6 @@ __all__ = [
     "Machine",
     "Model",
     "Sample",
-    "Timed",
-    "fitted",
     "fixed_memory",
     "measure_costs",
     "ratio_standard_error",

@@ -58,17 +58,18 @@ def _metrics() -> Iterator[Metric]:
 METRICS = tuple(_metrics())
 
 
-def table_row(quality: Mapping[str, float], predicted: Totals, measured: Mapping[str, float]) -> dict[str, float]:
+def table_row(
+    quality: Mapping[str, float], predicted: Mapping[str, float], measured: Mapping[str, float]
+) -> dict[str, float]:
     """A model's numbers by the keys of `METRICS`.
 
     Args:
         quality: the metrics on test text.
-        measured: times on the engine, by the names of `Totals.as_dict`.
+        predicted, measured: by the names of `Totals.as_dict`, of the measured ones the times.
     """
-    totals = predicted.as_dict()
-    row = dict(quality) | {key: totals[key] for key in ("params", "weight_bytes", "kv_bytes", "memory_bytes")}
+    row = dict(quality) | {key: predicted[key] for key in ("params", "weight_bytes", "kv_bytes", "memory_bytes")}
     for key, name in TIMES.items():
-        row |= {f"predicted_{name}": totals[key], f"measured_{name}": measured[key]}
+        row |= {f"predicted_{name}": predicted[key], f"measured_{name}": measured[key]}
     return row
 
 

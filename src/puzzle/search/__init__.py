@@ -1,21 +1,23 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
-from puzzle.search.baselines import BASELINES, Evaluator, solve_baseline
-from puzzle.search.bounds import evaluate_blocks, excesses, parent_totals, resolve_bounds
+from puzzle.search.baselines import BASELINES, solve_baseline
+from puzzle.search.bounds import check_asked, parent_totals, resolve_bounds, violations
 from puzzle.search.constraints import check_spans
-from puzzle.search.frontier import frontier
-from puzzle.search.solve import Further, check_asked, pool, solve, with_asked
-from puzzle.search.stage import search
+from puzzle.search.solve import frontier, pool, solve
+from puzzle.search.stage import correct, search
 from puzzle.search.table_file import read_table, to_table_file
+from puzzle.search.tables import Tables
+from puzzle.search.uniform import space_of, uniform_solution
+from puzzle.search.until_met import Met, first_met, until_met
 
 __all__ = [
     "BASELINES",
-    "Evaluator",
-    "Further",
+    "Met",
+    "Tables",
     "check_asked",
     "check_spans",
-    "evaluate_blocks",
-    "excesses",
+    "correct",
+    "first_met",
     "frontier",
     "parent_totals",
     "pool",
@@ -24,6 +26,9 @@ __all__ = [
     "search",
     "solve",
     "solve_baseline",
+    "space_of",
     "to_table_file",
-    "with_asked",
+    "uniform_solution",
+    "until_met",
+    "violations",
 ]

@@ -1,18 +1,12 @@
-"""Targets as absolute bounds, and when a model meets them."""
+"""Targets as absolute bounds, and which of them a model violates."""
 
 import math
 from collections.abc import Mapping, Sequence
 
-from puzzle.artefacts import Bounds, CostTable, ScoreName, ScoreTable, Totals
+from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
-from puzzle.quantities import COSTS, QUANTITIES
-from puzzle.recipe import TargetSettings
-
-
-def no_time(predicted_ms: float) -> PuzzleError:
-    return PuzzleError(
-        f"cost: a model is predicted to take {predicted_ms:g} ms, which is noise; raise cost.repeats and measure again"
-    )
+from puzzle.quantities import QUANTITIES, SETTINGS
+from puzzle.recipe import SearchSettings, TargetSettings
 
 
 def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
@@ -46,20 +40,29 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: 
     return bounds
 
 
-def evaluate_blocks(
-    scores: ScoreTable, costs: CostTable, blocks: Sequence[str], batch_size: int, score: ScoreName = "kl"
-) -> tuple[float, Totals]:
-    """Summed score and predicted totals of an architecture, from the raw tables, bytes and parameters as integers."""
-    assert len(blocks) == scores.num_layers, f"{len(blocks)} blocks for {scores.num_layers} layers"
-    return scores.total(blocks, score), costs.totals(blocks, batch_size)
+def violations(values: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
+    """The bounds that are violated, each with its `Quantity.violation`."""
+    found = {key: QUANTITIES[key].violation(values[key], bound) for key, bound in bounds.items()}
+    return {key: share for key, share in found.items() if share > 0}
 
 
-def excesses(totals: Totals, bounds: Bounds) -> dict[str, float]:
-    """The bounds on costs that `totals` does not meet, each with its `Quantity.violation`."""
-    values = totals.as_dict()
-    found = {name: COSTS[name].violation(values[name], bound) for name, bound in bounds.items() if name in COSTS}
-    return {name: excess for name, excess in found.items() if excess > 0}
+def check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> None:
+    """Refuse targets that bound nothing, or whose best architecture is trivial.
 
-
-def without(bounds: Bounds, *keys: str) -> Bounds:
-    return {key: bound for key, bound in bounds.items() if key not in keys}
+    Args:
+        targets: of the main scenario, then of the further ones.
+    """
+    given = [{setting for setting, amount in target if amount is not None} for target in targets]
+    if not any(given):
+        raise PuzzleError(
+            f"target: nothing is set; set at least one of {', '.join(SETTINGS)}, for example `throughput: 2x`"
+        )
+    if settings.objective == "score" and not set().union(*given) - {"score"}:
+        raise PuzzleError(
+            "target.score: alone it is met best by the parent itself; bound a cost too, or set search.objective"
+        )
+    if settings.objective != "score" and "score" not in given[0]:
+        raise PuzzleError(
+            f"search.objective: {settings.objective} alone would give up all quality; set target.score, the highest "
+            "sum of scores that you accept"
+        )

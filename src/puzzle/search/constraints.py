@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from puzzle.artefacts import ScoreTable
 from puzzle.errors import PuzzleError
@@ -10,46 +11,38 @@ from puzzle.recipe import SearchSettings
 
 @dataclass(frozen=True)
 class Allowed:
-    """Layers that are to be equal as one, and what these may take."""
+    """Groups of layers that take one block together, and the blocks that each group may take."""
 
     groups: tuple[int, ...]
-    """For each layer of the model which group it is in, from 0 in the order of their first layers."""
+    """For each layer its group, counted from 0 in the order of their first layers."""
     blocks: tuple[tuple[str, ...], ...]
-    """By group."""
+    """For each group."""
 
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def among(self, scores: ScoreTable) -> "Allowed":
-        """What of it has a score in a smaller table."""
-        known = {(row.layer, row.block) for row in scores.rows}
-        layers = [[layer for layer, own in enumerate(self.groups) if own == group] for group in range(len(self))]
-        blocks = (
-            tuple(name for name in names if all((layer, name) in known for layer in members))
-            for names, members in zip(self.blocks, layers, strict=True)
-        )
-        return Allowed(self.groups, tuple(blocks))
+    @cached_property
+    def members(self) -> list[list[int]]:
+        """For each group its layers."""
+        return [[layer for layer, group in enumerate(self.groups) if group == each] for each in range(len(self.blocks))]
 
 
-def allowed(scores: ScoreTable, settings: SearchSettings) -> Allowed:
+def allowed_blocks(scores: ScoreTable, settings: SearchSettings) -> Allowed:
     """What the settings allow of the blocks that have scores.
 
     Raises:
         PuzzleError: a setting names a layer or a block that is not there, or nothing is left to choose.
     """
-    blocks = [[row.block for row in scores.layer(layer)] for layer in range(scores.num_layers)]
-    whole = [list(names) for names in blocks]
+    every = [[row.block for row in scores.layer(layer)] for layer in range(scores.num_layers)]
+    blocks = [list(names) for names in every]
     for setting, keep in (("fix", True), ("forbid", False)):
         for span, patterns in getattr(settings, setting).items():
             layers = _layers(span, scores.num_layers, f"search.{setting}")
-            matching = _matching(whole, scores, layers, patterns, f"search.{setting}", everywhere=keep)
+            matching = _matching(every, scores, layers, patterns, f"search.{setting}", everywhere=keep)
             for layer in layers:
                 blocks[layer] = [name for name in blocks[layer] if (name in matching[layer]) == keep]
     for layer, names in enumerate(blocks):
         if not names:
             raise PuzzleError(f"search.fix, search.forbid: they leave layer {layer} no block; loosen one of them")
     groups = _groups(settings.equal, scores.num_layers)
-    common = []
+    common: list[tuple[str, ...]] = []
     for group in range(max(groups) + 1):
         members = [layer for layer, own in enumerate(groups) if own == group]
         common.append(tuple(name for name in blocks[members[0]] if all(name in blocks[layer] for layer in members)))
@@ -62,7 +55,7 @@ def allowed(scores: ScoreTable, settings: SearchSettings) -> Allowed:
 
 
 def check_spans(settings: SearchSettings, num_layers: int) -> None:
-    """That `fix`, `forbid` and `equal` name layers of the model; a PuzzleError if not."""
+    """Refuse `fix`, `forbid` and `equal` that name layers the model has not."""
     for setting in ("fix", "forbid"):
         for span in getattr(settings, setting):
             _layers(span, num_layers, f"search.{setting}")
@@ -85,7 +78,7 @@ def _matching(
         for layer in layers:
             matches = _matcher(pattern, scores.parent_row(layer).block)
             names = {name for name in blocks[layer] if matches(name)}
-            if everywhere and _two_meanings(pattern, names):
+            if everywhere and _is_ambiguous(pattern, names):
                 raise PuzzleError(
                     f"{setting}: {pattern} is both an attention and an FFN; write {pattern}+* or *+{pattern}"
                 )
@@ -93,7 +86,7 @@ def _matching(
             missing += [] if names else [layer]
         if missing and (everywhere or len(missing) == len(layers)):
             raise PuzzleError(
-                f"{setting}: {pattern} is no block of layer {missing[0]}, nor half of one; it has "
+                f"{setting}: {pattern} is no block or subblock of layer {missing[0]}; it has "
                 f"{', '.join(blocks[missing[0]])}"
             )
     return found
@@ -115,7 +108,7 @@ def _matcher(pattern: str, parent: str) -> Callable[[str], bool]:
     )
 
 
-def _two_meanings(pattern: str, names: set[str]) -> bool:
+def _is_ambiguous(pattern: str, names: set[str]) -> bool:
     """Whether one subblock's name is the attention of some blocks and the FFN of others."""
     if "+" in pattern or pattern == "parent" or pattern in names:
         return False

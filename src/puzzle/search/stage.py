@@ -1,48 +1,41 @@
-"""The stage: a solution in the run folder."""
+"""The stages in a run folder: the search's solution, and the same among the best as whole architectures."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from puzzle.artefacts import CostTable, ScoreTable, Serving, Solution
-from puzzle.runs import Run, read_parsed, write_text
-from puzzle.search.solve import solve
+from puzzle.artefacts import Correction, Evaluated, Serving, Solution, WholeScore
+from puzzle.data import TokenData
+from puzzle.library import Library
+from puzzle.runs import Run, digest, read_parsed, write_text
+from puzzle.search.solve import pool, solve
+from puzzle.search.tables import Tables
+from puzzle.stages import CORRECT, SEARCH
 
-_VERSION = 2
+MIN_IMPROVEMENT = 0.03
+"""Share by which another architecture must be better than the search's own to take its place: documents differ by more
+than what is less, so that it is gone on other text (benchmarks/search_quality.md).
+"""
 _SUMMED = {"kl": "KL", "lm_loss": "rise in loss", "cosine": "cosine distance", "task": "fall in the task"}
 
+Blocks = tuple[str, ...]
+"""One block name a layer."""
 
-def search(
-    run: Run,
-    scores: ScoreTable,
-    costs: CostTable,
-    inputs: Sequence[str],
-    margin: float | None = None,
-    further: Sequence[CostTable] = (),
-) -> Solution:
-    """The recipe's search, kept as solution.json.
 
-    Args:
-        inputs: addresses of the stages that made the tables.
-        margin: in place of the recipe's `search.margin`.
-        further: costs in the recipe's further `scenarios`.
-    """
-    recipe = run.recipe
-    settings = recipe.search if margin is None else recipe.search.model_copy(update={"margin": margin})
-    identity = {
-        "target": recipe.target.model_dump(mode="json"),
-        "scenarios": [each.target.model_dump(mode="json") for each in recipe.scenarios],
-        "search": settings.model_dump(mode="json"),
-        "batch_sizes": [list(table.batch_sizes) for table in (costs, *further)],
-    }
-    stage = run.stage("search", version=_VERSION, settings=identity, inputs=inputs)
-    path = stage.path / "solution.json"
-    if stage.done:
+def search(run: Run, tables: Tables) -> Solution:
+    """The best architecture of the tables, kept as solution.json."""
+    folder = run.open(SEARCH, margin=tables.settings.margin, **_addresses(tables))
+    path = folder.path / "solution.json"
+    if folder.done:
         return read_parsed(path, Solution.from_json)
-    targets = [each.target for each in recipe.scenarios]
-    served = list(zip(further, targets, strict=True))
-    solution = solve(scores, costs, recipe.target, settings, further=served)
+    solution = solve(tables)
     write_text(path, solution.to_json())
-    stage.commit()
-    run.log(f"search: {_describe(solution, _SUMMED[settings.score])}")
+    folder.commit()
+    proof = solution.proof
+    assert proof is not None, "a searched solution has a proof"
+    proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
+    summed = _SUMMED[tables.settings.score]
+    run.log(f"search: summed {summed} {solution.score:.4g} ({proven}) {_predicted(solution)}")
     for serving in solution.further:
         run.log(f"search: in {serving.scenario}, {_predicted(serving)}")
     for note in solution.notes:
@@ -50,12 +43,65 @@ def search(
     return solution
 
 
-def _describe(solution: Solution, summed: str) -> str:
-    """The solution in one line."""
-    proof = solution.proof
-    assert proof is not None, "a searched solution has a proof"
-    proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
-    return f"summed {summed} {solution.score:.4g} ({proven}) {_predicted(solution)}"
+def correct(
+    run: Run,
+    tables: Tables,
+    solution: Solution,
+    evaluate: Callable[[Sequence[Blocks]], Sequence[WholeScore]],
+    library: Library,
+    data: TokenData,
+) -> Correction:
+    """The search's best solutions ranked by their scores as whole architectures, kept as correction.json.
+
+    Args:
+        tables: those in which `solution` was found.
+        evaluate: scores architectures of `library` on the end of the scoring text of `data`.
+    """
+    folder = run.open(CORRECT, margin=tables.settings.margin, library=library, data=data, **_addresses(tables))
+    file = folder.path / "correction.json"
+    if not folder.done:
+        settings = run.recipe.correct
+        differing = min(settings.differing, tables.scores.num_layers)
+        found = pool(tables, settings.pool, differing) if settings.pool else []
+        # The best of a pool of diverse solutions may be another one of the same score.
+        others = [replace(each, proof=None) for each in found if each.blocks != solution.blocks]
+        correction = rerank([solution, *others], evaluate, tables)
+        best = min(each.whole.value(tables.settings.score) for each in correction.evaluated)
+        own = correction.evaluated[0].whole.value(tables.settings.score)
+        run.log(f"correct: {len(correction.evaluated)} architectures compared, {own:.4g} -> {best:.4g}")
+        write_text(file, correction.to_json())
+        folder.commit()
+    return read_parsed(file, Correction.from_json)
+
+
+def rerank(
+    solutions: Sequence[Solution], evaluate: Callable[[Sequence[Blocks]], Sequence[WholeScore]], tables: Tables
+) -> Correction:
+    """Solutions, the search's own first, ranked by their true scores.
+
+    Another one comes before the search's own only if it is better by `MIN_IMPROVEMENT`.
+    """
+    score = tables.settings.score
+    wholes = evaluate([solution.blocks for solution in solutions])
+    values = [whole.value(score) for whole in wholes]
+    enough = values[0] - MIN_IMPROVEMENT * abs(values[0]) if math.isfinite(values[0]) else values[0]
+    better = sorted((place for place, value in enumerate(values) if value < enough), key=lambda place: values[place])
+    return Correction(
+        score=score,
+        evaluated=tuple(
+            Evaluated(blocks=solution.blocks, predicted=solution.score, whole=whole)
+            for solution, whole in zip(solutions, wholes, strict=True)
+        ),
+        ranked=tuple(solutions[place] for place in [*better, 0]),
+    )
+
+
+def _addresses(tables: Tables) -> dict[str, object]:
+    """Of the tables, as inputs of a stage."""
+    return {
+        "scores": digest(tables.scores.to_json()),
+        "costs": [digest(demand.costs.to_json()) for demand in tables.demands],
+    }
 
 
 def _predicted(serving: Solution | Serving) -> str:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import puzzle.correct.whole
+import puzzle.scores.whole
 from puzzle.artefacts import WholeScore
 from puzzle.child import assemble
-from puzzle.correct import TrueScore
 from puzzle.data import TokenData
 from puzzle.library import LayerBlocks, Library
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run
+from puzzle.scores import TrueScore
 from puzzle.variants import Architecture, BlockVariant
 
 OWN = ("kv4+w64",) * 4
@@ -75,8 +75,8 @@ def test_together_and_alone_are_the_same(
     together = true().scores(SOME)
     for file in tmp_path.rglob("whole/*"):
         file.unlink()
-    monkeypatch.setattr(puzzle.correct.whole, "_AT_ONCE", 1)
-    monkeypatch.setattr(puzzle.correct.whole, "tokens_at_once", lambda _: 32)
+    monkeypatch.setattr(puzzle.scores.whole, "_AT_ONCE", 1)
+    monkeypatch.setattr(puzzle.scores.whole, "tokens_at_once", lambda _: 32)
     alone = true().scores(SOME)
     for one, other in zip(together, alone, strict=True):
         assert one.kl == pytest.approx(other.kl, rel=1e-4, abs=1e-7)
@@ -109,7 +109,7 @@ def test_what_is_known_is_not_computed_again(true: Callable[..., TrueScore], mon
         seen.extend(architectures)
         return measured(self, architectures)
 
-    monkeypatch.setattr(puzzle.correct.whole, "_AT_ONCE", 1)
+    monkeypatch.setattr(puzzle.scores.whole, "_AT_ONCE", 1)
     monkeypatch.setattr(TrueScore, "_measured", cut_off)
     with pytest.raises(KeyboardInterrupt):
         true().scores(SOME)

@@ -24,7 +24,7 @@ from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, write_json
-from puzzle.scores import METRICS, per_sequence
+from puzzle.scores.suffix import METRICS, per_sequence
 
 Blocks = tuple[str, ...]
 """One block name a layer."""

@@ -7,45 +7,44 @@ import numpy as np
 
 from puzzle.artefacts import CostRow, CostTable
 
-QUANTITIES = ("prefill_ms", "decode_ms")
+TIMES = ("prefill_ms", "decode_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """A whole model's times in ms, by the table and on the engine."""
+    """A whole model's prefill and decode step in ms, by the table and on the engine."""
 
     predicted: tuple[float, float]
-    """Prefill, and a decode step."""
     measured: tuple[float, float]
-    doubt: tuple[float, float] = (0.0, 0.0)
-    """How far the measured ones may be off, as shares of them."""
+    uncertainty: tuple[float, float] = (0.0, 0.0)
+    """Two relative standard errors of the measured ones."""
 
     @property
     def errors(self) -> tuple[float, float]:
-        """The predictions', as shares of what was measured, without sign; 0 where nothing was."""
+        """The predictions' relative errors, without sign; 0 where nothing was measured."""
         pairs = zip(self.predicted, self.measured, strict=True)
         prefill, decode = (abs(predicted / measured - 1) if measured else 0.0 for predicted, measured in pairs)
         return prefill, decode
 
     def agrees(self, within: float) -> bool:
-        """Whether the predictions are right to this share, or to what can be told of them."""
-        return all(error <= max(within, doubt) for error, doubt in zip(self.errors, self.doubt, strict=True))
+        """Whether the predictions are right to this share, or to what the measurement can tell."""
+        return all(error <= max(within, known) for error, known in zip(self.errors, self.uncertainty, strict=True))
 
 
 def fitted(table: CostTable, batch_size: int, models: Sequence[Timed]) -> CostTable:
     """The table whose rows at this batch size predict these models best, by least squares of relative errors."""
     fixed = table.fixed(batch_size)
     lines = {
-        quantity: _line([(model.predicted[i], model.measured[i]) for model in models], getattr(fixed, quantity))
-        for i, quantity in enumerate(QUANTITIES)
+        name: _line([(model.predicted[i], model.measured[i]) for model in models], getattr(fixed, name))
+        for i, name in enumerate(TIMES)
     }
 
     def row(row: CostRow) -> CostRow:
         if row.batch_size != batch_size:
             return row
         times = {
-            quantity: scale * getattr(row, quantity) + (offset if row.part == "fixed" else 0.0)
-            for quantity, (scale, offset) in lines.items()
+            name: scale * getattr(row, name) + (offset if row.part == "fixed" else 0.0)
+            for name, (scale, offset) in lines.items()
         }
         return replace(row, **times)
 

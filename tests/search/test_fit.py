@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puzzle.artefacts import CostRow, CostTable, Scenario
-from puzzle.costs import Timed, fitted
+from puzzle.search.fit import Timed, fitted
 
 SCENARIO = Scenario(engine="torch", device="cpu", dtype="float32", prompt_tokens=4, generated_tokens=2)
 
@@ -72,8 +72,8 @@ def test_what_is_fixed_does_not_fall_below_zero() -> None:
 
 
 def test_a_prediction_agrees_with_what_noise_may_have_made_of_it() -> None:
-    model = Timed(predicted=(11.0, 1.0), measured=(10.0, 2.0), doubt=(0.05, 0.51))
+    model = Timed(predicted=(11.0, 1.0), measured=(10.0, 2.0), uncertainty=(0.05, 0.51))
     assert model.errors == pytest.approx((0.1, 0.5))
     assert model.agrees(0.11)
     assert not model.agrees(0.09)
-    assert not replace(model, doubt=(0.11, 0.49)).agrees(0.11)
+    assert not replace(model, uncertainty=(0.11, 0.49)).agrees(0.11)
