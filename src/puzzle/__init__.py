@@ -4,88 +4,64 @@ Names are imported when they are first used, so that `import puzzle` takes no ti
 child's model class: at once if transformers is imported already, and otherwise as soon as it is.
 """
 
+import ast
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from puzzle.artefacts import Bounds, Cost, CostTable, LibraryIndex, Scenario, ScoreTable, Solution, Totals
-    from puzzle.child.realise import Child, realise  # of the module, or mypy takes the name for it
-    from puzzle.child.refine import refine
-    from puzzle.costs import measure_costs, time_models
-    from puzzle.data import TokenData, prepare_data
-    from puzzle.distill import distil
-    from puzzle.errors import PuzzleError
-    from puzzle.evaluate import Quality, measure_speed
-    from puzzle.export import export_hf
-    from puzzle.library import Library, Statistics, build_library, calibrate
-    from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
-    from puzzle.parents import Parent, open_parent
-    from puzzle.pipeline import Pipeline, run_stage
-    from puzzle.recipe import Recipe
-    from puzzle.runs import Run, create_folder, open_run
-    from puzzle.scores import TrueScore, score
-    from puzzle.search.solve import frontier, solve
-    from puzzle.search.tables import Tables
-    from puzzle.variants import Architecture, BlockVariant, Space, derive_space
+if TYPE_CHECKING:  # isort: off
+    from puzzle.artefacts import CostTable as CostTable, ScoreTable as ScoreTable, Solution as Solution
+    from puzzle.child.realise import Child as Child, realise as realise
+    from puzzle.child.refine import refine as refine
+    from puzzle.costs import measure_costs as measure_costs, time_models as time_models
+    from puzzle.data import TokenData as TokenData, prepare_data as prepare_data
+    from puzzle.distill import distil as distil
+    from puzzle.errors import PuzzleError as PuzzleError
+    from puzzle.evaluate import Quality as Quality, measure_speed as measure_speed
+    from puzzle.export import export_hf as export_hf
+    from puzzle.library import Library as Library, build_library as build_library, calibrate as calibrate
+    from puzzle.modeling import PuzzleConfig as PuzzleConfig, PuzzleForCausalLM as PuzzleForCausalLM
+    from puzzle.parents import Parent as Parent, open_parent as open_parent
+    from puzzle.pipeline import Pipeline as Pipeline, run_stage as run_stage
+    from puzzle.recipe import Recipe as Recipe
+    from puzzle.runs import Run as Run, create_folder as create_folder, open_run as open_run
+    from puzzle.scores import TrueScore as TrueScore, score as score
+    from puzzle.search.solve import frontier as frontier, solve as solve
+    from puzzle.search.tables import Tables as Tables
+    from puzzle.variants import Architecture as Architecture, Space as Space, derive_space as derive_space
 
-# fmt: off
-__all__ = [
-    "Architecture", "BlockVariant", "Bounds", "Child", "Cost", "CostTable", "Library", "LibraryIndex", "Parent",
-    "Pipeline", "PuzzleConfig", "PuzzleError", "PuzzleForCausalLM", "Quality", "Recipe", "Run", "Scenario",
-    "ScoreTable", "Solution", "Space", "Statistics", "Tables", "TokenData", "Totals", "TrueScore", "build_library",
-    "calibrate", "create_folder", "derive_space", "distil", "export_hf", "frontier", "measure_costs",
-    "measure_speed", "open_parent", "open_run", "prepare_data", "realise", "refine", "run_stage", "score", "solve",
-    "time_models",
-]
-# fmt: on
 
-_HOMES = {
-    "artefacts": "Bounds Cost CostTable LibraryIndex Scenario ScoreTable Solution Totals",
-    "child": "Child realise refine",
-    "costs": "measure_costs time_models",
-    "data": "TokenData prepare_data",
-    "distill": "distil",
-    "errors": "PuzzleError",
-    "evaluate": "Quality measure_speed",
-    "export": "export_hf",
-    "library": "Library Statistics build_library calibrate",
-    "modeling": "PuzzleConfig PuzzleForCausalLM",
-    "parents": "Parent open_parent",
-    "pipeline": "Pipeline run_stage",
-    "recipe": "Recipe",
-    "runs": "Run create_folder open_run",
-    "scores": "TrueScore score",
-    "search": "Tables frontier solve",
-    "variants": "Architecture BlockVariant Space derive_space",
-}
+@cache
+def _homes() -> dict[str, str]:
+    """The module of every public name: what stands above for type checkers is the only list of them."""
+    imports = (node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.ImportFrom))
+    return {each.name: str(node.module) for node in imports for each in node.names if each.asname}
 
 
 def __getattr__(name: str) -> Any:
-    for room, names in _HOMES.items():
-        if name in names.split():
-            return getattr(import_module(f"puzzle.{room}"), name)
+    if name in _homes():
+        return getattr(import_module(_homes()[name]), name)
     raise AttributeError(f"module 'puzzle' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_homes()})
 
 
 class _Registration(MetaPathFinder):
     """Has `puzzle.modeling`, which registers the model class, imported right after transformers itself."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "transformers":
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers":
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -13,8 +13,8 @@ Schema = type[BaseModel]
 
 def explain(error: ValidationError, schema: Schema) -> str:
     """Pydantic's first problem with the setting's path and what was found, and the paths of the other problems."""
-    paths = [path for path, _ in settings(schema)]
-    known = {name for path in paths for name in path.split(".")}
+    fields = dict(settings(schema))
+    known = {name for path in fields for name in path.split(".")}
     problems: dict[str, Any] = {}
     for detail in error.errors(include_url=False):
         *place, last = detail["loc"] or [""]
@@ -25,17 +25,16 @@ def explain(error: ValidationError, schema: Schema) -> str:
         if path not in problems or problems[path]["type"].endswith(("_type", "_parsing")):
             problems[path] = detail  # of several for one setting, what is wrong with its contents says more
     (path, detail), *others = problems.items()
-    found = repr(detail["input"])
     match detail["type"]:
         case "extra_forbidden":
-            problem = f"{path} is not a setting; {_suggest(path, paths)}"
+            problem = f"{path} is not a setting; {_suggestion(path, [*fields])}"
         case "missing":
-            fields = dict(settings(schema))
-            help_text = _one_line(fields[path].description) if path in fields else ""
-            problem = f"{path} is missing" + (f"; give: {help_text}" if help_text else "")
+            help_text = fields[path].description if path in fields else None
+            problem = f"{path} is missing" + (f"; give: {_one_line(help_text)}" if help_text else "")
         case "value_error":
             problem = ": ".join(filter(None, [path, str(detail["ctx"]["error"])]))
         case _:
+            found = repr(detail["input"])
             problem = f"{path}: {detail['msg']}, found {found if len(found) <= 60 else found[:60] + '...'}"
     return problem + (f" (and {len(others)} more: {', '.join(path for path, _ in others)})" if others else "")
 
@@ -53,11 +52,10 @@ def describe(schema: Schema, values: Mapping[str, Any] | None = None) -> str:
         if section is not None and (values is None or any(key.startswith(f"{path}.") for key in values)):
             lines += ["", f"{name}:  # {_one_line(section.__doc__)}"]
         elif section is None and (values is None or path in values):
+            value = (values or {}).get(path, "(must be given)" if field.is_required() else field.default)
+            written = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
             lines += [""] if lines and not indent else []
-            default = "(must be given)" if field.is_required() else field.default
-            lines.append(
-                f"{indent}{name}: {_yaml((values or {}).get(path, default))}  # {_one_line(field.description)}"
-            )
+            lines.append(f"{indent}{name}: {written}  # {_one_line(field.description)}")
     return "\n".join(lines) + "\n"
 
 
@@ -74,21 +72,14 @@ def _section(field: FieldInfo) -> Schema | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _suggest(path: str, paths: list[str]) -> str:
+def _suggestion(path: str, paths: list[str]) -> str:
     """The settings with the most similar name, or else those that may stand in that place."""
     section, _, name = path.rpartition(".")
-    places: dict[str, list[str]] = {}
-    for each in paths:
-        places.setdefault(each.rpartition(".")[2], []).append(each)
-    if near := difflib.get_close_matches(name, places, n=1, cutoff=0.7):
-        here = [each for each in places[near[0]] if each == f"{section}.{near[0]}"]
-        return f"did you mean {' or '.join(here or places[near[0]])}?"
+    if near := difflib.get_close_matches(name, [each.rpartition(".")[2] for each in paths], n=1, cutoff=0.7):
+        same = [each for each in paths if each.rpartition(".")[2] == near[0]]
+        here = f"{section}.{near[0]}"
+        return f"did you mean {here if here in same else ' or '.join(same)}?"
     return f"allowed here: {', '.join(each for each in paths if each.rpartition('.')[0] == section)}"
-
-
-def _yaml(value: Any) -> str:
-    dumped: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-    return dumped.removesuffix("...\n").strip()
 
 
 def _one_line(text: str | None) -> str:

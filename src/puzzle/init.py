@@ -1,17 +1,17 @@
 """A commented recipe for a model, with values that follow from its config.json."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 from puzzle.explain import describe
-from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.modeling import empty_model
 from puzzle.parents import read_config
 from puzzle.recipe import Recipe
-from puzzle.variants import Space, derive_space
+from puzzle.variants import derive_space
 
 _LARGE_PARAMS = 500_000_000
 """From here on: half precision where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def init_recipe(model: str) -> str:
@@ -20,30 +20,30 @@ def init_recipe(model: str) -> str:
     space = derive_space(config)
     num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
     dtype = str(config.dtype or "float32").removeprefix("torch.")
-    sizes = "each of its own sizes"
+    sizes: dict[str, Any] = defaultdict(list)
+    shape = "each of its own sizes"  # and of its own default variants
     if len(set(space.layers)) == 1:
         heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
-        sizes = f"hidden {config.hidden_size}, FFN {config.intermediate_size}, {heads}"
+        shape = f"hidden {config.hidden_size}, FFN {config.intermediate_size}, {heads}"
+        for variant in (*space.layers[0].attention[1:], *space.layers[0].ffn[1:]):
+            if variant.setting is not None and variant.size is not None:
+                sizes[f"space.{variant.setting}"].append(variant.size)
     title = [
-        f"# {model}: {len(space.layers)} layers, {sizes}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
+        f"# {model}: {len(space.layers)} layers, {shape}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
         f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
         "# Before `puzzle run` with this file: set data.source, scenario and target.",
         "# Every other setting and its default: `puzzle help recipe`.",
     ]
-    return "\n".join(title) + "\n\n" + describe(Recipe, _choose(model, config, space, num_params, dtype))
-
-
-def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dtype: str) -> dict[str, Any]:
-    """Values by path. Those for large models follow the paper and its reference code, scaled down to one machine."""
+    # What differs for large models follows the paper and its reference code, scaled down to one machine.
     large = num_params >= _LARGE_PARAMS
     longest = config.max_position_embeddings
-    served = dtype if large and dtype in _DTYPES else "float32"
-    return {
+    served = dtype if large and dtype in ("bfloat16", "float16") else "float32"
+    values = {
         "parent": model,
         "data.source": "path/to/your/text",
         "data.sequence_length": min(2048 if large else 512, longest),
         "precision": "float32" if served == "float32" else "bfloat16",  # float16 has too small a range to train in
-        **_sizes(space),
+        **sizes,
         "library.tokens": "20M" if large else "1M",
         "library.learning_rate": 1e-4 if large else 1e-3,
         "score.tokens": "128k" if large else "64k",
@@ -56,14 +56,4 @@ def _choose(model: str, config: PuzzleConfig, space: Space, num_params: int, dty
         "distil.tokens": "100M" if large else "10M",
         "distil.learning_rate": 5e-5 if large else 3e-4,
     }
-
-
-def _sizes(space: Space) -> dict[str, list[int]]:
-    """The default sizes of variants; none for a parent whose layers differ, where each layer has its own."""
-    if len(set(space.layers)) > 1:
-        return {}
-    sizes: dict[str, list[int]] = {}
-    for variant in (*space.layers[0].attention[1:], *space.layers[0].ffn[1:]):
-        if variant.setting is not None and variant.size is not None:
-            sizes.setdefault(f"space.{variant.setting}", []).append(variant.size)
-    return sizes
+    return "\n".join(title) + "\n\n" + describe(Recipe, values)

@@ -5,12 +5,13 @@ explanations and the report's tables all follow from it: a new quantity is one r
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
-from puzzle import units
+from puzzle.units import BYTES, COUNT, MILLISECONDS, NUMBER, SPEED, Unit
 
 if TYPE_CHECKING:
     from puzzle.artefacts.costs import Totals
@@ -20,11 +21,8 @@ TIME_TOLERANCE = 1e-8
 Bytes and parameters are whole numbers and have no tolerance.
 """
 
-_MILLISECONDS = ((1.0, "ms"),)
-_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Quantity:
     """One quantity of a model in a scenario.
 
@@ -38,22 +36,23 @@ class Quantity:
     """Name in `Bounds`, `Totals.as_dict` and the result table."""
     label: str
     """For people, as in `throughput at least 2,000 tok/s`."""
-    meaning: str
-    """One sentence: what is counted."""
-    amount: Any
-    """Pydantic type of the setting."""
-    scales: Sequence[tuple[float, str]]
-    """Units in which values are written, the largest first; the recipe reads them too."""
-    digits: int = 3
-    """Significant digits for people."""
-    additive: Callable[["Totals"], float]
-    """The sum over layers behind it, in base units (bytes, ms, count)."""
+    unit: Unit
     columns: tuple[str, ...]
     """Fields of `Cost` that it follows from; empty for the score."""
+    additive: Callable[["Totals"], float]
+    """The sum over layers behind it, in base units (bytes, ms, count)."""
+    meaning: str
+    """One sentence: what is counted."""
     at_least: bool = False
     """Larger is better, and the sum behind it is the request time."""
     exact: bool = False
     """Counted rather than timed: whole numbers, compared without tolerance, bounded without margin."""
+    digits: int = 3
+    """Significant digits for people."""
+
+    @property
+    def direction(self) -> str:
+        return "at least" if self.at_least else "at most"
 
     def value(self, totals: "Totals") -> float:
         """Of a whole model; a throughput is 0 where no times are known."""
@@ -81,129 +80,59 @@ class Quantity:
 
     def with_margin(self, bound: float, margin: float) -> float:
         """The bound on predictions that leaves room for measurements to be worse by the share `margin`."""
-        return bound if self.exact or not self.columns else self._scaled(bound, 1 + margin)
+        return self._stricter(bound, 1 + margin)
 
     def without_margin(self, predicted: float, margin: float) -> float:
         """The bound that a predicted value meets with this margin: the inverse of `with_margin`."""
-        return predicted if self.exact or not self.columns else self._scaled(predicted, 1 / (1 + margin))
+        return self._stricter(predicted, 1 / (1 + margin))
+
+    def _stricter(self, bound: float, factor: float) -> float:
+        if self.exact or not self.columns:
+            return bound
+        return bound * factor if self.at_least else bound / factor
 
     def text(self, value: float) -> str:
         """For people: `2,480 tok/s`, `24.0 GB`; `-` if not finite."""
-        return units.format_scaled(value, self.scales, self.digits)
+        return self.unit.text(value, self.digits)
 
     def setting_text(self, value: float, rounding: str = ROUND_HALF_EVEN) -> str:
         """As the recipe reads it, with four significant digits: `2480 tok/s`, `24GB`."""
-        scale, unit = next((item for item in self.scales if abs(value) >= item[0]), self.scales[-1])
-        return plain_digits(value / scale, rounding) + (f" {unit}" if "/" in unit else unit)
-
-    @property
-    def direction(self) -> str:
-        return "at least" if self.at_least else "at most"
-
-    def _scaled(self, value: float, factor: float) -> float:
-        return value * factor if self.at_least else value / factor
+        number, unit = self.unit.scaled(value)
+        return plain_digits(number, rounding) + (f" {unit}" if "/" in unit else unit)
 
 
-def _table(quantities: Iterable[Quantity]) -> dict[str, Quantity]:
-    return {quantity.key: quantity for quantity in quantities}
-
-
-QUANTITIES = _table(
-    (
-        Quantity(
-            setting="throughput",
-            key="throughput_tok_s",
-            label="throughput",
-            meaning="generated tokens per second of the whole batch, prefill time included, prompt tokens not counted",
-            amount=units.Speed,
-            scales=((1.0, "tok/s"),),
-            digits=4,
-            additive=lambda totals: totals.request_ms,
-            columns=("prefill_ms", "decode_ms"),
-            at_least=True,
-        ),
-        Quantity(
-            setting="latency",
-            key="request_ms",
-            label="time of a request",
-            meaning="time from a batch of prompts to its last tokens",
-            amount=units.Milliseconds,
-            scales=_MILLISECONDS,
-            additive=lambda totals: totals.request_ms,
-            columns=("prefill_ms", "decode_ms"),
-        ),
-        Quantity(
-            setting="time_per_output_token",
-            key="decode_ms",
-            label="time per output token",
-            meaning="time of one decode step of the whole batch, at the scenario's middle context length",
-            amount=units.Milliseconds,
-            scales=_MILLISECONDS,
-            additive=lambda totals: totals.cost.decode_ms,
-            columns=("decode_ms",),
-        ),
-        Quantity(
-            setting="time_to_first_token",
-            key="prefill_ms",
-            label="time to first token",
-            meaning="time from a batch of prompts to its first tokens: the prefill",
-            amount=units.Milliseconds,
-            scales=_MILLISECONDS,
-            additive=lambda totals: totals.cost.prefill_ms,
-            columns=("prefill_ms",),
-        ),
-        Quantity(
-            setting="memory",
-            key="memory_bytes",
-            label="memory",
-            meaning="weights, and the KV cache of a full batch at full length; the engine's workspace not counted",
-            amount=units.Bytes,
-            scales=units.BYTE_SCALES,
-            additive=lambda totals: totals.memory_bytes,
-            columns=("weight_bytes", "kv_bytes_per_sequence"),
-            exact=True,
-        ),
-        Quantity(
-            setting="parameters",
-            key="params",
-            label="parameters",
-            meaning="parameters of the whole model; tied embeddings are counted once",
-            amount=units.CountAmount,
-            scales=_COUNTS,
-            additive=lambda totals: totals.cost.params,
-            columns=("params",),
-            exact=True,
-        ),
-        Quantity(
-            setting="disk",
-            key="weight_bytes",
-            label="weights on disk",
-            meaning="weights alone, as a checkpoint of the scenario's dtype",
-            amount=units.Bytes,
-            scales=units.BYTE_SCALES,
-            additive=lambda totals: totals.cost.weight_bytes,
-            columns=("weight_bytes",),
-            exact=True,
-        ),
-        Quantity(
-            setting="score",
-            key="score",
-            label="sum of scores",
-            meaning="sum of the blocks' scores, with `search.objective` for what is to be best then",
-            amount=units.Score,
-            scales=((1.0, ""),),
-            digits=4,
-            additive=lambda totals: 0.0,  # its terms are in the score table
-            columns=(),
-        ),
-    )
+_TIMES = ("prefill_ms", "decode_ms")
+_REQUEST_MS = attrgetter("request_ms")
+# fmt: off
+_QUANTITIES = (
+    Quantity("throughput", "throughput_tok_s", "throughput", SPEED, _TIMES, _REQUEST_MS,
+             "generated tokens per second of the whole batch, prefill time included, prompt tokens not counted",
+             at_least=True, digits=4),
+    Quantity("latency", "request_ms", "time of a request", MILLISECONDS, _TIMES, _REQUEST_MS,
+             "time from a batch of prompts to its last tokens"),
+    Quantity("time_per_output_token", "decode_ms", "time per output token", MILLISECONDS, ("decode_ms",),
+             attrgetter("cost.decode_ms"),
+             "time of one decode step of the whole batch, at the scenario's middle context length"),
+    Quantity("time_to_first_token", "prefill_ms", "time to first token", MILLISECONDS, ("prefill_ms",),
+             attrgetter("cost.prefill_ms"), "time from a batch of prompts to its first tokens: the prefill"),
+    Quantity("memory", "memory_bytes", "memory", BYTES, ("weight_bytes", "kv_bytes_per_sequence"),
+             attrgetter("memory_bytes"),
+             "weights, and the KV cache of a full batch at full length; the engine's workspace not counted",
+             exact=True),
+    Quantity("parameters", "params", "parameters", COUNT, ("params",), attrgetter("cost.params"),
+             "parameters of the whole model; tied embeddings are counted once", exact=True),
+    Quantity("disk", "weight_bytes", "weights on disk", BYTES, ("weight_bytes",), attrgetter("cost.weight_bytes"),
+             "weights alone, as a checkpoint of the scenario's dtype", exact=True),
+    Quantity("score", "score", "sum of scores", NUMBER, (), lambda totals: 0.0,  # its terms are in the score table
+             "sum of the blocks' scores, with `search.objective` for what is to be best then", digits=4),
 )
-"""By key, in the order in which a target that cannot be met is loosened."""
+# fmt: on
 
+QUANTITIES = {quantity.key: quantity for quantity in _QUANTITIES}
+"""By key, in the order in which a target that cannot be met is loosened."""
 COSTS = {key: quantity for key, quantity in QUANTITIES.items() if quantity.columns}
 """All but the score: what a cost table gives."""
-
-SETTINGS = {quantity.setting: quantity for quantity in QUANTITIES.values()}
+SETTINGS = {quantity.setting: quantity for quantity in _QUANTITIES}
 """By the name in the recipe's `target`."""
 
 

@@ -22,7 +22,7 @@ from pydantic import (
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
 from puzzle.quantities import SETTINGS, check_setting
-from puzzle.units import Count, Fraction, Size
+from puzzle.units import Count, Fraction, Size, amount
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveCount = Annotated[Count, Field(ge=1)]
@@ -183,7 +183,10 @@ class CostSettings(Section):
 
 
 _bounds: dict[str, Any] = {
-    name: (each.amount | None, Field(None, description=f"{each.direction.capitalize()}: {each.meaning}."))
+    name: (
+        amount(each.unit, relative=bool(each.columns)) | None,
+        Field(None, description=f"{each.direction.capitalize()}: {each.meaning}."),
+    )
     for name, each in SETTINGS.items()
 }
 _Bounds: Any = create_model("_Bounds", __base__=Section, **_bounds)
