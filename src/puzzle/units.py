@@ -12,7 +12,7 @@ _AMOUNT = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*([A-
 _RELATIVE = {"x": 1.0, "%": 0.01}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """The units of one kind of amount, by their worth in its base unit: bytes, ms, tok/s or 1."""
 
