@@ -72,7 +72,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pipeline:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     module, pipeline = ModuleType("puzzle.pipeline"), Pipeline()
-    vars(module).update(plan=lambda run: [f"plan for {run.recipe.parent}"], run_stage=pipeline.run_stage)
+    vars(module).update(plan=lambda recipe: [f"plan for {recipe.parent}"], run_stage=pipeline.run_stage)
     monkeypatch.setitem(sys.modules, "puzzle.pipeline", module)
     return pipeline
 
@@ -343,7 +343,7 @@ sys.argv[0] = "puzzle"  # as the command line does, which starts without torch
 from puzzle.artefacts import Solution
 from puzzle.cli import main
 pipeline = sys.modules["puzzle.pipeline"] = ModuleType("puzzle.pipeline")
-pipeline.plan = lambda run: ["begun"]
+pipeline.plan = lambda recipe: ["begun"]
 pipeline.run_stage = lambda run, name: time.sleep(60)
 sys.exit(main(sys.argv[1:]))
 """

@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
     with open_run(out, arguments.on) as opened:
         from puzzle.pipeline import plan, run_stage
 
-        for line in plan(opened):
+        for line in plan(recipe):
             opened.log(line)
         run_stage(opened, arguments.until)
 
@@ -139,11 +139,11 @@ def demo(arguments: argparse.Namespace) -> None:
 )
 def plan(arguments: argparse.Namespace) -> None:
     """Show what a recipe takes, here or on many devices, before anything is computed or downloaded."""
-    from puzzle.pipeline import plan_recipe
+    from puzzle.pipeline import plan
     from puzzle.recipe import Recipe, parse_overrides
 
     recipe = Recipe.read(arguments.recipe, parse_overrides(arguments.set))
-    print("\n".join(plan_recipe(recipe, arguments.devices)))
+    print("\n".join(plan(recipe, arguments.devices)))
 
 
 @_command(

@@ -61,7 +61,7 @@ class Pipeline:
 
     @cached_property
     def full_space(self) -> Space:
-        """The variants that the recipe asks for, as far as what it is deployed on can run them."""
+        """The variants that the recipe asks for, as far as what it is deployed and timed on can run them."""
         return _full_space(self.run.recipe, self.parent.config)
 
     @cached_property
@@ -76,7 +76,7 @@ class Pipeline:
 
     @cached_property
     def space(self) -> Space:
-        """Which variants each layer may take: those asked for but what is hopeless from the start."""
+        """Which variants each layer may take: those asked for, less those that start hopelessly."""
         return promising_space(self.run, self.parent, self.statistics, self.full_space)
 
     @cached_property
@@ -181,22 +181,17 @@ class Pipeline:
     @cached_property
     def rows(self) -> dict[str, dict[str, float]]:
         """The final comparison: quality on test text, sizes, predicted and measured speed of every model."""
-        models: dict[str, Parent | Child] = {
-            "parent": self.parent,
-            "child_before": self.child_before,
-            "child": self.child,
-        }
+        batch_size, models = self.solution.batch_size, dict[str, Parent | Child](parent=self.parent)
+        models |= {"child_before": self.child_before, "child": self.child}
+        predicted = {name: self.costs.totals(m.architecture.names, batch_size).as_dict() for name, m in models.items()}
         if self.uniform is not None:
-            models["uniform"] = self.uniform.child
-        qualities = {
-            name: evaluate(self.run, self.parent, model if isinstance(model, Child) else None, self.data, name)
-            for name, model in models.items()
-        }
-        measured = measure_speed(self.run, models, self.costs, self.solution.batch_size)
-        return {
-            name: table_row(asdict(qualities[name]), self._predicted(name, model), measured[name])
-            for name, model in models.items()
-        }
+            models["uniform"], predicted["uniform"] = self.uniform.child, self.uniform.solution.predicted
+        measured, rows = measure_speed(self.run, models, self.costs, batch_size), {}
+        for name, model in models.items():
+            child = model if isinstance(model, Child) else None
+            quality = evaluate(self.run, self.parent, child, self.data, name)
+            rows[name] = table_row(asdict(quality), predicted[name], measured[name])
+        return rows
 
     @cached_property
     def exported(self) -> Path:
@@ -207,7 +202,10 @@ class Pipeline:
     def report(self) -> Path:
         """The page that shows it all, with `summary.json` and `architecture.json` beside it."""
         write_text(self.run.path / "architecture.json", self.child.architecture.to_json())
-        write_json(self.run.path / "summary.json", summary(self._target, self.rows))
+        asked = self.run.recipe.target.model_dump(mode="json", exclude_none=True)
+        bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
+        target = f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
+        write_json(self.run.path / "summary.json", summary(target, self.rows))
         child, path = self.exported, self.run.path / "report.html"
         write_report(path, self._report_data())
         Console().print(final_table(self.rows))
@@ -229,18 +227,6 @@ class Pipeline:
             further=[*zip(self.further_costs, (each.target for each in recipe.scenarios), strict=True)],
             influence=lambda: self.influence,
         )
-
-    @property
-    def _target(self) -> str:
-        """The target as it was asked for, with the scenario."""
-        asked = self.run.recipe.target.model_dump(mode="json", exclude_none=True)
-        bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
-        return f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
-
-    def _predicted(self, name: str, model: Parent | Child) -> dict[str, float]:
-        if name == "uniform" and self.uniform is not None:
-            return self.uniform.solution.predicted
-        return self.costs.totals(model.architecture.names, self.solution.batch_size).as_dict()
 
     def _report_data(self) -> ReportData:
         curves = {"child": distillation_curve(self.child)}
@@ -274,29 +260,19 @@ class Pipeline:
         )
 
 
-def plan(run: Run) -> list[str]:
-    """What follows from the recipe, in lines for a person: space, disk, time per stage."""
-    method = Pipeline(run)
-    return plan_work(run.recipe, method.parent.config, method.full_space, run.device)
+def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
+    """What a recipe takes, in lines for a person, from the parent's config.json alone.
 
-
-def plan_recipe(recipe: Recipe, devices: str | None) -> list[str]:
-    """The same from the parent's config.json alone; with `devices`, such as `8xh100-sxm`, what it takes on those."""
+    Args:
+        devices: such as `8xh100-sxm`; None: this machine.
+    """
     config = read_config(recipe.parent)
     check_recipe(recipe, config)
-    device = choose_device(recipe.execution.device)
-    return plan_work(recipe, config, _full_space(recipe, config), device, devices)
+    return plan_work(recipe, config, _full_space(recipe, config), choose_device(recipe.execution.device), devices)
 
 
 def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
-    settings = recipe.space
-    space = derive_space(
-        config,
-        kv_heads=settings.kv_heads,
-        ffn_widths=settings.ffn_widths,
-        attention=settings.attention,
-        ffn=settings.ffn,
-    )
+    space = derive_space(config, **recipe.space.model_dump(exclude={"prune"}))
     engines = (recipe.scenario.engine, *(each.scenario.engine for each in recipe.scenarios))
     return deployable(space, config, [*recipe.deploy, *(TIMED_AS[engine] for engine in engines if engine in TIMED_AS)])
 

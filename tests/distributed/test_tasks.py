@@ -11,6 +11,7 @@ from puzzle.cli import main
 from puzzle.distributed.tasks import for_layers, split
 from puzzle.errors import PuzzleError
 from puzzle.runs import Run
+from puzzle.stages import Stage
 
 
 @given(st.lists(st.floats(0.0, 1e12), min_size=1, max_size=40), st.integers(1, 12))
@@ -34,7 +35,7 @@ def test_no_range_costs_much_more_than_its_share() -> None:
 
 
 def test_here_one_task_does_all_layers_and_its_folder_goes(pico_run: Run) -> None:
-    stage = pico_run.stage("tasks", version=1, settings={}, inputs=[])
+    stage = pico_run.open(Stage(name="tasks", help=""))
     seen: list[range] = []
 
     def task(layers: range, folder: Path) -> None:
@@ -51,7 +52,7 @@ def test_without_ray_the_command_says_what_to_install(pico_run: Run, monkeypatch
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "puzzle.distributed.ray", raising=False)
     run = Run(pico_run.path, pico_run.recipe, on="ray")
-    stage = run.stage("tasks", version=2, settings={}, inputs=[])
+    stage = run.open(Stage(name="tasks", help="", version=2))
     with pytest.raises(PuzzleError, match=r"^--on: ray is not installed; pip install 'puzzle-llm\[ray\]'"):
         for_layers(run, stage, lambda layers, folder: None, [1.0])
 

@@ -36,7 +36,7 @@ def test_the_command_goes_on_once_there_is_space(
         stage.commit()
 
     pipeline = ModuleType("puzzle.pipeline")
-    vars(pipeline).update(plan=lambda run: [], run_stage=run_stage)
+    vars(pipeline).update(plan=lambda recipe: [], run_stage=run_stage)
     monkeypatch.setitem(sys.modules, "puzzle.pipeline", pipeline)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"parent": "model", "data": {"source": "text"}}))

@@ -24,7 +24,7 @@ def demo(out: Path | None, minutes: float) -> None:
     if not is_run_folder(folder):
         create_folder(folder, demo_recipe(parent, corpus, seconds, speed))
     with open_run(folder) as run:
-        for line in plan(run):
+        for line in plan(run.recipe):
             run.log(line)
         run_stage(run, "report")
 

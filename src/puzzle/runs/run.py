@@ -106,15 +106,7 @@ class Run:
             "settings": {path: setting(self.recipe, path) for path in stage.reads},
             "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
         }
-        return self._open(identity)
-
-    def stage(self, name: str, *, version: int, settings: Any, inputs: Any) -> StageFolder:
-        """Of stages that are not declared yet."""
-        plain = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
-        return self._open({"stage": name, "version": version, "settings": plain, "inputs": list(inputs)})
-
-    def _open(self, identity: dict[str, Any]) -> StageFolder:
-        name, address = identity["stage"], digest(identity)
+        name, address = stage.name, digest(identity)
         folder = StageFolder(self.path / "stages" / f"{name}-{address[:12]}", name, address)
         if self.only is not None and name not in self.only and not folder.done:
             raise PuzzleError(
