@@ -12,16 +12,14 @@ class Artefact:
     """A dataclass that is a JSON file. A table, which has `rows`, has one line a row."""
 
     def to_json(self) -> str:
-        assert is_dataclass(self)
-        values = asdict(self)
+        values = asdict(self)  # type: ignore[call-overload]
         rows = values.pop("rows", None)
         return json.dumps(values, indent=1, default=sorted) + "\n" if rows is None else dump_rows(values, rows)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Back from `to_json`; a `ValueError`, `TypeError` or `KeyError` if it is not from there."""
-        artefact: Self = _built(cls, json.loads(text))
-        return artefact
+        return _built(cls, json.loads(text))
 
 
 def dump_rows(head: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
@@ -36,14 +34,10 @@ def _built(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and is_dataclass(hint):
         hints = _hints(hint)
         return hint(**{name: _built(hints[name], item) for name, item in dict(value).items()})
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    match get_origin(hint):
-        case container if container in (tuple, frozenset):
-            return container(_built(kinds[0], item) for item in value)
-        case union if union in (Union, UnionType) and value is not None:
-            return _built(kinds[0], value)
-        case _:
-            return value
+    origin, kinds = get_origin(hint), get_args(hint)
+    if origin in (tuple, frozenset):
+        return origin(_built(kinds[0], item) for item in value)
+    return _built(kinds[0], value) if origin in (Union, UnionType) and value is not None else value
 
 
 _hints = cache(get_type_hints)

@@ -1,7 +1,7 @@
 """What blocks cost in a scenario, and the totals of a whole model. Every number is defined in docs/numbers.md."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -24,9 +24,8 @@ class Scenario:
         return self.prompt_tokens + self.generated_tokens
 
     def __str__(self) -> str:
-        return (
-            f"{self.engine}, {self.device}, {self.dtype}, prompt {self.prompt_tokens}, generate {self.generated_tokens}"
-        )
+        where = f"{self.engine}, {self.device}, {self.dtype}"
+        return f"{where}, prompt {self.prompt_tokens}, generate {self.generated_tokens}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +41,10 @@ class Cost:
     """One decode step of the whole batch, at the scenario's middle context length."""
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            params=self.params + other.params,
-            weight_bytes=self.weight_bytes + other.weight_bytes,
-            kv_bytes_per_sequence=self.kv_bytes_per_sequence + other.kv_bytes_per_sequence,
-            prefill_ms=self.prefill_ms + other.prefill_ms,
-            decode_ms=self.decode_ms + other.decode_ms,
-        )
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in _COSTS})
+
+
+_COSTS = tuple(field.name for field in fields(Cost))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +99,7 @@ class CostRow:
 
     @property
     def cost(self) -> Cost:
-        return Cost(
-            params=self.params,
-            weight_bytes=self.weight_bytes,
-            kv_bytes_per_sequence=self.kv_bytes_per_sequence,
-            prefill_ms=self.prefill_ms,
-            decode_ms=self.decode_ms,
-        )
+        return Cost(**{name: getattr(self, name) for name in _COSTS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +115,18 @@ class CostTable(Artefact):
     """Columns that no row was given, as happens in tables of other libraries; they stand at 0."""
 
     @cached_property
-    def _by_key(self) -> dict[tuple[int, str, str, int], CostRow]:
-        return {(row.layer, row.part, row.variant, row.batch_size): row for row in self.rows}
+    def _costs(self) -> dict[tuple[int, str, str, int], Cost]:
+        return {(row.layer, row.part, row.variant, row.batch_size): row.cost for row in self.rows}
 
     def fixed(self, batch_size: int) -> Cost:
-        return self._by_key[-1, "fixed", "", batch_size].cost
+        return self._costs[-1, "fixed", "", batch_size]
 
     def block(self, layer: int, block: str, batch_size: int) -> Cost:
         """The cost of a composed block such as `kv2+w512`: its own where it has a row, else its subblocks' added up."""
-        if whole := self._by_key.get((layer, "block", block, batch_size)):
-            return whole.cost
+        if whole := self._costs.get((layer, "block", block, batch_size)):
+            return whole
         attention, _, ffn = block.partition("+")
-        return (
-            self._by_key[layer, "attention", attention, batch_size].cost
-            + self._by_key[layer, "ffn", ffn, batch_size].cost
-        )
+        return self._costs[layer, "attention", attention, batch_size] + self._costs[layer, "ffn", ffn, batch_size]
 
     def totals(self, blocks: Sequence[str], batch_size: int) -> Totals:
         """The predicted totals of an architecture, one block name a layer."""
@@ -151,5 +138,5 @@ class CostTable(Artefact):
     def extended(self, other: "CostTable") -> "CostTable":
         """With the rows of another table of the same scenario for what this one lacks."""
         assert (other.scenario, other.batch_sizes) == (self.scenario, self.batch_sizes), "tables of two scenarios"
-        missing = tuple(row for key, row in other._by_key.items() if key not in self._by_key)
-        return replace(self, rows=self.rows + missing)
+        missing = (row for key, row in zip(other._costs, other.rows, strict=True) if key not in self._costs)
+        return replace(self, rows=(*self.rows, *missing))

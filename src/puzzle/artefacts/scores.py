@@ -1,4 +1,4 @@
-"""Quality of every composed block, alone in the parent."""
+"""What the library holds, and the quality of every block composed of it, alone in the parent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,43 @@ from puzzle.errors import PuzzleError
 
 ScoreName = Literal["kl", "lm_loss", "cosine", "task"]
 """What a search can add up, the lower the better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryRow:
+    """One variant of one subblock of one layer, or a whole block. Losses are normalised MSE on held-out text:
+    E||y - y'||^2 / E||y||^2 (docs/numbers.md).
+    """
+
+    layer: int
+    subblock: str
+    """`attention`, `ffn`; `block` for one that was trained as a whole."""
+    variant: str
+    file: str
+    """Its weights, relative to the run folder; empty for a variant without weights."""
+    widened_from: str
+    """The narrower variant whose weights these are, to be widened, where it ended better; else empty."""
+    initial_loss: float
+    loss: float
+    """After training; never above `initial_loss`."""
+    trained_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryIndex(Artefact):
+    """One row per layer, subblock and variant other than the parent's own."""
+
+    rows: tuple[LibraryRow, ...]
+
+    @cached_property
+    def _by_key(self) -> dict[tuple[int, str, str], LibraryRow]:
+        return {(row.layer, row.subblock, row.variant): row for row in self.rows}
+
+    def row(self, layer: int, subblock: str, variant: str) -> LibraryRow:
+        return self._by_key[layer, subblock, variant]
+
+    def find(self, layer: int, subblock: str, variant: str) -> LibraryRow | None:
+        return self._by_key.get((layer, subblock, variant))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +94,12 @@ class ScoreTable(Artefact):
 
     def parent_row(self, layer: int) -> ScoreRow:
         """The layer's row of the parent's own block: the first with a KL of exactly 0, others with 0 are ties."""
-        for row in self.layer(layer):
-            if row.kl == 0:
-                return row
-        raise PuzzleError(
-            f"scores of layer {layer}: no block has a KL of 0, so the parent's own is missing; score that layer again"
-        )
+        found = next((row for row in self.layer(layer) if row.kl == 0), None)
+        if found is None:
+            raise PuzzleError(
+                f"scores of layer {layer}: no block has a KL of 0 as the parent's has; score it again"
+            )
+        return found
 
     def value(self, layer: int, block: str, score: ScoreName = "kl") -> float:
         """What the block takes away from the parent's quality; of the parent's own block exactly 0.
@@ -70,10 +107,8 @@ class ScoreTable(Artefact):
         `lm_loss` is the rise above the parent's, `task` the fall below it: both can be negative.
         """
         row = self.row(layer, block)
-        if score == "kl":
-            return row.kl
-        if score == "cosine":
-            return row.cosine
+        if score in ("kl", "cosine"):
+            return float(getattr(row, score))
         parent = self._parent_rows[layer]
         if score == "lm_loss":
             return row.lm_loss - parent.lm_loss
