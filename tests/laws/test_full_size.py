@@ -11,7 +11,7 @@ from puzzle.parents import open_parent
 from puzzle.variants import ParentSubblock, Start, Variant, split_state
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery, keep_groups, merge_heads
-from puzzle.variants.least_squares import refit
+from puzzle.variants.least_squares import least_squares_update as refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.modeling import FAMILIES, MODULE_NAMES, PuzzleConfig, PuzzleDecoderLayer, norm_name
-from puzzle.variants.channels import rank_channels
+from puzzle.variants.least_squares import rank_channels
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, Subblock] = ("attention", "ffn")
@@ -61,8 +61,8 @@ class ParentSubblock:
             self.state["mlp.down_proj.weight"],
             self.statistics["activation_mean_abs"],
             self.statistics["activation_second_moment"],
-            knowing_the_gone=self.start.channels == "iterative",
-            with_refit=self.start.method == "closed_form",
+            iterative=self.start.channels == "iterative",
+            with_update=self.start.method == "closed_form",
         )
 
 
@@ -83,7 +83,7 @@ class Variant(ABC):
     absent: ClassVar[bool] = False
     """Whether it is a subblock left out."""
     output_projection: ClassVar[str | None] = None
-    """The linear module it ends with, such as `mlp.down_proj`: refitted by least squares; None: has none."""
+    """The linear module it ends with, such as `mlp.down_proj`: updated by least squares after training."""
     recorded: ClassVar[str | None] = None
     """The module whose inputs calibration passes to `record`; None: nothing more is recorded."""
     setting: ClassVar[str | None] = None
@@ -92,21 +92,14 @@ class Variant(ABC):
     @property
     def name(self) -> str:
         """Short and unique within its subblock: `kv2`, `w512`, `linear`, `none`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        defaults = {field.name: field.default for field in fields(self)}
+        sizes, text = self.entry(), self.grammar  # of sizes at their defaults there is nothing
 
         def optional(part: re.Match[str]) -> str:
-            return part[1] if any(values[name] != defaults[name] for name in re.findall(r"\{(\w+)", part[1])) else ""
+            return part[1] if sizes.keys() & re.findall(r"\{(\w+)", part[1]) else ""
 
-        text = self.grammar
         while "[" in text:
             text = re.sub(r"\[([^\[\]]*)\]", optional, text)
-        return text.format(**values)
-
-    @classmethod
-    def form(cls) -> str:
-        """What its names look like, for error messages: `w<number>`."""
-        return re.sub(r"\{\w+\}", "<number>", cls.grammar)
+        return text.format(**sizes)
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
@@ -122,19 +115,13 @@ class Variant(ABC):
 
     def entry(self) -> dict[str, Any]:
         """Its entry in `PuzzleConfig.blocks`: its kind, and its sizes but for those at their defaults."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"kind": self.kind} | {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
-
-    @classmethod
-    def from_entry(cls, entry: Mapping[str, Any]) -> Self:
-        """Back from `entry`."""
-        return cls(**{name: value for name, value in entry.items() if name != "kind"})
+        sizes = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {"kind": self.kind} | {name: size for name, (size, default) in sizes.items() if size != default}
 
     @property
     def size(self) -> int | None:
         """Its main size: KV heads, width, rank; None for a kind without sizes."""
-        sizes = fields(self)
-        return getattr(self, sizes[0].name) if sizes else None
+        return next((getattr(self, field.name) for field in fields(self)), None)
 
     @property
     def order(self) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -40,19 +41,19 @@ def parse_variant(subblock: Subblock, name: str) -> Variant:
     for kind in REGISTRY[subblock].values():
         if (variant := kind.parse(name)) is not None:
             return variant
-    forms = ", ".join(kind.form() for kind in REGISTRY[subblock].values())
+    forms = ", ".join(re.sub(r"\{\w+\}", "<number>", kind.grammar) for kind in REGISTRY[subblock].values())
     raise PuzzleError(f"{subblock} variant {name!r} is unknown; use {forms}")
 
 
 def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
     """The variant that an entry of `PuzzleConfig.blocks` has for this subblock."""
-    kind = entry["kind"]
-    if kind not in REGISTRY[subblock]:
+    kind = REGISTRY[subblock].get(entry["kind"])
+    if kind is None:
+        known = ", ".join(REGISTRY[subblock])
         raise PuzzleError(
-            f"blocks: {subblock} kind {kind!r} is unknown; use {', '.join(REGISTRY[subblock])}, "
-            "or import the module that registers it first"
+            f"blocks: {subblock} kind {entry['kind']!r} is unknown; use {known}, or import the module that registers it"
         )
-    return REGISTRY[subblock][kind].from_entry(entry)
+    return kind(**{name: size for name, size in entry.items() if name != "kind"})
 
 
 def _check_module(module: type[nn.Module]) -> None:

@@ -1,14 +1,13 @@
-"""One block's choice, a whole architecture, and the space of them."""
+"""One block's choice, a whole architecture, the space of them, and what of it is not worth training."""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
-from puzzle.variants.base import SUBBLOCKS, Subblock, Variant
+from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Subblock, Variant
 from puzzle.variants.registry import parse_variant, variant_from_entry
 
 
@@ -69,9 +68,12 @@ class Architecture:
     @classmethod
     def of(cls, config: PuzzleConfig) -> "Architecture":
         """The architecture a model has."""
-        blocks = config.blocks or []
-        parts = ([variant_from_entry(subblock, block[subblock]) for subblock in SUBBLOCKS] for block in blocks)
-        return cls(tuple(BlockVariant(attention, ffn) for attention, ffn in parts))
+        return cls(
+            tuple(
+                BlockVariant(*(variant_from_entry(subblock, block[subblock]) for subblock in SUBBLOCKS))
+                for block in config.blocks or []
+            )
+        )
 
     @classmethod
     def parse(cls, names: Iterable[str]) -> "Architecture":
@@ -94,11 +96,8 @@ class Architecture:
 
     def to_json(self) -> str:
         """One line a layer."""
-        rows = ",\n".join(
-            f'    {{"layer": {index}, "attention": "{block.attention}", "ffn": "{block.ffn}"}}'
-            for index, block in enumerate(self.blocks)
-        )
-        return f'{{\n  "blocks": [\n{rows}\n  ]\n}}\n'
+        rows = ({"layer": i, "attention": str(b.attention), "ffn": str(b.ffn)} for i, b in enumerate(self.blocks))
+        return '{\n  "blocks": [\n    ' + ",\n    ".join(map(json.dumps, rows)) + "\n  ]\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Architecture":
@@ -114,7 +113,17 @@ class Architecture:
         if not rows or len(by_layer) != len(rows) or set(by_layer) != set(range(len(rows))):
             found = ", ".join(str(row["layer"]) for row in rows)
             raise PuzzleError(f"architecture: layers must be numbered from 0, each once; found {found}")
-        return cls(tuple(_parse_row(layer, by_layer[layer]) for layer in range(len(rows))))
+        blocks = []
+        for layer, row in sorted(by_layer.items()):
+            try:
+                blocks.append(BlockVariant.parse(f"{row['attention']}+{row['ffn']}"))
+            except KeyError as error:
+                raise PuzzleError(
+                    f"architecture: layer {layer} has no entry {error}; write its variant's name"
+                ) from None
+            except PuzzleError as error:
+                raise PuzzleError(f"architecture: layer {layer}: {error}") from None
+        return cls(tuple(blocks))
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,12 @@ def derive_space(
         sizes: by a kind's `Variant.setting`: `kv_heads` and `ffn_widths`.
     """
     parent = Architecture.of(config)
-    named = {"attention": _named("attention", attention), "ffn": _named("ffn", ffn)}
+    named: dict[Subblock, list[Variant]] = {}
+    for subblock, names in zip(SUBBLOCKS, (attention, ffn), strict=True):
+        try:
+            named[subblock] = [parse_variant(subblock, name) for name in names]
+        except PuzzleError as error:
+            raise PuzzleError(f"space.{subblock}: {error}") from None
 
     def alternatives(of: Variant) -> tuple[Variant, ...]:
         """A parent variant, then what fits it, each once."""
@@ -193,17 +207,45 @@ def derive_space(
     return Space(layers)
 
 
-def _parse_row(layer: int, row: dict[str, Any]) -> BlockVariant:
-    try:
-        return BlockVariant.parse(f"{row['attention']}+{row['ffn']}")
-    except KeyError as error:
-        raise PuzzleError(f"architecture: layer {layer} has no entry {error}; write its variant's name") from None
-    except PuzzleError as error:
-        raise PuzzleError(f"architecture: layer {layer}: {error}") from None
+ExpectedLosses = dict[tuple[int, Subblock, str], float | None]
+"""By layer, subblock and name of the variant."""
 
 
-def _named(subblock: Subblock, names: Sequence[str]) -> list[Variant]:
-    try:
-        return [parse_variant(subblock, name) for name in names]
-    except PuzzleError as error:
-        raise PuzzleError(f"space.{subblock}: {error}") from None
+def expected_losses(read: Callable[[int, Subblock], ParentSubblock], space: Space) -> ExpectedLosses:
+    """The expected loss of every variant's start on the calibration text; None where its moments do not suffice.
+
+    Args:
+        read: reads a subblock of a layer of the parent; one is held at a time.
+    """
+    losses: ExpectedLosses = {}
+    for index, layer in enumerate(space.layers):
+        for subblock in SUBBLOCKS:
+            parent = read(index, subblock)
+            for variant in layer.subblock(subblock):
+                losses[index, subblock, variant.name] = variant.expected_loss(parent, variant.initialise(parent))
+    return losses
+
+
+def prune_space(space: Space, losses: ExpectedLosses, config: PuzzleConfig, ratio: float) -> Space:
+    """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their subblock.
+
+    Smaller means: no more parameters, and no larger KV cache of the longest sequence; so `none`, which has neither,
+    stays. So do the parent variant and what has no expected loss.
+    """
+
+    def kept(layer: int, subblock: Subblock) -> tuple[Variant, ...]:
+        own, *others = variants = space.layers[layer].subblock(subblock)
+        known = [
+            (variant, variant.num_params(config), variant.kv_values(config, config.max_position_embeddings), loss)
+            for variant in variants
+            if (loss := losses[layer, subblock, variant.name]) is not None
+        ]
+        hopeless = {
+            variant
+            for variant, params, cache, loss in known
+            if any(fewer <= params and less <= cache and ratio * other < loss for _, fewer, less, other in known)
+        }
+        return (own, *(variant for variant in others if variant not in hopeless))
+
+    layers = range(len(space.layers))
+    return Space(tuple(LayerSpace(*(kept(layer, subblock) for subblock in SUBBLOCKS)) for layer in layers))

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
-from puzzle.variants.base import ParentSubblock, State, Subblock, Variant, add_sum
-from puzzle.variants.least_squares import output_power, padded, refit
+from puzzle.variants.base import ParentSubblock, State, Variant, add_sum
+from puzzle.variants.least_squares import least_squares_update, output_power
 from puzzle.variants.registry import register
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
@@ -21,12 +22,13 @@ FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 class GatedFFN(Variant):
     """The family's gated FFN with `intermediate_size` channels; with the parent's number, the parent variant."""
 
-    subblock: ClassVar[Subblock] = "ffn"
-    kind: ClassVar[str] = "gated"
-    grammar: ClassVar[str] = "w{intermediate_size}"
-    output_projection: ClassVar[str | None] = "mlp.down_proj"
-    recorded: ClassVar[str | None] = "mlp.down_proj"
-    setting: ClassVar[str | None] = "ffn_widths"
+    subblock = "ffn"
+    kind = "gated"
+    grammar = "w{intermediate_size}"
+    output_projection = "mlp.down_proj"
+    recorded = "mlp.down_proj"
+    setting = "ffn_widths"
+    cell = "narrower FFN"
     intermediate_size: int
 
     @property
@@ -50,34 +52,26 @@ class GatedFFN(Variant):
     def share(self, parent: Variant) -> float | None:
         return self.intermediate_size / parent.intermediate_size if isinstance(parent, GatedFFN) else None
 
-    @property
-    def cell(self) -> str:
-        return "narrower FFN"
-
     def deci(self, config: PuzzleConfig) -> dict[str, Any]:
         return {"intermediate_size": self.intermediate_size}
 
     def initialise(self, parent: ParentSubblock) -> State:
-        """Keep the first channels of the ranking (`puzzle.variants.channels`); refit the down projection to them.
+        """Keep the first channels of the ranking, and update the down projection for them by least squares.
 
-        The refit is the least-squares optimum of the BLD loss for the kept channels; a bias stays the parent's. The
-        start of the paper keeps the down projection's columns as they are.
+        The update is the optimum of the BLD loss for the kept channels; a bias stays the parent's. The start of the
+        paper keeps the down projection's columns as they are.
         """
-        assert isinstance(parent.variant, GatedFFN)
-        state = dict(parent.state)
         if parent.variant == self:
-            return state
-        kept = self._kept(parent)
-        for name, tensor in state.items():
-            if name.split(".")[1] in ("gate_proj", "up_proj"):
-                state[name] = tensor[kept].clone()
-        down = state["mlp.down_proj.weight"]
+            return dict(parent.state)
+        kept, down = self._kept(parent), parent.state["mlp.down_proj.weight"]
+        state = {name: tensor[kept].clone() if _of_channels(name) else tensor for name, tensor in parent.state.items()}
         if parent.start.method == "paper":
-            state["mlp.down_proj.weight"] = down[:, kept].clone()
+            updated = down[:, kept].clone()
         else:
-            refitted = refit(down.double(), parent.statistics["activation_second_moment"].double(), kept)
-            state["mlp.down_proj.weight"] = refitted.to(down.dtype)
-        return state
+            updated = least_squares_update(
+                down.double(), parent.statistics["activation_second_moment"].double(), kept
+            ).to(down.dtype)
+        return state | {"mlp.down_proj.weight": updated}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
@@ -95,13 +89,10 @@ class GatedFFN(Variant):
         if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
             return None
         missing = wider.intermediate_size - self.intermediate_size
-        widened = dict(state)
-        for name, tensor in state.items():
-            if name.split(".")[1] in ("gate_proj", "up_proj"):
-                widened[name] = padded(tensor, dim=0, count=missing)
-            elif name == "mlp.down_proj.weight":
-                widened[name] = padded(tensor, dim=1, count=missing)
-        return widened
+        widened = {"mlp.down_proj.weight": pad(state["mlp.down_proj.weight"], (0, missing))}
+        for name in filter(_of_channels, state):
+            widened[name] = pad(state[name], (0, 0) * (state[name].ndim - 1) + (0, missing))
+        return state | widened
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
         """W_down W_up: the gate is ignored."""
@@ -124,9 +115,12 @@ class GatedFFN(Variant):
 
     def _kept(self, parent: ParentSubblock) -> Tensor:
         """Indices of the kept channels, ascending. [I']"""
-        assert isinstance(parent.variant, GatedFFN)
-        assert self.intermediate_size <= parent.variant.intermediate_size
         return parent.channels[: self.intermediate_size].sort().values
+
+
+def _of_channels(name: str) -> bool:
+    """Whether a tensor's rows are the FFN's channels."""
+    return name.split(".")[1] in ("gate_proj", "up_proj")
 
 
 def hardware_multiple(width: int) -> int:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
-from puzzle.variants.base import ParentSubblock, State, Subblock, Variant, add_sum
+from puzzle.variants.base import ParentSubblock, State, Variant, add_sum
 from puzzle.variants.registry import register
 
 
@@ -22,12 +22,12 @@ class GroupedQuery(Variant):
         sinks: how many of the sequence's first tokens it attends to besides (Xiao et al. 2024).
     """
 
-    subblock: ClassVar[Subblock] = "attention"
-    kind: ClassVar[str] = "gqa"
-    grammar: ClassVar[str] = "kv{num_key_value_heads}[win{window}[s{sinks}]]"
-    output_projection: ClassVar[str | None] = "self_attn.o_proj"
-    recorded: ClassVar[str | None] = "self_attn.o_proj"
-    setting: ClassVar[str | None] = "kv_heads"
+    subblock = "attention"
+    kind = "gqa"
+    grammar = "kv{num_key_value_heads}[win{window}[s{sinks}]]"
+    output_projection = "self_attn.o_proj"
+    recorded = "self_attn.o_proj"
+    setting = "kv_heads"
     num_key_value_heads: int
     window: int | None = None
     sinks: int = 0
@@ -62,9 +62,8 @@ class GroupedQuery(Variant):
 
     def problem(self, config: PuzzleConfig) -> str | None:
         heads = config.num_attention_heads
-        if heads % self.num_key_value_heads:
-            return f"{self}, which does not divide the parent's {heads} attention heads; use a divisor"
-        return None
+        wrong = f"{self}, which does not divide the parent's {heads} attention heads; use a divisor"
+        return wrong if heads % self.num_key_value_heads else None
 
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         """Fewer KV heads, which divide the parent variant's, a shorter reach, or both."""
@@ -84,9 +83,8 @@ class GroupedQuery(Variant):
         return [replace(self, num_key_value_heads=count) for count in chosen]
 
     def share(self, parent: Variant) -> float | None:
-        if not isinstance(parent, GroupedQuery):
-            return None
-        return self.num_key_value_heads / parent.num_key_value_heads  # a window is told by the text beside it
+        """A window is told by the text beside it."""
+        return self.num_key_value_heads / parent.num_key_value_heads if isinstance(parent, GroupedQuery) else None
 
     @property
     def cell(self) -> str:
@@ -95,9 +93,8 @@ class GroupedQuery(Variant):
         return "window with sinks" if self.sinks else "window"
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
-        if self.window is not None:
-            return None
-        return {"n_heads_in_group": config.num_attention_heads // self.num_key_value_heads}
+        heads = config.num_attention_heads // self.num_key_value_heads
+        return {"n_heads_in_group": heads} if self.window is None else None
 
     def initialise(self, parent: ParentSubblock) -> State:
         """The parent's weights, with its KV heads merged or selected if there are fewer (paper appendix A).
@@ -107,7 +104,6 @@ class GroupedQuery(Variant):
         """
         assert isinstance(parent.variant, GroupedQuery)
         parent_heads = parent.variant.num_key_value_heads
-        assert parent_heads % self.num_key_value_heads == 0
         state = dict(parent.state)
         if parent_heads == self.num_key_value_heads:
             return state
@@ -115,9 +111,8 @@ class GroupedQuery(Variant):
             ranking = parent.statistics["group_contribution"].argsort(descending=True, stable=True)
             kept = ranking[: self.num_key_value_heads].sort().values
             return keep_groups(state, parent_heads, kept, parent.config)
-        for name in _kv_tensors(state):
-            state[name] = merge_heads(state[name], parent_heads, self.num_key_value_heads)
-        return state
+        merged = {name: merge_heads(state[name], parent_heads, self.num_key_value_heads) for name in _kv_tensors(state)}
+        return state | merged
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return 0.0 if parent.variant == self else None
@@ -129,10 +124,7 @@ class GroupedQuery(Variant):
             return None
         repeats = wider.num_key_value_heads // self.num_key_value_heads
         kv = _kv_tensors(state)
-        return {
-            name: _repeated(tensor, self.num_key_value_heads, repeats) if name in kv else tensor
-            for name, tensor in state.items()
-        }
+        return state | {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in kv}
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
         """W_o W_v: each token attends to itself alone; the V heads are repeated for the query heads that read them."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Subblock, Variant
+from puzzle.variants.base import ParentSubblock, State, Variant
 from puzzle.variants.least_squares import linear_loss, ridge
 from puzzle.variants.registry import register
 
@@ -31,22 +31,15 @@ class PuzzleLinearMLP(nn.Module):
 
 @dataclass(frozen=True)
 class _Linear(Variant):
-    kind: ClassVar[str] = "linear"
-    grammar: ClassVar[str] = "linear"
-    closed_form: ClassVar[bool] = True
+    kind = "linear"
+    grammar = "linear"
+    closed_form = True
+    description = "linear map"
     linear: ClassVar[str]
     """The linear module, by its name in the layer."""
 
-    @property
-    def description(self) -> str:
-        return "linear map"
-
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         return not parent.closed_form
-
-    @property
-    def cell(self) -> str:
-        return "linear FFN" if self.subblock == "ffn" else "linear attention"
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any]:
         return {"replace_with_linear": True}
@@ -59,12 +52,9 @@ class _Linear(Variant):
         if parent.variant == self:
             return dict(parent.state)
         made = parent.variant.linear_map(parent.state) if parent.start.method == "paper" else None
-        if made is None:
-            bias = f"{self.linear}.bias" in self.shapes(parent.config)
-            return parent.norm | ridge(parent.statistics, self.linear, bias=bias, dtype=parent.dtype)
-        weight, offset = made
-        state = {f"{self.linear}.weight": weight.to(parent.dtype).contiguous()}
-        return parent.norm | (state if offset is None else state | {f"{self.linear}.bias": offset.to(parent.dtype)})
+        weight, bias = made or ridge(parent.statistics, bias=f"{self.linear}.bias" in self.shapes(parent.config))
+        state = {f"{self.linear}.weight": weight} | ({} if bias is None else {f"{self.linear}.bias": bias})
+        return parent.norm | {name: tensor.to(parent.dtype).contiguous() for name, tensor in state.items()}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return linear_loss(parent.statistics, state[f"{self.linear}.weight"], state.get(f"{self.linear}.bias"))
@@ -73,14 +63,16 @@ class _Linear(Variant):
 @register
 @dataclass(frozen=True)
 class LinearAttention(_Linear):
-    subblock: ClassVar[Subblock] = "attention"
-    module: ClassVar[type[nn.Module] | None] = PuzzleLinearMixer
-    linear: ClassVar[str] = "self_attn.linear_attn"
+    subblock = "attention"
+    module = PuzzleLinearMixer
+    linear = "self_attn.linear_attn"
+    cell = "linear attention"
 
 
 @register
 @dataclass(frozen=True)
 class LinearFFN(_Linear):
-    subblock: ClassVar[Subblock] = "ffn"
-    module: ClassVar[type[nn.Module] | None] = PuzzleLinearMLP
-    linear: ClassVar[str] = "mlp.linear_mlp"
+    subblock = "ffn"
+    module = PuzzleLinearMLP
+    linear = "mlp.linear_mlp"
+    cell = "linear FFN"

@@ -1,14 +1,15 @@
 """Two linear maps through a few channels, with nothing between them, instead of the FFN."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Subblock, Variant
-from puzzle.variants.least_squares import linear_loss, padded, reduced_rank
+from puzzle.variants.base import ParentSubblock, State, Variant
+from puzzle.variants.least_squares import linear_loss, reduced_rank
 from puzzle.variants.registry import register
 
 
@@ -25,12 +26,13 @@ class PuzzleLowRankMLP(nn.Module):
 @register
 @dataclass(frozen=True)
 class LowRankFFN(Variant):
-    subblock: ClassVar[Subblock] = "ffn"
-    kind: ClassVar[str] = "low_rank"
-    grammar: ClassVar[str] = "rank{rank}"
-    module: ClassVar[type[nn.Module] | None] = PuzzleLowRankMLP
-    closed_form: ClassVar[bool] = True
-    output_projection: ClassVar[str | None] = "mlp.expand_proj"
+    subblock = "ffn"
+    kind = "low_rank"
+    grammar = "rank{rank}"
+    module = PuzzleLowRankMLP
+    closed_form = True
+    output_projection = "mlp.expand_proj"
+    cell = "low-rank FFN"
     rank: int
 
     @property
@@ -40,10 +42,6 @@ class LowRankFFN(Variant):
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         """Smaller than the parent's FFN, and than one linear map."""
         return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
-
-    @property
-    def cell(self) -> str:
-        return "low-rank FFN"
 
     def initialise(self, parent: ParentSubblock) -> State:
         """The reduced-rank regression from the normed input to the subblock's output.
@@ -74,6 +72,6 @@ class LowRankFFN(Variant):
             return None
         missing = wider.rank - self.rank
         return state | {
-            "mlp.reduce_proj.weight": padded(state["mlp.reduce_proj.weight"], dim=0, count=missing),
-            "mlp.expand_proj.weight": padded(state["mlp.expand_proj.weight"], dim=1, count=missing),
+            "mlp.reduce_proj.weight": pad(state["mlp.reduce_proj.weight"], (0, 0, 0, missing)),
+            "mlp.expand_proj.weight": pad(state["mlp.expand_proj.weight"], (0, missing)),
         }
