@@ -5,12 +5,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+from puzzle.variants.channels import rank_channels
 from tests.variants.conftest import activation_moments, spread_activations
 from torch import Tensor
 
-from puzzle.variants.channels import rank_channels
 from puzzle.variants.least_squares import damping, refit
 
 RANKINGS = [(False, True), (True, False), (True, True)]

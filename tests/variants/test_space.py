@@ -3,14 +3,13 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tests.conftest import pico_puzzle
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants import derive_space
-from puzzle.variants.kinds.gated import GatedFFN, hardware_multiple
+from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
 
 
@@ -61,7 +60,6 @@ def test_ffn_widths(width: int, expected: list[int]) -> None:
 
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 70_000))
 def test_every_size_fits(kv_heads: int, queries: int, width: int) -> None:
-    multiple = hardware_multiple(width)
     space = derive_space(config(kv_heads * queries, kv_heads, width, layers=1)).layers[0]
     counts = [variant.num_key_value_heads for variant in space.attention if isinstance(variant, GroupedQuery)]
     widths = [variant.intermediate_size for variant in space.ffn if isinstance(variant, GatedFFN)]
@@ -69,11 +67,6 @@ def test_every_size_fits(kv_heads: int, queries: int, width: int) -> None:
     assert counts[-1] == 1
     assert all(larger % smaller == 0 and larger > smaller for larger, smaller in pairwise(counts))
     assert all(larger > smaller > 0 for larger, smaller in pairwise(widths))
-    assert all(size % multiple == 0 for size in widths[1:])
-
-
-def test_the_multiple_is_256_for_real_models() -> None:
-    assert [hardware_multiple(width) for width in (53248, 14336, 4096, 512, 48, 7, 1)] == [256, 256, 256, 32, 2, 1, 1]
 
 
 def test_given_sizes_and_kinds() -> None:

@@ -6,8 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 from torch import Tensor
 from torch.nn.functional import linear

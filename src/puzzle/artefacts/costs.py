@@ -1,7 +1,7 @@
 """What blocks cost in a scenario, and the totals of a whole model. Every number is defined in docs/numbers.md."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal
 
@@ -134,9 +134,3 @@ class CostTable(Artefact):
         for layer, block in enumerate(blocks):
             cost = cost + self.block(layer, block, batch_size)
         return Totals(batch_size=batch_size, generated_tokens=self.scenario.generated_tokens, cost=cost)
-
-    def extended(self, other: "CostTable") -> "CostTable":
-        """With the rows of another table of the same scenario for what this one lacks."""
-        assert (other.scenario, other.batch_sizes) == (self.scenario, self.batch_sizes), "tables of two scenarios"
-        missing = (row for key, row in zip(other._costs, other.rows, strict=True) if key not in self._costs)
-        return replace(self, rows=(*self.rows, *missing))

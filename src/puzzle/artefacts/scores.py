@@ -96,9 +96,7 @@ class ScoreTable(Artefact):
         """The layer's row of the parent's own block: the first with a KL of exactly 0, others with 0 are ties."""
         found = next((row for row in self.layer(layer) if row.kl == 0), None)
         if found is None:
-            raise PuzzleError(
-                f"scores of layer {layer}: no block has a KL of 0 as the parent's has; score it again"
-            )
+            raise PuzzleError(f"scores of layer {layer}: no block has a KL of 0 as the parent's has; score it again")
         return found
 
     def value(self, layer: int, block: str, score: ScoreName = "kl") -> float:

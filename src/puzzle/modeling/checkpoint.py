@@ -63,7 +63,8 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
         extra_files_from: the folder, the parent's, whose tokenizer, chat template, generation defaults and license are
             copied; None copies nothing.
     """
-    extra_files = [] if extra_files_from is None else _extra_files(extra_files_from)
+    found = (file for pattern in _EXTRA_FILES for file in extra_files_from.glob(pattern)) if extra_files_from else ()
+    extra_files = sorted({file for file in found if file.is_file()})
     generation_config = model.generation_config
     if any(file.name == "generation_config.json" for file in extra_files):
         # The parent's file is copied as it is: transformers reads some that it refuses to write.
@@ -75,7 +76,10 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
     save_configuration(model.config, path)
     for file in extra_files:
         shutil.copyfile(file, path / file.name)
-    _flush(path)
+    for place in (*path.iterdir(), path):  # on disk, so that a manifest written later is true
+        descriptor = os.open(place, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def save_configuration(config: PuzzleConfig, path: Path) -> None:
@@ -92,17 +96,3 @@ def save_configuration(config: PuzzleConfig, path: Path) -> None:
         source = textwrap.dedent(inspect.getsource(module))
         code += f'\n\n{source}\n\nMODULES["{which}", "{kind}"] = {module.__name__}\n'
     (path / "modeling_puzzle.py").write_text(code, encoding="utf-8")
-
-
-def _extra_files(folder: Path) -> list[Path]:
-    return sorted({file for pattern in _EXTRA_FILES for file in folder.glob(pattern) if file.is_file()})
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the files of `folder` and their names are on disk, so that a manifest written later is true."""
-    for place in (*folder.iterdir(), folder):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -128,21 +128,15 @@ class PuzzleMasks:
         self,
         config: PuzzleConfig,
         hidden_BTD: Tensor,
-        *,
         attention_mask: Tensor | dict[str, Any] | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> None:
         self.made: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
         """By name, such as `full_attention` or `window1024s4`."""
-        self._config, self._cache = config, past_key_values
-        self._tokens = hidden_BTD.shape[1]
+        self._config, self._cache, self._tokens = config, cache, hidden_BTD.shape[1]
         self._padding = None if isinstance(attention_mask, dict) else attention_mask
-        self._arguments = {
-            "inputs_embeds": hidden_BTD,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
+        self._arguments = {"inputs_embeds": hidden_BTD, "past_key_values": cache, "position_ids": position_ids}
 
     def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
         """The mask in the form that the attention implementation takes, None where that needs none.
@@ -304,13 +298,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
         Args:
             attention_mask: of padding, [B, tokens seen and T]; or masks made before, see `PuzzleMasks`.
         """
-        masks = PuzzleMasks(
-            self.config,
-            hidden_BTD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-        )
+        masks = PuzzleMasks(self.config, hidden_BTD, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
@@ -345,39 +333,33 @@ class PuzzleModel(PuzzlePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if past_key_values is not None:
-            self._bound_caches_with_sinks(past_key_values)
+        self._bound_caches_with_sinks(past_key_values)
         context = self.context(
-            hidden_BTD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+            hidden_BTD, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values
         )
-        states = [hidden_BTD] if output_hidden_states else None
+        states = []
         for layer in self.layers:
+            states += [hidden_BTD] if output_hidden_states else []
             hidden_BTD = layer(hidden_BTD, **context, **kwargs)
-            if states is not None:
-                states.append(hidden_BTD)
         hidden_BTD = self.norm(hidden_BTD)
-        if states is not None:
-            states[-1] = hidden_BTD
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_BTD,
             past_key_values=past_key_values,
-            hidden_states=None if states is None else tuple(states),
+            hidden_states=(*states, hidden_BTD) if output_hidden_states else None,
         )
 
-    def _bound_caches_with_sinks(self, cache: Cache) -> None:
+    def _bound_caches_with_sinks(self, cache: Cache | None) -> None:
         """Put cache layers that drop what is never seen again in place of growing ones that are still empty.
 
         transformers knows no such type of layer by which a configuration could ask for them. In other caches, such as
         static ones, these layers keep every token.
         """
+        layers = [] if cache is None else cache.layers
         for window, sinks, index in _windows(self.config):
-            if sinks and index < len(cache.layers):
-                held = cache.layers[index]
-                if type(held) is DynamicLayer and not held.is_initialized:
-                    cache.layers[index] = PuzzleSinkCacheLayer(window, sinks)
+            if not sinks or index >= len(layers):
+                continue
+            if type(layers[index]) is DynamicLayer and not layers[index].is_initialized:
+                layers[index] = PuzzleSinkCacheLayer(window, sinks)
 
 
 class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
@@ -415,22 +397,11 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
+        arguments = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*arguments, **kwargs | {"return_dict": True})
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.head(outputs.last_hidden_state[:, kept, :])
         loss = None
@@ -453,13 +424,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Every mask that a step needs, by name; transformers asks for them before a step that may be compiled."""
-        masks = PuzzleMasks(
-            config,
-            inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-        )
+        masks = PuzzleMasks(config, inputs_embeds, attention_mask, position_ids, past_key_values)
         masks.of(None)
         for window, sinks, index in _windows(config):
             masks.of(window, sinks, index)

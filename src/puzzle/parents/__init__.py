@@ -1,6 +1,4 @@
 """Parents: a family's configuration as the model's, and checkpoints on disk."""
 
-from puzzle.parents.checkpoint import open_checkpoint
-from puzzle.parents.parent import Parent, open_parent, read_config
-
-__all__ = ["Parent", "open_checkpoint", "open_parent", "read_config"]
+from puzzle.parents.checkpoint import open_checkpoint as open_checkpoint
+from puzzle.parents.parent import Parent as Parent, open_parent as open_parent, read_config as read_config

@@ -12,15 +12,16 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from puzzle.errors import PuzzleError, one_line
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
+from puzzle.modeling import FAMILIES, PuzzleConfig, PuzzleForCausalLM, empty_model, finish
 from puzzle.parents.checkpoint import Checkpoint, open_checkpoint
-from puzzle.parents.family import check_family, puzzle_config
 from puzzle.variants import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
+_OF_THE_FILE = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
+"""Fields of a configuration that describe the file, not the model."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Parent:
         """
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
-        names = self._names_outside_layers() + [name for layer in held for name in self._layer_names(layer)]
+        names = self._outside_layers + [name for layer in held for name in self._layer_names(layer)]
         state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
         file = self.path / "generation_config.json"
@@ -89,7 +90,7 @@ class Parent:
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
-        return {name: tensor.float() for name, tensor in self.checkpoint.read(self._names_outside_layers())}
+        return {name: tensor.float() for name, tensor in self.checkpoint.read(self._outside_layers)}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name in the model, as it is stored, one at a time."""
@@ -100,7 +101,8 @@ class Parent:
         """Every parameter once, a tied one under the name that checkpoints keep."""
         return [name for name, _ in empty_model(self.config).named_parameters()]
 
-    def _names_outside_layers(self) -> list[str]:
+    @property
+    def _outside_layers(self) -> list[str]:
         return [name for name in self._names if not name.startswith("model.layers.")]
 
     def _layer_names(self, layer: int) -> list[str]:
@@ -115,28 +117,64 @@ def open_parent(source: str, digests: Path | None = None, address: str | None = 
         digests: file in which the weights' hashes are remembered by size and time of change.
         address: of a child, which is known without hashing its weights.
     """
-    path = locate(source, _HUB_FILES)
-    check_family(_model_type(path))
+    path = _locate(source, _HUB_FILES)
+    _check_family(path)
     checkpoint = open_checkpoint(path)
-    config = _read_config(path, checkpoint)
-    return Parent(path, config, checkpoint, address or checkpoint.address(digests))
+    return Parent(path, _read_config(path, checkpoint), checkpoint, address or checkpoint.address(digests))
 
 
 def read_config(source: str) -> PuzzleConfig:
     """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
-    path = locate(source, ["config.json"])
-    check_family(_model_type(path))
+    path = _locate(source, ["config.json"])
+    _check_family(path)
     return _read_config(path, None)
 
 
+def _locate(source: str, wanted: list[str]) -> Path:
+    """A folder, or that of a hub's snapshot with the wanted files; a `PuzzleError` if `source` is neither."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise PuzzleError(
+            f"parent: {source} is not a folder; give one of a Hugging Face checkpoint, or a hub name such as org/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except Exception as error:  # whatever the hub client raises, the reader needs one line
+        reason = one_line(error)
+        raise PuzzleError(f"parent: {source} is neither a folder nor a model that the hub gives ({reason})") from None
+
+
+def _check_family(path: Path) -> None:
+    """A `PuzzleError` unless checkpoints of its `model_type` can be read."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
+    found, supported = config.get("model_type") if isinstance(config, dict) else None, [*FAMILIES, "puzzle"]
+    if found not in supported:
+        raise PuzzleError(f"parent: model_type {found!r} is not supported; use one of {', '.join(supported)}")
+
+
 def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
-    """The configuration, after every parameter that it asks for was found in the checkpoint, if there is one."""
+    """The configuration as a Puzzle model's, after every parameter that it asks for was found in the checkpoint.
+
+    One way for all families: they differ in their entry in `puzzle.modeling.FAMILIES`; a child's is as it is.
+    """
     file = path / "config.json"
     try:
-        config = puzzle_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        if checkpoint is not None and config.tie_word_embeddings and _stores_another_head(checkpoint):
-            config.tie_word_embeddings = False
-        parameters = dict(empty_model(config).named_parameters()) if checkpoint is not None else {}
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(config, PuzzleConfig):
+            fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_FILE}
+            if fields.get("quantization_config") is not None:
+                raise PuzzleError(f"parent: {file} has a quantization_config; get a checkpoint that is not quantised")
+            config = PuzzleConfig(**fields, base_model_type=config.model_type)
+        if checkpoint is not None:
+            config.tie_word_embeddings = config.tie_word_embeddings and not _stores_another_head(checkpoint)
+            parameters = dict(empty_model(config).named_parameters())
     except PuzzleError:
         raise
     except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
@@ -152,39 +190,5 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
 
 def _stores_another_head(checkpoint: Checkpoint) -> bool:
     """Whether head and embeddings are both stored and differ; transformers then does not tie them either."""
-    names = ["model.embed_tokens.weight", "lm_head.weight"]
-    if not all(name in checkpoint.entries for name in names):
-        return False
-    tensors = dict(checkpoint.read(names))
-    return not torch.equal(tensors[names[0]], tensors[names[1]])
-
-
-def locate(source: str, wanted: list[str]) -> Path:
-    """A folder, or that of a hub's snapshot with the wanted files.
-
-    Raises:
-        PuzzleError: `source` is neither.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise PuzzleError(
-            f"parent: {source} is not a folder; give one of a Hugging Face checkpoint, or a hub name such as org/model"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except Exception as error:  # whatever the hub client raises, the reader needs one line
-        raise PuzzleError(
-            f"parent: {source} is neither a folder nor a model that the hub gives ({one_line(error)})"
-        ) from None
-
-
-def _model_type(path: Path) -> object:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
-    return config.get("model_type") if isinstance(config, dict) else None
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    return names <= checkpoint.entries.keys() and not torch.equal(*(tensor for _, tensor in checkpoint.read(names)))

@@ -33,6 +33,3 @@ from puzzle.variants.space import (
 
 for _module in pkgutil.iter_modules(kinds.__path__):
     importlib.import_module(f"{kinds.__name__}.{_module.name}")
-# For baseline.py.
-from puzzle.variants.kinds.gated import GatedFFN as GatedFFN, hardware_multiple as hardware_multiple  # noqa: E402
-from puzzle.variants.kinds.grouped_query import GroupedQuery as GroupedQuery  # noqa: E402

@@ -43,9 +43,9 @@ class GatedFFN(Variant):
         return isinstance(parent, GatedFFN) and self.intermediate_size < parent.intermediate_size
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> list[Variant]:
-        """The paper's fractions of the width, rounded."""
+        """The paper's fractions of the width, rounded to multiples that engines and tensor cores like."""
         width = self.intermediate_size
-        multiple = hardware_multiple(width)
+        multiple = min(256, max(1, 2 ** (width.bit_length() - 5)))  # less than 256 for small models
         default = {max(multiple, round(fraction * width / multiple) * multiple) for fraction in FFN_FRACTIONS}
         return [GatedFFN(width) for width in sorted(default if sizes is None else sizes, reverse=True)]
 
@@ -121,8 +121,3 @@ class GatedFFN(Variant):
 def _of_channels(name: str) -> bool:
     """Whether a tensor's rows are the FFN's channels."""
     return name.split(".")[1] in ("gate_proj", "up_proj")
-
-
-def hardware_multiple(width: int) -> int:
-    """The multiple that FFN widths are rounded to: 256 (for engines and tensor cores), less for small models."""
-    return min(256, max(1, 2 ** (width.bit_length() - 5)))
