@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.conftest import pico_puzzle, random_tokens
 from tests.variants.test_variants import ATTENTION, FFN
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.conftest import pico_puzzle
 from tests.variants.conftest import moments, pico_parent
 from torch import Tensor

@@ -5,12 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from puzzle.variants.channels import rank_channels
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.variants.conftest import activation_moments, spread_activations
 from torch import Tensor
 
-from puzzle.variants.least_squares import damping, refit
+from puzzle.variants.least_squares import damping, rank_channels
+from puzzle.variants.least_squares import least_squares_update as refit
 
 RANKINGS = [(False, True), (True, False), (True, True)]
 
@@ -21,8 +22,8 @@ def ranked(down_DI: Tensor, activation_NI: Tensor, knowing_the_gone: bool, with_
         down_DI,
         moments["activation_mean_abs"],
         moments["activation_second_moment"],
-        knowing_the_gone=knowing_the_gone,
-        with_refit=with_refit,
+        iterative=knowing_the_gone,
+        with_update=with_refit,
     )
     return ranking.tolist()
 
@@ -93,7 +94,7 @@ def test_batches_cost_little() -> None:
     independent = ranked(down_DI, activation_NI, False, True)
     batched = ranked(down_DI, activation_NI, True, True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("puzzle.variants.channels._BATCH_SHARE", 0.0)
+        patch.setattr("puzzle.variants.least_squares._BATCH_SHARE", 0.0)
         single = ranked(down_DI, activation_NI, True, True)
     assert single != batched
     for width in (40, 80, 120):

@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 from torch import Tensor
 from torch.nn.functional import linear
@@ -17,7 +18,7 @@ from puzzle.variants.kinds.grouped_query import GroupedQuery
 from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
 from puzzle.variants.kinds.low_rank import LowRankFFN
 from puzzle.variants.kinds.none import NoAttention, NoFFN
-from puzzle.variants.least_squares import RIDGE, damping, linear_loss, reduced_rank, refit, ridge
+from puzzle.variants.least_squares import RIDGE, damping, least_squares_update, linear_loss, reduced_rank, ridge
 
 _NORM = "post_attention_layernorm."
 
@@ -85,7 +86,7 @@ def _lstsq_refit(weight: np.ndarray, activation: np.ndarray, kept: list[int]) ->
 def test_linear_maps_are_damped_least_squares(bias: bool) -> None:
     input_ND = spread_activations(6)
     output_ND = spread_activations(5).tanh() + input_ND @ torch.randn(6, 5, dtype=torch.float64)
-    state = ridge(moments(input_ND, output_ND), "map", bias=bias, dtype=torch.float64)
+    found, offset = ridge(moments(input_ND, output_ND), bias=bias)
     inputs, outputs = input_ND.numpy(), output_ND.numpy()
     rows = np.diag(np.sqrt(RIDGE * (inputs**2).sum(0)))
     if bias:
@@ -93,11 +94,11 @@ def test_linear_maps_are_damped_least_squares(bias: bool) -> None:
     weight = np.linalg.lstsq(np.concatenate([inputs, rows]), np.concatenate([outputs, np.zeros((6, 5))]), rcond=None)[
         0
     ].T
-    np.testing.assert_allclose(state["map.weight"].numpy(), weight, rtol=1e-6, atol=1e-9)
-    assert ("map.bias" in state) is bias
-    if bias:
+    np.testing.assert_allclose(found.numpy(), weight, rtol=1e-6, atol=1e-9)
+    assert (offset is not None) is bias
+    if offset is not None:
         expected = output_ND.numpy().mean(0) - weight @ input_ND.numpy().mean(0)
-        np.testing.assert_allclose(state["map.bias"].numpy(), expected, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(offset.numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -221,7 +222,7 @@ def test_a_wider_refit_is_never_worse(seed: int, tokens: int, dead: int) -> None
     for width in range(1, channels + 1):
         kept = ranking[:width]
         left = weight.clone()
-        left[:, kept] -= refit(weight, second_moment, kept)
+        left[:, kept] -= least_squares_update(weight, second_moment, kept)
         # The refit is the optimum under the damped moment; there, more channels can only help.
         error = _error(left, damped)
         assert error <= previous + 1e-9 * nothing_kept
@@ -244,7 +245,7 @@ def test_the_error_on_the_calibration_moments_falls_with_the_width(
     errors = []
     for width in range(0, 49, 4):
         left = weight.clone()
-        left[:, ranking[:width]] -= refit(weight, second_moment, ranking[:width])
+        left[:, ranking[:width]] -= least_squares_update(weight, second_moment, ranking[:width])
         errors.append(_error(left, second_moment))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
@@ -258,11 +259,11 @@ def _error(left: Tensor, second_moment: Tensor) -> float:
 def test_an_input_that_is_never_active_gets_no_weight() -> None:
     input_ND = spread_activations(6)
     input_ND[:, 2] = 0
-    state = ridge(moments(input_ND, spread_activations(5)), "map", bias=False, dtype=torch.float64)
-    assert state["map.weight"].isfinite().all()
-    assert state["map.weight"][:, 2].abs().max() == 0
-    nothing = ridge(moments(torch.zeros(9, 6), torch.zeros(9, 5)), "map", bias=True, dtype=torch.float64)
-    assert nothing["map.weight"].abs().max() == 0
+    weight, _ = ridge(moments(input_ND, spread_activations(5)), bias=False)
+    assert weight.isfinite().all()
+    assert weight[:, 2].abs().max() == 0
+    nothing, _ = ridge(moments(torch.zeros(9, 6), torch.zeros(9, 5)), bias=True)
+    assert nothing.abs().max() == 0
 
 
 def test_an_input_that_is_constant_leaves_its_work_to_the_bias() -> None:
@@ -270,6 +271,6 @@ def test_an_input_that_is_constant_leaves_its_work_to_the_bias() -> None:
     input_ND = spread_activations(6).float()
     input_ND[:, 2] = 1234.5
     output_ND = spread_activations(5).float()
-    state = ridge(moments(input_ND, output_ND), "map", bias=True, dtype=torch.float64)
-    largest = (state["map.weight"][:, 2] * 1234.5).abs().max()
+    weight, _ = ridge(moments(input_ND, output_ND), bias=True)
+    largest = (weight[:, 2] * 1234.5).abs().max()
     assert largest < 1e-3 * output_ND.abs().max()

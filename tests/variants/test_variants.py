@@ -4,7 +4,8 @@ from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.conftest import pico_llama, pico_puzzle
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -6,22 +6,19 @@ child without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.checkpoint import (
-    empty_model as empty_model,
-    finish as finish,
-    save_checkpoint as save_checkpoint,
-    save_configuration as save_configuration,
-)
-from puzzle.modeling.configuration_puzzle import Block as Block, PuzzleConfig as PuzzleConfig
-from puzzle.modeling.modeling_puzzle import (
-    FAMILIES as FAMILIES,
-    MODULE_NAMES as MODULE_NAMES,
-    MODULES as MODULES,
-    PuzzleDecoderLayer as PuzzleDecoderLayer,
-    PuzzleForCausalLM as PuzzleForCausalLM,
-    PuzzleModel as PuzzleModel,
-    norm_name as norm_name,
-)
+from puzzle.modeling.checkpoint import empty_model as empty_model
+from puzzle.modeling.checkpoint import finish as finish
+from puzzle.modeling.checkpoint import save_checkpoint as save_checkpoint
+from puzzle.modeling.checkpoint import save_configuration as save_configuration
+from puzzle.modeling.configuration_puzzle import Block as Block
+from puzzle.modeling.configuration_puzzle import PuzzleConfig as PuzzleConfig
+from puzzle.modeling.modeling_puzzle import FAMILIES as FAMILIES
+from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES
+from puzzle.modeling.modeling_puzzle import MODULES as MODULES
+from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
+from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
+from puzzle.modeling.modeling_puzzle import PuzzleModel as PuzzleModel
+from puzzle.modeling.modeling_puzzle import norm_name as norm_name
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)
