@@ -440,7 +440,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setitem(sys.modules, "puzzle.demo", module)
     assert main(["demo", "--out", str(tmp_path), "--minutes", "2.5"]) == 0
     assert main(["demo"]) == 0
-    assert asked == [(tmp_path, 2.5), (None, 7.0)]
+    assert asked == [(tmp_path, 2.5), (None, 6.0)]
     assert not is_run_folder(tmp_path)
 
 

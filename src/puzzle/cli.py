@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @_command(
     _argument("--out", type=Path, help="the run folder"),
-    _argument("--minutes", type=_number(float, 0), default=7.0, help="of training, default: 7; measuring comes on top"),
+    _argument("--minutes", type=_number(float, 0), default=6.0, help="of training, default: 6; measuring comes on top"),
 )
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny parent here and now, and make it cheaper: the whole method in minutes, on a laptop, offline."""
