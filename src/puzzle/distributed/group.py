@@ -1,6 +1,6 @@
-"""The processes that torchrun started together: who they are, what they say to each other, and how they end.
+"""The processes of one training, started by torchrun or Ray: rank, size, collectives, and how they exit.
 
-One process alone is a group as well, of itself; no process group is made for it, and none of this waits.
+A single process is a group of size 1, without a process group of torch, and nothing here waits.
 """
 
 import os
@@ -23,12 +23,12 @@ T = TypeVar("T")
 _POLL_S = 0.05
 
 TIMEOUT = timedelta(hours=2)
-"""Of one collective: the others wait while the first writes a whole model. Lost processes are noticed by torchrun."""
+"""Of a collective: the others wait while rank 0 writes a whole model. torchrun notices lost processes by itself."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among those that train together."""
+    """Rank and size of this process's group."""
 
     rank: int
     size: int
@@ -44,11 +44,11 @@ class Group:
 
     @property
     def leads(self) -> bool:
-        """Whether it is the first, the only one that writes, logs and locks."""
+        """Whether it has rank 0, which alone writes, logs and locks."""
         return self.rank == 0
 
     def sum(self, values: "torch.Tensor") -> "torch.Tensor":
-        """The sum over all processes, on the CPU; bit for bit the same in all of them."""
+        """The sum over all processes, on the CPU; bit for bit equal in all of them."""
         import torch.distributed as dist
 
         total = values.detach().cpu().clone()
@@ -63,7 +63,7 @@ class Group:
         return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def first(self, function: Callable[[], T]) -> T:
-        """What the first process finds; the others wait for it, and fail with it if it raises a `PuzzleError`."""
+        """The result of `function` in rank 0, for all; a `PuzzleError` there is raised in all."""
         if self.size == 1:
             return function()
         import torch.distributed as dist
@@ -80,7 +80,7 @@ class Group:
         return found[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """A barrier."""
         self.any(False)
 
 
@@ -95,7 +95,7 @@ def launched_rank() -> int:
 
 
 def start(device: "torch.device") -> Group:
-    """Meet the others that torchrun started; on GPUs, each process takes the one of its number on its machine."""
+    """Make the process group of what torchrun started; on GPUs, each process uses the GPU of its local rank."""
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
@@ -121,11 +121,11 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def _fresh(store: "Store", rank: int, size: int) -> "Store":
-    """A part of the store that holds nothing of an earlier attempt.
+    """A prefix of the store that holds no keys of an earlier attempt.
 
-    After a restart, torchrun hands out the store of before, and processes would look for each other where the dead
-    ones were: 10 of 12 restarts of three processes failed (torch 2.13, 2026-11-21). So the first names a part, and the
-    others take its word once they see that it has heard of them, and not of those who had their numbers.
+    After a restart, torchrun hands out the same store with the addresses of the dead processes: 10 of 12 restarts of
+    three processes failed (torch 2.13, 2026-11-21). So rank 0 chooses a new prefix and collects a token from every
+    other rank; a rank uses a prefix once its own token is listed there, so that it cannot join an earlier attempt.
     """
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
@@ -144,10 +144,9 @@ def _fresh(store: "Store", rank: int, size: int) -> "Store":
 
 
 def end(code: int) -> NoReturn:
-    """Leave one of several processes with this exit status.
+    """Exit one of several processes at once, without the interpreter's shutdown.
 
-    At once, once everything is written: where the interpreter takes gloo's threads down with it, processes die of
-    SIGABRT at times, after their work was done.
+    That races with gloo's threads and sometimes aborts (SIGABRT) after all work is done.
     """
     import torch.distributed as dist
 

@@ -1,5 +1,4 @@
-"""Tasks, and processes that train together, on a Ray cluster. Ray places them; what a lost process or machine had is
-begun again.
+"""Tasks, and the processes of GKD, on a Ray cluster. The work of a lost process or machine is started again.
 
 Every machine has this program installed, and sees the run folder, the parent and the text under the same paths.
 """
@@ -29,20 +28,20 @@ except ImportError:
     raise PuzzleError("--on: ray is not installed; pip install 'puzzle-llm[ray]', on every machine") from None
 
 _RETRIES = 10
-"""Times that work is begun again after its process or machine was lost."""
+"""Restarts of a task or a training after its process or machine was lost."""
 
 _FILES = "ray"
-"""The folder that Ray Train wants, in the run folder; nothing of ours is in it."""
+"""Ray Train's own folder in the run folder; deleted afterwards."""
 
 
 class Cluster:
-    """The cluster that `run.on` names: `ray` is the one this machine is part of, or else this machine alone;
-    `ray://HOST:6379` is the one with that head, which this machine is part of too.
+    """The cluster that `run.on` names: `ray` is the one of this machine, or this machine alone if it is in none;
+    `ray://HOST:6379` is the one with that head, to which this machine belongs too.
 
-    The command is a process of the cluster, no Ray Client: that gives a run up 30 s after its connection is lost.
+    The command is a process of the cluster and no Ray Client, which gives up 30 s after losing its connection.
 
-    A worker is one GPU; where the cluster has none or `execution.device` is `cpu`, as many CPUs as this process has
-    threads, so that sums are taken in the same order as here.
+    A worker is one GPU; where the cluster has none or `execution.device` is `cpu`, it is as many CPUs as this process
+    has threads, so that sums are in the same order as here.
     """
 
     def __init__(self, run: Run) -> None:
@@ -63,7 +62,7 @@ class Cluster:
             raise PuzzleError(f"--on: the cluster {run.on} offers neither GPUs nor CPUs; start a worker machine")
 
     def run(self, label: str, function: Callable[..., object], items: Sequence[tuple[Any, ...]]) -> None:
-        """Call `function` on every item. An error in one of them ends all; lost processes and machines do not."""
+        """Call `function` on every item. An error in one ends all; items of lost processes are started again."""
         # Ray ends a process after a task on a GPU, so that the next one finds the memory free.
         resources = {"num_gpus": 1, "num_cpus": 1} if self._on_gpus else {"num_cpus": self._threads}
         work = ray.remote(max_retries=_RETRIES, **resources)(_work)
@@ -90,10 +89,10 @@ class Cluster:
                 ray.cancel(task, force=True)
 
     def together(self, function: Callable[[], object], size: int) -> None:
-        """Call `function` in so many processes at once, by Ray Train: a `Group`.
+        """Call `function` in `size` processes at once, a `Group`, by Ray Train.
 
         Raises:
-            LostProcessError: one of them was lost, and so all were ended.
+            LostProcessError: one was lost, and all were ended.
         """
         backend = collective_backend(torch.device("cuda" if self._on_gpus else "cpu"))
         trainer = _Trainer(
@@ -116,19 +115,18 @@ class Cluster:
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     def _register_sigint_handler(self, controller: object) -> None:
-        """Ray's own would swallow Ctrl-C, which here ends the command as everywhere."""
+        """Ray's own handler would swallow Ctrl-C."""
 
 
 class LostProcessError(Exception):
-    """One of several that work together, or its machine, is gone."""
+    """A process of a group, or its machine, is gone."""
 
 
 def train_together(run: Run, function: Callable[[], object], sequences: int) -> None:
-    """Call `function` on all workers of the cluster at once, or on as many as share out so many sequences evenly; where
-    one is lost, on those that are there then.
+    """Call `function` on as many workers of the cluster as divide `sequences`; again if one is lost, on those left.
 
     Raises:
-        PuzzleError: the function raised it, or processes were lost again and again.
+        PuzzleError: the function raised it, or processes were lost too often.
     """
     for _ in range(_RETRIES + 1):
         cluster = Cluster(run)
@@ -138,7 +136,7 @@ def train_together(run: Run, function: Callable[[], object], sequences: int) -> 
             return cluster.together(function, size)
         except LostProcessError as lost:
             run.log_warning(f"a process was lost ({one_line(lost)}); training goes on from its last saved state")
-            ray.shutdown()  # what Ray Train had reserved is free again only then
+            ray.shutdown()  # only this frees what Ray Train reserved
     raise PuzzleError(
         f"--on: processes were lost {_RETRIES + 1} times; look at the machines (memory?), then run the same command "
         "again: it goes on where it stood"
@@ -146,9 +144,9 @@ def train_together(run: Run, function: Callable[[], object], sequences: int) -> 
 
 
 def _cause(error: TrainingFailedError) -> Exception:
-    """What went wrong in the processes themselves; `LostProcessError` where that is the end of one of them."""
+    """The error of a process itself, or `LostProcessError` where one was lost."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    # Of a lost one, Ray speaks; the others lose their connections to it.
+    # A lost process is Ray's error; the others report a broken connection to it.
     own = [each for each in failures if not type(each).__module__.startswith("ray.") and not is_lost_peer(each)]
     mistakes = [failure for failure in own if isinstance(failure, PuzzleError)]
     if mistakes:
@@ -160,7 +158,7 @@ def _cause(error: TrainingFailedError) -> Exception:
 
 
 def _work(folder: Path, threads: int, function: Callable[..., object], item: tuple[Any, ...]) -> None:
-    """In a worker's process: from the folder in which the command was given, for paths in recipes may be relative."""
+    """Runs in a worker, in the folder of the command, since paths in recipes may be relative."""
     if not folder.is_dir():
         raise PuzzleError(f"--on: {os.uname().nodename} has no folder {folder}; machines must share a file system")
     os.chdir(folder)
@@ -171,11 +169,11 @@ def _work(folder: Path, threads: int, function: Callable[..., object], item: tup
 def _connect(on: str) -> None:
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = on.removeprefix("ray").removeprefix("://")
     try:
-        if address:  # Ray itself asks a head that is not there for minutes
+        if address:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address or None)
@@ -184,4 +182,4 @@ def _connect(on: str) -> None:
             f"--on: found {on!r}, and this machine cannot join such a cluster ({one_line(error)}); see `ray status`, "
             "and whether RAY_AUTH_MODE is that of the cluster"
         ) from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would leave without the tidying of ours
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's handler would exit without our cleanup

@@ -1,4 +1,4 @@
-"""Being asked to stop: by SIGTERM, as machines are that somebody else needs, or by Ctrl-C."""
+"""Stopping after the current step: on SIGTERM (preempted machines) or Ctrl-C."""
 
 import signal
 import threading
@@ -17,10 +17,10 @@ class Stop:
 
 @contextmanager
 def stop_when_asked() -> Iterator[Stop]:
-    """Note SIGTERM and Ctrl-C instead of ending at once, so that what was done can be saved first.
+    """Note SIGTERM and Ctrl-C instead of ending at once, so that the state can be saved first.
 
-    A second Ctrl-C ends a process alone at once. Among several the first may reach each of them twice, from the
-    terminal and from torchrun.
+    A second Ctrl-C ends a single process at once. With torchrun, one Ctrl-C may arrive twice: from the terminal and
+    from torchrun.
     """
     stop, alone = Stop(), Group.current().size == 1
 
@@ -29,7 +29,7 @@ def stop_when_asked() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.asked = True
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield stop
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

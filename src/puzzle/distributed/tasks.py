@@ -1,8 +1,7 @@
-"""A stage's work on layers, cut into tasks: here, one process after all layers, or on a Ray cluster.
+"""A stage's work on layers as independent tasks: one task for all layers here, or one a worker on a Ray cluster.
 
-A task is a range of layers. It knows of no other, what it has finished is in the run folder under an address of its
-own, and so it can be begun again anywhere: it goes on from its files. Only the process that was started by the person
-holds the run folder's lock and marks stages as finished.
+A task is a range of layers. Its results are files of its own in the run folder, so it can be started again anywhere and
+resumes from them. Only the process of the command holds the run folder's lock and marks stages as finished.
 """
 
 import shutil
@@ -13,11 +12,11 @@ from pathlib import Path
 from puzzle.runs import Run, StageFolder
 
 LayerTask = Callable[[range, Path], object]
-"""Does a range of layers. The folder is its own, for what a restart goes on from; it is deleted when all are done."""
+"""Processes a range of layers. The folder is for resuming; it is deleted when all tasks are done."""
 
 
 def for_layers(run: Run, stage: StageFolder, task: LayerTask, costs: Sequence[float]) -> None:
-    """Call `task` so that each layer is in one range; on a cluster a range for each of its workers, at the same time.
+    """Call `task` once with all layers, or on a cluster with a range for each worker, in parallel.
 
     Args:
         task: can be pickled, if there is a cluster.

@@ -1,4 +1,4 @@
-"""One run folder and several processes: the first writes, the others read."""
+"""One run folder and several processes: rank 0 writes, the others read."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ TOGETHER = ("teacher", "distil")
 
 @contextmanager
 def open_together(path: Path) -> Iterator[Run]:
-    """The run in `path` for each of the processes that torchrun started; the first holds its lock.
+    """The run in `path` for each process that torchrun started; rank 0 holds its lock.
 
-    All stages that are not theirs must be finished.
+    All stages before `TOGETHER` must be finished.
     """
     check_folder(path)
     recipe = Recipe.read(path / "recipe.yaml")
@@ -43,11 +43,11 @@ def open_together(path: Path) -> Iterator[Run]:
 
 
 def train_on_cluster(run: Run, train: Callable[[Run], object], sequences: int) -> None:
-    """Call `train` with the run in several processes of the cluster that `run.on` names; this one holds the lock.
+    """Call `train` with the run in several processes of the cluster `run.on`; this process holds the lock.
 
     Args:
-        train: can be pickled, and goes on from what it has saved.
-        sequences: that are shared out.
+        train: can be pickled, and resumes from its own state.
+        sequences: divided evenly among the processes.
     """
     from puzzle.distributed.ray import train_together
 
@@ -62,7 +62,7 @@ def _train(run: Run, train: Callable[[Run], object]) -> None:
 
 @contextmanager
 def _silent(group: Group) -> Iterator[None]:
-    """The first process alone speaks."""
+    """Only rank 0 prints."""
     if group.leads:
         yield
     else:
