@@ -11,14 +11,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from puzzle.data import TokenData, prepare_data
 from puzzle.parents import Parent, open_parent
 from puzzle.recipe import DataSettings, Recipe
-from puzzle.runs import Run, create_folder, open_run
+from puzzle.runs import create_folder, open_run
 
 BOS, EOS = "<bos>", "<eos>"
 CHAT_TEMPLATE = "<bos>{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 
 
-def save_tokenizer(folder: Path, **special: str) -> None:
-    """A byte-level BPE of every byte and a few merges, so that any text comes back as it was."""
+@pytest.fixture(scope="session")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Parent:
+    """A tiny Llama whose tokenizer is a byte-level BPE of every byte and a few merges: any text comes back."""
+    path = tmp_path_factory.mktemp("parent")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(path)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -28,17 +32,12 @@ def save_tokenizer(folder: Path, **special: str) -> None:
     )
     tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 4, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[(BOS, 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Parent:
-    """A Llama of one tiny layer whose vocabulary fits its tokenizer."""
-    path = tmp_path_factory.mktemp("parent")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(path)
-    save_tokenizer(path, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE)
+    special = {"bos_token": BOS, "eos_token": EOS, "chat_template": CHAT_TEMPLATE}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
     return open_parent(str(path))
+
+
+TEXTS = [f"document {number}: the cat sat on mat {number * 7919}. " * (1 + number % 5) for number in range(60)]
 
 
 @pytest.fixture
@@ -56,29 +55,22 @@ def write_rows(tmp_path: Path) -> Callable[[str, list[object]], Path]:
 @pytest.fixture
 def corpus(write_rows: Callable[[str, list[object]], Path]) -> Path:
     """60 different documents as jsonl."""
-    texts = [f"document {number}: the cat sat on mat {number * 7919}. " * (1 + number % 5) for number in range(60)]
-    return write_rows("corpus.jsonl", [{"text": text} for text in texts])
+    return write_rows("corpus.jsonl", [{"text": text} for text in TEXTS])
 
 
 @pytest.fixture
-def open_data_run(tmp_path: Path) -> Callable[..., Run]:
-    """A run folder of a data recipe; by default short sequences and large enough shares for a small corpus."""
+def prepare(tmp_path: Path, parent: Parent) -> Callable[..., TokenData]:
+    """The stage on a source; by default short sequences and large enough shares for a small corpus."""
 
-    def open_data_run(source: object, *, run: str = "run", **settings: object) -> Run:
+    def prepare(source: object, *, run: str = "run", parent: Parent = parent, **settings: object) -> TokenData:
+        names = [*map(str, source)] if isinstance(source, list) else str(source)
         shares = dict.fromkeys(("calibration", "validation", "scoring", "test"), 0.15)
-        data = DataSettings.model_validate({"source": source, "sequence_length": 16, **shares, **settings})
-        path = tmp_path / run
-        create_folder(path, Recipe(parent="unused", data=data))
-        with open_run(path) as opened:
-            return opened
+        data = DataSettings.model_validate({"source": names, "sequence_length": 16, **shares, **settings})
+        create_folder(tmp_path / run, Recipe(parent="unused", data=data))
+        with open_run(tmp_path / run) as opened:
+            return prepare_data(opened, parent)
 
-    return open_data_run
-
-
-@pytest.fixture
-def prepare(open_data_run: Callable[..., Run], parent: Parent) -> Callable[..., TokenData]:
-    """The stage on a source."""
-    return lambda source, **settings: prepare_data(open_data_run(str(source), **settings), parent)
+    return prepare
 
 
 @pytest.fixture
@@ -86,8 +78,8 @@ def texts(parent: Parent) -> Callable[[TokenData, str], list[str]]:
     """A range's documents as text; the last one may lack its end."""
     tokenizer = parent.tokenizer()
 
-    def texts(data: TokenData, name: str = "training") -> list[str]:
+    def texts(data: TokenData, name: str) -> list[str]:
         tokens = data.sequences(name, slice(None)).flatten().tolist()
-        return [text.removeprefix(BOS) for text in tokenizer.decode(tokens).split(EOS) if text]
+        return [text.removeprefix(BOS) for text in tokenizer.decode(tokens).removesuffix(EOS).split(EOS)]
 
     return texts

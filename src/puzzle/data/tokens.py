@@ -51,7 +51,12 @@ class TokenData:
     def sequences(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:
         """Sequences of a range as int64 `[n, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`."""
         wanted = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
-        return torch.from_numpy(self._array(range)[wanted].astype(np.int64))
+        file, shape = self.path / f"{range}.bin", (self.num_sequences(range), self.sequence_length + 1)
+        size = shape[0] * shape[1] * TOKEN_DTYPE.itemsize
+        if not file.exists() or file.stat().st_size != size:
+            raise PuzzleError(f"data: {file} is not of {size} bytes; delete the folder {self.path} to make it again")
+        # Mapped anew each time: that takes 0.05 ms, and there is nothing to keep open.
+        return torch.from_numpy(np.memmap(file, TOKEN_DTYPE, "r", shape=shape)[wanted].astype(np.int64))
 
     def batches(self, range: RangeName, batch_size: int, tokens: int) -> Iterator[Tensor]:
         """The first ceil(tokens / T) sequences of a range in order, or all there are; the last batch may be smaller."""
@@ -59,19 +64,17 @@ class TokenData:
         for start in np.arange(0, count, batch_size):
             yield self.sequences(range, slice(start, min(start + batch_size, count)))
 
-    def training_batch(self, step: int, batch_size: int, seed: int, range: RangeName = "training") -> Tensor:
+    def training_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The global batch of a step, int64 `[batch_size, T + 1]`."""
-        return self.sequences(range, self.training_indices(step, batch_size, seed, range))
+        return self.sequences("training", self.training_indices(step, batch_size, seed))
 
-    def training_indices(
-        self, step: int, batch_size: int, seed: int, range: RangeName = "training"
-    ) -> NDArray[np.int64]:
+    def training_indices(self, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
         """The sequences of a step's global batch.
 
         Every epoch takes all sequences in an order of its own. Sample i of a training is the same however its batches
         are cut into steps and processes, so the number of samples taken is all that a resumed training needs.
         """
-        n = self.num_sequences(range)
+        n = self.num_sequences("training")
         epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
         return np.concatenate([order(seed, int(epoch), n)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
@@ -81,31 +84,13 @@ class TokenData:
         A document that begins before the sequence counts from the sequence's first token.
         """
         wanted = np.arange(self.num_sequences(range))[indices]
-        ends = np.memmap(ends_file(self.path, range), np.int64, "r")
+        ends = np.memmap(self.path / f"{range}.ends.bin", np.int64, "r")
         length = self.sequence_length + 1
         begins_BT = np.zeros((len(wanted), length), dtype=np.int64)
         for begins_T, first in zip(begins_BT, wanted * length, strict=True):
             inside = ends[slice(*np.searchsorted(ends, [first, first + length]))] - first
             begins_T[inside] = inside
         return torch.from_numpy(np.arange(length) - np.maximum.accumulate(begins_BT, axis=1))
-
-    def _array(self, name: RangeName) -> NDArray[np.uint32]:
-        """The range's file, mapped anew each time: that takes 0.05 ms, and there is nothing to keep open."""
-        file, shape = tokens_file(self.path, name), (self.num_sequences(name), self.sequence_length + 1)
-        expected = shape[0] * shape[1] * TOKEN_DTYPE.itemsize
-        if not file.exists() or file.stat().st_size != expected:
-            raise PuzzleError(
-                f"data: {file} is not of {expected} bytes; delete the folder {self.path} to make it again"
-            )
-        return np.memmap(file, TOKEN_DTYPE, "r", shape=shape)
-
-
-def tokens_file(folder: Path, name: RangeName) -> Path:
-    return folder / f"{name}.bin"
-
-
-def ends_file(folder: Path, name: RangeName) -> Path:
-    return folder / f"{name}.ends.bin"
 
 
 @lru_cache(maxsize=2)  # a batch may reach from one epoch into the next

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -10,8 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from puzzle.data.documents import Document
-from puzzle.data.sources import Source, open_sources
+from puzzle.data.read import Document, Source, open_sources
 from puzzle.errors import PuzzleError
 from puzzle.recipe import DataSettings
 
@@ -50,8 +50,7 @@ def refused(read: Read, name: object, match: str, **settings: Any) -> None:
 
 def test_folder_is_walked_in_sorted_order(read: Read, tmp_path: Path) -> None:
     folder = tmp_path / "notes"
-    names = ("b.md", "a/z.TXT", "a/b/c.py", "z.rst", ".git/hidden.txt", "a/.hidden.txt", "image.png")
-    for name in names:
+    for name in ("b.md", "a/z.TXT", "a/b/c.py", "z.rst", ".git/hidden.txt", "a/.hidden.txt", "image.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     assert contents(read(folder)) == ["a/b/c.py", "a/z.TXT", "b.md", "z.rst"]
@@ -61,7 +60,9 @@ def test_folder_is_walked_in_sorted_order(read: Read, tmp_path: Path) -> None:
 def test_text_is_kept_as_it_is_but_for_a_byte_order_mark(read: Read, tmp_path: Path) -> None:
     text = "one\r\ntwo\n\nthree \u2028 four\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "full.txt").write_text("12345678901234\r\n" * (2**18 // 16))  # 256 KiB are one document
     assert contents(read(tmp_path / "a.txt")) == [text]
+    assert len(read(tmp_path / "full.txt")) == 1
 
 
 @pytest.mark.parametrize("line", ["a short line\n", "a line with \u00fc and \U0001f600\r\n", "\u00e9" * 500_000])
@@ -73,11 +74,6 @@ def test_large_file_is_cut_at_line_ends(read: Read, tmp_path: Path, line: str) -
     assert all(len(piece.encode()) <= 2 * 256 * 1024 for piece in pieces)
     assert len(pieces) > 1
     assert not line.endswith("\n") or all(piece.endswith("\n") for piece in pieces)
-
-
-def test_file_of_256_kib_is_one_document(read: Read, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("12345678901234\r\n" * (2**18 // 16))
-    assert len(read(tmp_path / "a.txt")) == 1
 
 
 def test_jsonl(read: Read, write_rows: WriteRows) -> None:
@@ -96,7 +92,7 @@ def test_parquet(read: Read, tmp_path: Path) -> None:
     assert contents(read(path)) == [f"row {n}" for n in range(600)]
     assert contents(read(path, start=590)) == [f"row {n}" for n in range(590, 600)]
     assert contents(read(path, column="chat"))[0] == chat
-    refused(read, path, "a.parquet has no column 'body'; it has chat, id, text", column="body")
+    refused(read, path, "a.parquet row 0 has no column 'body'; it has chat, id, text", column="body")
     refused(read, path, "a.parquet row 0 holds a int in 'id' that is neither text nor", column="id")
     whole = path.read_bytes()
     path.write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
@@ -130,25 +126,29 @@ def test_bad_lines(read: Read, tmp_path: Path, line: str, match: str) -> None:
     refused(read, tmp_path / "a.jsonl", match)
 
 
-@pytest.mark.parametrize("data", ["Gr\u00fc\u00dfe".encode("latin-1"), "Gr\u00fc".encode()[:-1]])
-def test_not_utf8(read: Read, tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "latin.txt").write_bytes(data)
-    refused(read, tmp_path / "latin.txt", "latin.txt is not UTF-8 text; convert it or move it away")
+def test_all_files_that_are_not_utf8_are_named_before_any_is_read(open_named: Open, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Gr\u00fc\u00dfe".encode("latin-1"))
+    (tmp_path / "cut.py").write_bytes("Gr\u00fc".encode()[:-1])
+    (tmp_path / "good.txt").write_text("Gr\u00fc\u00dfe")
+    with pytest.raises(PuzzleError, match=r"not UTF-8 text: \S+/cut.py, \S+/latin.txt; convert or move away"):
+        open_named(tmp_path)
 
 
-def test_nothing_there(read: Read, tmp_path: Path) -> None:
-    refused(read, tmp_path / "gone", "data.source: .*gone does not exist")
-    refused(read, "gone.jsonl", "data.source: gone.jsonl does not exist")
-    refused(read, "./gone", "data.source: ./gone does not exist")
-
-
-def test_nothing_readable(read: Read, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    refused(read, folder, r"nothing in .*pictures is readable \(no files\)")
-    (folder / "cat.png").write_bytes(b"png")
-    refused(read, folder, r"nothing in .*pictures is readable \(.png\); those read: .txt,")
-    refused(read, folder / "cat.png", "cat.png is of a kind that is not read; those read: .txt,")
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("gone.jsonl", "data.source: gone.jsonl does not exist"),
+        ("./gone", "data.source: ./gone does not exist"),
+        ("{}/empty", r"empty holds nothing to read \(no files\)"),
+        ("{}/pictures", r"pictures holds nothing to read \(.png\); read are .txt,"),
+        ("{}/pictures/cat.png", r"cat.png holds nothing to read \(.png\); read are .txt,"),
+    ],
+)
+def test_nothing_to_read(read: Read, tmp_path: Path, name: str, match: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_bytes(b"png")
+    refused(read, name.format(tmp_path), match)
 
 
 def test_identity_follows_contents_and_hashes_once(open_named: Open, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_identity_follows_contents_and_hashes_once(open_named: Open, tmp_path: P
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A hub whose every dataset has four rows; the calls it got."""
+    """A hub whose every dataset has four rows, and a new commit after each call; the calls it got."""
     calls: list[dict[str, Any]] = []
 
     def load_dataset(name: str, config: str | None, **options: Any) -> Any:
@@ -175,8 +175,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         rows = datasets.Dataset.from_dict({"text": [f"row {n}" for n in range(4)], "id": range(4)})
         return rows.to_iterable_dataset() if options["streaming"] else rows
 
+    def dataset_info(_: object, name: str, revision: str) -> Any:
+        if name == "some/gone":
+            raise OSError("404:\nnot found")
+        return SimpleNamespace(sha=f"{revision}-{len(calls)}")
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("puzzle.data.sources._resolve", lambda name, revision: f"{revision}-{len(calls)}")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     return calls
 
 
@@ -198,36 +203,21 @@ def test_dataset_names(
     assert hub == [{"name": name, "config": config, "split": split, "revision": revision, "streaming": False}]
 
 
-def test_dataset_is_streamed_under_a_limit_and_opened_late(
-    hub: list[dict[str, Any]], open_named: Open, read: Read
+def test_dataset_is_streamed_under_a_limit_and_stays_at_its_first_commit(
+    hub: list[dict[str, Any]], open_named: Open, read: Read, tmp_path: Path
 ) -> None:
-    open_named("some/data", max_tokens=100)
-    assert not hub
+    first = open_named("some/data", max_tokens=100)[0].identity
+    assert not hub, "opened late"
     places = [document.place for document in read("some/data", start=2, max_tokens=100)]
     assert places == ["some/data row 2", "some/data row 3"]
     assert hub[0]["streaming"]
-
-
-def test_dataset_stays_at_its_first_commit(
-    hub: list[dict[str, Any]], open_named: Open, read: Read, tmp_path: Path
-) -> None:
-    first = open_named("some/data")[0].identity
-    read("some/data")  # one call later, `main` is another commit
-    assert open_named("some/data")[0].identity == first
+    assert open_named("some/data")[0].identity == first  # one call later, `main` is another commit
     (tmp_path / "memory.json").unlink()
     assert open_named("some/data")[0].identity != first
 
 
-def test_dataset_errors(hub: list[dict[str, Any]], read: Read) -> None:
-    refused(read, "some/data", "some/data has no column 'body'; it has id, text: name one", column="body")
+@pytest.mark.usefixtures("hub")
+def test_dataset_errors(read: Read) -> None:
+    refused(read, "some/data", "some/data row 0 has no column 'body'; it has id, text: name one", column="body")
     refused(read, "some/broken", "dataset some/broken cannot be loaded: Config name is missing. Please pick one")
-
-
-def test_dataset_that_the_hub_does_not_give(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    def dataset_info(*_: Any, **__: Any) -> Any:
-        raise OSError("404:\nnot found")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-    refused(
-        read, "some/data", r"some/data is no file or folder here, and the hub gives no such dataset \(404: not found\)"
-    )
+    refused(read, "some/gone", r"some/gone is no file .* the hub gives no such dataset \(404: not found\)")

@@ -1,0 +1,217 @@
+"""Documents out of text files, jsonl, parquet and datasets of the hub; each source is read from any document on."""
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from puzzle.errors import PuzzleError, one_line
+from puzzle.recipe import DataSettings
+from puzzle.runs import read_json, write_json
+
+_TEXT = (
+    *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".org"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cs", ".go", ".java", ".jl", ".js", ".jsx", ".kt"),
+    *(".lua", ".php", ".pl", ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts", ".tsx"),
+)
+_SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".parquet")
+"""Of the files that are read, in lower case."""
+_CUT_BYTES = 256 * 2**10
+_HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
+_NOT_UTF8 = "not UTF-8"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a conversation that the chat template turns into text."""
+
+    content: str | list[dict[str, Any]]
+    """Messages as `[{"role": "user", "content": "..."}, ...]`."""
+    place: str
+    """For error messages: a file, `file:line` or `name row N`."""
+    size: float
+    """In the unit of its source's size, for the progress bar."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a dataset."""
+
+    identity: list[str | None]
+    """What makes it another text when it changes; where a file lies does not."""
+    size: Callable[[], float]
+    """The sum of its documents' sizes: bytes of a file, rows of a dataset; 0 of a stream, which does not know them."""
+    documents: Callable[[int], Iterator[Document]]
+    """Its documents in their order, from a number on."""
+
+
+def open_sources(settings: DataSettings, memory: Path) -> list[Source]:
+    """Find the sources in the recipe's order, folders in the order of their file names; hash what is new.
+
+    Args:
+        memory: file that keeps the files' hashes by size and time of change, and the commits of datasets, so that a
+            later push to a dataset does not change a run that has begun.
+
+    Raises:
+        PuzzleError: there is no such source, or nothing in it can be read, or text files are not UTF-8: all by name.
+    """
+    before: dict[str, str] = read_json(memory) if memory.exists() else {}
+    known = dict(before)
+    sources = [source for name in settings.source for source in _open(name, settings, known)]
+    if broken := [key.rsplit(" ", 2)[0] for key, found in known.items() if found == _NOT_UTF8]:
+        raise PuzzleError(f"data.source: not UTF-8 text: {', '.join(broken)}; convert or move away")
+    if known != before:
+        write_json(memory, known)
+    return sources
+
+
+def _open(name: str, settings: DataSettings, known: MutableMapping[str, str]) -> Iterator[Source]:
+    root = Path(name).expanduser()
+    if root.exists():
+        inside = [path.relative_to(root) for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
+        files = [root / path for path in inside if not any(part.startswith(".") for part in path.parts)]
+        files = [path for path in files if path.is_file()]
+        readable = [path for path in files if path.suffix.lower() in _SUFFIXES]
+        if not readable:
+            found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
+            raise PuzzleError(f"data.source: {root} holds nothing to read ({found}); read are {', '.join(_SUFFIXES)}")
+        for path in readable:
+            yield _file(path, path.relative_to(root if root.is_dir() else root.parent), settings.column, known)
+    elif root.suffix.lower() in _SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
+        raise PuzzleError(f"data.source: {name} does not exist")
+    else:
+        yield _dataset(match, settings, known)
+
+
+def _file(path: Path, name: Path, column: str, known: MutableMapping[str, str]) -> Source:
+    try:
+        stat = path.stat()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in known:
+            known[key] = _hash(path)
+    except OSError as error:
+        raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
+    return Source([name.as_posix(), known[key]], lambda: stat.st_size, partial(_read_file, path, column))
+
+
+def _hash(path: Path) -> str:
+    """The file's SHA-256; `_NOT_UTF8` of other text, which is better said now than after hours of tokenising."""
+    sha, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), path.suffix.lower() in _TEXT
+    with path.open("rb") as file:
+        try:
+            while data := file.read(2**20):
+                sha.update(data)
+                decoder.decode(data if is_text else b"")
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return _NOT_UTF8
+    return sha.hexdigest()
+
+
+def _read_file(path: Path, column: str, start: int) -> Iterator[Document]:
+    """The documents of a file from number `start` on; what is skipped is read again, but not tokenised."""
+    if (suffix := path.suffix.lower()) == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        rows = _load(str(path), "parquet", data_files=str(path), split="train", streaming=True)
+        return _read_rows(rows, str(path), column, path.stat().st_size / max(1, read_metadata(path).num_rows), start)
+    return islice(_read_text(path) if suffix in _TEXT else _read_jsonl(path, column), start, None)
+
+
+def _read_text(path: Path) -> Iterator[Document]:
+    """A file as one document; one above 256 KiB as even pieces of about that size, cut at line ends."""
+    size = path.stat().st_size
+    piece = max(1, ceil(size / max(1, ceil(size / _CUT_BYTES))))
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a character that a cut splits goes to the next piece
+    with path.open("rb") as file:
+        while data := file.read(piece):
+            if len(data) == piece:
+                data += file.readline(piece)  # bounded, for a file that is one endless line
+            yield Document(decoder.decode(data), str(path), len(data))
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
+    """A document a line that is not blank. Not by `datasets`: it names no wrong line and makes timestamps of dates."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line.rstrip())
+            except ValueError as error:
+                found = f"{place} is not valid JSON ({one_line(error)})"
+                raise PuzzleError(f"data.source: {found}; correct or delete the line") from None
+            yield Document(_content(row, column, place), place, len(line))
+
+
+def _dataset(match: re.Match[str], settings: DataSettings, known: MutableMapping[str, str]) -> Source:
+    """One split of a dataset of the hub, at the commit at which it was first opened."""
+    name, revision = match["name"], match["revision"] or "main"
+    config, split, column = match["config"] or None, match["split"] or "train", settings.column
+    key = f"dataset {name}@{revision}"
+    if key not in known and re.fullmatch("[0-9a-f]{40}", revision):
+        known[key] = revision
+    elif key not in known:
+        from huggingface_hub import HfApi
+
+        try:
+            known[key] = str(HfApi().dataset_info(name, revision=revision).sha)
+        except Exception as error:  # whatever the hub client raises, the reader needs one line
+            found = f"{name} is no file or folder here, and the hub gives no such dataset ({one_line(error)})"
+            offline = f"without network, name a commit of a downloaded one: {name}@<40 digits>"
+            raise PuzzleError(f"data.source: {found}; {offline}") from None
+    # With a limit only the beginning is wanted, which a download of the whole would put off for hours.
+    options = {"split": split, "revision": known[key], "streaming": settings.max_tokens is not None}
+    load = cache(partial(_load, f"dataset {name}", name, config, **options))
+    return Source(
+        [name, config, split, known[key]],
+        lambda: 0 if options["streaming"] else load().num_rows,
+        lambda start: _read_rows(load(), name, column, 1, start),
+    )
+
+
+def _load(name: str, *arguments: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset` with these arguments."""
+    import datasets  # takes seconds
+
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except Exception as error:  # whatever the library raises, the reader needs one line
+        raise PuzzleError(f"data.source: {name} cannot be loaded: {one_line(error)}") from None
+
+
+def _read_rows(dataset: Any, name: str, column: str, size: float, start: int) -> Iterator[Document]:
+    place = f"{name} row {start}"
+    try:
+        for number, row in enumerate(dataset.skip(start), start):
+            place = f"{name} row {number}"
+            yield Document(_content(row, column, place), place, size)
+    except PuzzleError:
+        raise
+    except Exception as error:  # a damaged file, a lost connection
+        raise PuzzleError(f"data.source: reading stopped at {place}: {one_line(error)}") from None
+
+
+def _content(row: object, column: str, place: str) -> str | list[dict[str, Any]]:
+    """The text or conversation in a row's column; null is an empty text."""
+    if not isinstance(row, dict):
+        raise PuzzleError(f"data.source: {place} is a {type(row).__name__}, not an object with a column {column!r}")
+    if column not in row:
+        found = ", ".join(sorted(row)) or "none"
+        raise PuzzleError(f"data.column: {place} has no column {column!r}; it has {found}: name one of those")
+    content = "" if row[column] is None else row[column]
+    if isinstance(content, str) or (
+        isinstance(content, list)
+        and all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in content)
+    ):
+        return content
+    found = f"{place} holds a {type(content).__name__} in {column!r} that is neither text nor a list of messages"
+    raise PuzzleError(f"data.column: {found} with role and content; name another column")
