@@ -7,6 +7,7 @@ Every child meets the same bound on predicted speed from the same cost table; it
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def child(pipeline: Pipeline, costs: CostTable, speed: str) -> dict[str, float]:
     """The best architecture at this speed by the one cost table, and its KL on test text."""
     run = pipeline.run
     target = type(run.recipe.target).model_validate({"throughput": speed})
-    solution = solve(pipeline.scores, costs, target, run.recipe.search)
+    solution = solve(replace(pipeline.tables, costs=costs, target=target))
     realised = realise(run, pipeline.parent, pipeline.library, solution.blocks)
     made = refine(run, pipeline.parent, realised, pipeline.data)
     quality = evaluate(run, pipeline.parent, made, pipeline.data, "child")

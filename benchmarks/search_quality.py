@@ -17,26 +17,11 @@ from typing import Any
 from setting import opened, recipe
 
 from puzzle import CostTable, Pipeline, Recipe, distil, realise, solve
-from puzzle.correct import correct
 from puzzle.errors import PuzzleError
 from puzzle.evaluate import evaluate
 from puzzle.recipe import TargetSettings
 from puzzle.runs import Run
-from puzzle.search import BASELINES, solve_baseline
-
-NO_STEP = {"tokens": 8192, "pool": 0, "depth": 0, "rounds": 0, "pairs": 0}
-STEPS: dict[str, dict[str, int]] = {
-    "pool 16": {"pool": 16},
-    "depth 2": {"depth": 2},
-    "rounds 1": {"rounds": 1},
-    "rounds 2": {"rounds": 2},
-    "pairs 20": {"pairs": 20},
-    "all": {"pool": 16, "depth": 2, "rounds": 2, "pairs": 20},
-}
-FINALISTS = {"pool": 16, "rounds": 1, "finalists": 4}
-"""Four are distilled on half the tokens, the better two on all of them."""
-EVALUATIONS = 128
-"""Whole architectures that the evolutionary baseline may evaluate, on the same text as the correction."""
+from puzzle.search import BASELINES, correct, solve_baseline
 
 
 def main(parent: str, text: str, folder: str, speeds: str = "1.3x,2x,3x", seeds: str = "0", gkd: str = "0") -> None:
@@ -64,7 +49,7 @@ def settings(parent: str, text: str, seed: int) -> Recipe:
         space={"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]},
         library={"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
         score={"tokens": 8192},
-        correct=NO_STEP,
+        correct={"tokens": 8192, "pool": 16},
         distil={"batch_size": 4, "validation_tokens": 4096},
         evaluate={"tokens": 16_384},
     )
@@ -77,7 +62,7 @@ def measured(
     """The rows that are not known yet."""
     done = {(row["seed"], row["speed"], row["method"], row["gkd"]) for row in known}
     for speed in speeds:
-        for method, find in methods(pipeline, costs, speed, gkd).items():
+        for method, find in methods(pipeline, costs, speed).items():
             missing = [tokens for tokens in dict.fromkeys((0, gkd)) if (seed, speed, method, tokens) not in done]
             if not missing:
                 continue
@@ -92,38 +77,24 @@ def measured(
 
 
 def methods(
-    pipeline: Pipeline, costs: CostTable, speed: str, gkd: int
+    pipeline: Pipeline, costs: CostTable, speed: str
 ) -> dict[str, Callable[[], tuple[tuple[str, ...], dict[str, float]]]]:
     """By name, how each finds its blocks, with what it knows of them."""
-    run, scores, target = pipeline.run, pipeline.scores, TargetSettings.model_validate({"throughput": speed})
-    first = solve(scores, costs, target, run.recipe.search)
+    target = TargetSettings.model_validate({"throughput": speed})
+    tables = replace(pipeline.tables, costs=costs, target=target)
+    first = solve(tables)
 
-    def corrected(steps: dict[str, int]) -> tuple[tuple[str, ...], dict[str, float]]:
-        changed = run.recipe.correct.model_copy(update=steps)
-        its = replace(run, recipe=run.recipe.model_copy(update={"correct": changed, "target": target}))
-        found = correct(its, pipeline.true_score, pipeline.parent, pipeline.data, scores, costs, first)
-        assert found is not None
-        facts = {"evaluated": sum(step.evaluated for step in found.steps), "scoring kl": found.steps[-1].after}
-        return found.ranked[0].blocks, facts | ({"tau": found.tau} if found.tau is not None else {})
+    def corrected() -> tuple[tuple[str, ...], dict[str, float]]:
+        its = replace(pipeline.run, recipe=pipeline.run.recipe.model_copy(update={"target": target}))
+        found = correct(its, tables, first, pipeline.true_score.scores, pipeline.library, pipeline.data)
+        return found.ranked[0].blocks, {"scoring kl": min(each.whole.kl for each in found.evaluated)}
 
     def baseline(name: str) -> tuple[tuple[str, ...], dict[str, float]]:
-        found = solve_baseline(
-            name,
-            scores,
-            costs,
-            target,
-            run.recipe.search,
-            seed=run.recipe.seed,
-            evaluate=pipeline.true_score,
-            evaluations=EVALUATIONS,
-            influence=pipeline.statistics.influence(scores.num_layers),
-        )
+        found = solve_baseline(tables, name, pipeline.run.recipe.seed)
         return found.blocks, {"sum of scores": found.score}
 
-    own = {"search": lambda: (first.blocks, {"sum of scores": first.score})}
-    tried = STEPS | ({"finalists 4": FINALISTS | {"finalist_tokens": gkd // 2}} if gkd else {})
-    steps = {name: (lambda steps=steps: corrected(steps)) for name, steps in tried.items()}
-    return own | steps | {name: (lambda name=name: baseline(name)) for name in BASELINES}
+    own = {"search": lambda: (first.blocks, {"sum of scores": first.score}), "pool 16": corrected}
+    return own | {name: (lambda name=name: baseline(name)) for name in BASELINES}
 
 
 def quality(pipeline: Pipeline, blocks: tuple[str, ...], gkd: int) -> dict[str, float]:

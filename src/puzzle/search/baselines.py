@@ -9,7 +9,7 @@ import numpy as np
 from puzzle.artefacts import ScoreRow, Solution
 from puzzle.errors import PuzzleError
 from puzzle.search.constraints import Allowed
-from puzzle.search.exact import Candidate, best
+from puzzle.search.exact import beats, best, broken, evaluated
 from puzzle.search.program import Row
 from puzzle.search.tables import Choices, Tables
 
@@ -33,10 +33,10 @@ def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
     found = random(tables, seed) if name == "random" else BASELINES[name](tables)
     if found is None:
         raise PuzzleError(f"baseline {name}: it finds nothing within the target; loosen the target or take another")
-    return found.solution(tables, None)
+    return found
 
 
-def random(tables: Tables, seed: int = 0) -> Candidate | None:
+def random(tables: Tables, seed: int = 0) -> Solution | None:
     """A random architecture within the bounds, whatever the scores say (paper section F.2.4).
 
     The optimum over random scores: always within the bounds, however tight, where anything is. The scores are Gumbel
@@ -48,7 +48,7 @@ def random(tables: Tables, seed: int = 0) -> Candidate | None:
     return _optimum(tables, [replace(row, kl=own[row.layer] - value) for row, value in zip(rows, noise, strict=True)])
 
 
-def greedy(tables: Tables) -> Candidate | None:
+def greedy(tables: Tables) -> Solution | None:
     """A budget for each layer, spent one after another (paper section F.2.2).
 
     Each bound is split equally over the layers; the easiest layer, of lowest mean score, chooses first. Each takes the
@@ -73,7 +73,7 @@ def greedy(tables: Tables) -> Candidate | None:
     return _best_of(tables, propose)
 
 
-def max_parameters(tables: Tables) -> Candidate | None:
+def max_parameters(tables: Tables) -> Solution | None:
     """As many parameters as the bounds allow, whatever the scores say (paper section F.2.3)."""
     batch_size = tables.costs.batch_sizes[0]  # parameters are the same at all
 
@@ -88,7 +88,7 @@ def max_parameters(tables: Tables) -> Candidate | None:
     )
 
 
-def depth(tables: Tables) -> Candidate | None:
+def depth(tables: Tables) -> Solution | None:
     """Whole layers dropped by block influence, as few as it takes, and nothing else changed (arXiv 2403.03853)."""
     dropped = _empty_layers(tables)
     architectures = [
@@ -98,7 +98,7 @@ def depth(tables: Tables) -> Candidate | None:
     return _best_of(tables, lambda choices: architectures)
 
 
-def uniform(tables: Tables) -> Candidate | None:
+def uniform(tables: Tables) -> Solution | None:
     """The same block in every layer (Minitron, arXiv 2407.14679); if that is not enough, layers go as in `depth`."""
     every = [[row.block for row in tables.known_scores.layer(layer)] for layer in range(tables.scores.num_layers)]
     dropped = _empty_layers(tables)
@@ -110,11 +110,11 @@ def uniform(tables: Tables) -> Candidate | None:
         rules = Allowed(groups, (tuple(common), *((block,) for block in some.values())))
         found = best(replace(tables, allowed=rules)) if common else None
         if found is not None:
-            return _allowed(tables, found)
+            return _checked(tables, found.blocks, [serving.batch_size for serving in found.servings])
     return None
 
 
-BASELINES: dict[str, Callable[[Tables], Candidate | None]] = {
+BASELINES: dict[str, Callable[[Tables], Solution | None]] = {
     "random": random,
     "greedy": greedy,
     "max-parameters": max_parameters,
@@ -141,36 +141,32 @@ def _cost_rows(tables: Tables, choices: Sequence[Choices]) -> list[Row]:
     return [row for each, demand in zip(choices, tables.demands, strict=True) for row in each.rows(demand.cost_bounds)]
 
 
-def _best_of(tables: Tables, propose: Callable[[Sequence[Choices]], Iterable[Sequence[str]]]) -> Candidate | None:
+def _best_of(tables: Tables, propose: Callable[[Sequence[Choices]], Iterable[Sequence[str]]]) -> Solution | None:
     """The best of what is proposed at each combination of batch sizes."""
-    found: Candidate | None = None
+    found: Solution | None = None
     for choices in itertools.product(*tables.choices):
         for blocks in propose(choices):
-            candidate = Candidate.of(tables, blocks, [each.batch_size for each in choices])
-            if _is_allowed(tables, candidate) and candidate.beats(found):
-                found = candidate
+            solution = _checked(tables, blocks, [each.batch_size for each in choices])
+            if solution and beats(solution, found):
+                found = solution
     return found
 
 
-def _optimum(tables: Tables, rows: Iterable[ScoreRow]) -> Candidate | None:
+def _optimum(tables: Tables, rows: Iterable[ScoreRow]) -> Solution | None:
     """The optimum over other KL scores, within the same bounds on costs and the same rules."""
     parents_first = sorted(rows, key=lambda row: row.block != tables.parent[row.layer])
     settings = tables.settings.model_copy(update={"score": "kl"})
     scores = replace(tables.scores, rows=tuple(parents_first))
     other = replace(tables, scores=scores, settings=settings, allowed=tables.rules)
     found = best(other, [demand.cost_bounds for demand in tables.demands])
-    return None if found is None else _allowed(tables, found)
+    return found and _checked(tables, found.blocks, [serving.batch_size for serving in found.servings])
 
 
-def _allowed(tables: Tables, found: Solution) -> Candidate | None:
-    candidate = Candidate.of(tables, found.blocks, [found.batch_size, *(each.batch_size for each in found.further)])
-    return candidate if _is_allowed(tables, candidate) else None
-
-
-def _is_allowed(tables: Tables, candidate: Candidate) -> bool:
-    """Whether all bounds are met, and `search.fix`, `forbid` and `equal` are kept to."""
-    first: dict[int, str] = {}
-    return not candidate.violations([demand.bounds for demand in tables.demands]) and all(
+def _checked(tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int]) -> Solution | None:
+    """The solution, if all bounds are met, and `search.fix`, `forbid` and `equal` are kept to."""
+    solution, first = evaluated(tables, blocks, batch_sizes), dict[int, str]()
+    kept = all(
         block in tables.rules.blocks[group] and first.setdefault(group, block) == block
-        for group, block in zip(tables.rules.groups, candidate.blocks, strict=True)
+        for group, block in zip(tables.rules.groups, blocks, strict=True)
     )
+    return solution if kept and not broken(solution) else None

@@ -1,6 +1,6 @@
 """Which blocks each layer may take by `search.fix`, `search.forbid` and `search.equal`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,9 +76,9 @@ def _matching(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         missing = []
         for layer in layers:
-            matches = _matcher(pattern, scores.parent_row(layer).block)
-            names = {name for name in blocks[layer] if matches(name)}
-            if everywhere and _is_ambiguous(pattern, names):
+            names = {name for name in blocks[layer] if _means(pattern, name, scores.parent_row(layer).block)}
+            sides = {name.split("+").index(pattern) for name in names if pattern in name.split("+") and pattern != name}
+            if everywhere and len(sides) > 1:
                 raise PuzzleError(
                     f"{setting}: {pattern} is both an attention and an FFN; write {pattern}+* or *+{pattern}"
                 )
@@ -92,27 +92,13 @@ def _matching(
     return found
 
 
-def _matcher(pattern: str, parent: str) -> Callable[[str], bool]:
+def _means(pattern: str, block: str, parent: str) -> bool:
     """Whether a block is meant: by its name or one subblock's, or by both, `*` for any and `parent` for its own."""
-    if pattern == "parent":
-        return lambda block: block == parent
     if "+" not in pattern:
-        return lambda block: pattern in (block, *block.split("+"))
-    own, subblocks = parent.split("+"), pattern.split("+")
-    wanted = [
-        own[side] if subblock == "parent" and len(own) == 2 else subblock for side, subblock in enumerate(subblocks[:2])
-    ]
-    return lambda block: (
-        len(found := block.split("+")) == len(subblocks)
-        and all(subblock in ("*", name) for subblock, name in zip(wanted, found, strict=True))
-    )
-
-
-def _is_ambiguous(pattern: str, names: set[str]) -> bool:
-    """Whether one subblock's name is the attention of some blocks and the FFN of others."""
-    if "+" in pattern or pattern == "parent" or pattern in names:
-        return False
-    return len({name.split("+").index(pattern) for name in names}) > 1
+        return block == parent if pattern == "parent" else pattern in (block, *block.split("+"))
+    wanted, found, own = pattern.split("+"), block.split("+"), parent.split("+")
+    wanted = [own[side] if name == "parent" and len(own) == 2 else name for side, name in enumerate(wanted[:2])]
+    return len(found) == len(wanted) and all(name in ("*", its) for name, its in zip(wanted, found, strict=True))
 
 
 def _groups(equal: int | str | list[str] | None, num_layers: int) -> tuple[int, ...]:

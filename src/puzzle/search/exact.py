@@ -4,11 +4,10 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from puzzle.artefacts import Bounds, Proof, Serving, Solution, Totals
+from puzzle.artefacts import Bounds, Proof, Serving, Solution
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES, TIME_TOLERANCE
 from puzzle.search.bounds import violations
@@ -32,92 +31,66 @@ class Objective(NamedTuple):
     def at_least(self) -> bool:
         return QUANTITIES[self.key].at_least
 
-    def value(self, reached: float) -> float:
-        """From a value of the quantity to what is minimised, or back."""
-        return 1 / reached if self.at_least else reached
-
     def reached(self, solution: Solution) -> float:
         """A solution's value of the quantity."""
-        if self.key == "score":
-            return solution.score
-        return solution.servings[self.scenario].predicted[self.key]
+        return solution.score if self.key == "score" else solution.servings[self.scenario].predicted[self.key]
+
+    def minimised(self, solution: Solution) -> float:
+        value = self.reached(solution)
+        if self.at_least and value <= 0:
+            raise no_time(solution.servings[self.scenario].predicted["request_ms"])
+        return self.converted(value)
+
+    def converted(self, value: float) -> float:
+        """From a value of the quantity to what is minimised, or back."""
+        return 1 / value if self.at_least else value
 
 
 SCORE = Objective()
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An architecture at a batch size in each scenario, evaluated from the raw tables."""
+def evaluated(
+    tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int], bounds: Sequence[Bounds] | None = None
+) -> Solution:
+    """An architecture from the raw tables, without a proof, whether it meets the bounds or not.
 
-    blocks: tuple[str, ...]
-    score: float
-    totals: tuple[Totals, ...]
-
-    @classmethod
-    def of(cls, tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int]) -> "Candidate":
-        pairs = zip(tables.demands, batch_sizes, strict=True)
-        totals = tuple(demand.costs.totals(blocks, batch_size) for demand, batch_size in pairs)
-        return cls(tuple(blocks), tables.total(blocks), totals)
-
-    @cached_property
-    def values(self) -> list[dict[str, float]]:
-        """For each scenario the values of all quantities."""
-        return [totals.as_dict() | {"score": self.score} for totals in self.totals]
-
-    def minimised(self, objective: Objective) -> float:
-        value = self.values[objective.scenario][objective.key]
-        if objective.at_least and value <= 0:
-            raise no_time(self.totals[objective.scenario].request_ms)
-        return objective.value(value)
-
-    def violations(self, bounds: Sequence[Bounds]) -> list[float]:
-        """Of all scenarios."""
-        return [
-            share for values, its in zip(self.values, bounds, strict=True) for share in violations(values, its).values()
-        ]
-
-    def beats(self, other: "Candidate | None", objective: Objective = SCORE) -> bool:
-        """A lower value of the objective; if that is equal, a higher throughput, or a lower score."""
-        if other is None:
-            return True
-        one, its = self.minimised(objective), other.minimised(objective)
-        if not same_sum(one, its):
-            return one < its
-        if objective.key == "score":
-            return self.totals[0].throughput_tok_s > other.totals[0].throughput_tok_s
-        return self.score < other.score
-
-    def solution(self, tables: Tables, proof: Proof | None, bounds: Sequence[Bounds] | None = None) -> Solution:
-        """As an artefact.
-
-        Args:
-            bounds: for each scenario what it was found for, in place of the target's.
-        """
-        served = [
-            Serving(
-                scenario=demand.costs.scenario,
-                batch_size=totals.batch_size,
-                predicted=totals.as_dict(),
-                parent=demand.parent,
-                asked=demand.asked,
-                bounds=demand.bounds if bounds is None else bounds[place],
-            )
-            for place, (demand, totals) in enumerate(zip(tables.demands, self.totals, strict=True))
-        ]
-        assert not (broken := self.violations([each.bounds for each in served])), f"bounds are violated by {broken}"
-        main = served[0]
-        return Solution(
-            blocks=self.blocks,
-            score=self.score,
-            batch_size=main.batch_size,
-            predicted=main.predicted,
-            parent=main.parent,
-            asked=main.asked,
-            bounds=main.bounds,
-            proof=proof,
-            further=tuple(served[1:]),
+    Args:
+        batch_sizes: for each scenario. bounds: for each scenario what it is found for, in place of the target's.
+    """
+    main, *further = (
+        Serving(
+            scenario=demand.costs.scenario,
+            batch_size=batch_size,
+            predicted=demand.costs.totals(blocks, batch_size).as_dict(),
+            parent=demand.parent,
+            asked=demand.asked,
+            bounds=demand.bounds if bounds is None else bounds[place],
         )
+        for place, (demand, batch_size) in enumerate(zip(tables.demands, batch_sizes, strict=True))
+    )
+    values = {field.name: getattr(main, field.name) for field in fields(main) if field.name != "scenario"}
+    return Solution(blocks=tuple(blocks), score=tables.total(blocks), proof=None, further=tuple(further), **values)
+
+
+def broken(solution: Solution) -> list[float]:
+    """By what shares its bounds are violated, in all scenarios."""
+    return [
+        share
+        for serving in solution.servings
+        for share in violations(serving.predicted | {"score": solution.score}, serving.bounds).values()
+    ]
+
+
+def beats(one: Solution, other: Solution | None, objective: Objective = SCORE) -> bool:
+    """A better value of the objective; if that is equal, a higher throughput, or a lower score."""
+    if other is None:
+        return True
+    own, its = objective.minimised(one), objective.minimised(other)
+    if not same_sum(own, its):
+        return own < its
+    if objective.key == "score":
+        return one.predicted["throughput_tok_s"] > other.predicted["throughput_tok_s"]
+    return one.score < other.score
 
 
 def best(
@@ -147,16 +120,16 @@ def best(
     start = time.monotonic()
     bounds = [demand.bounds for demand in tables.demands] if bounds is None else bounds
     away = [Row(tables.overlap(blocks), float(len(blocks) - differing)) for blocks in others]
-    found: Candidate | None = None
+    found: Solution | None = None
     proven, lower = True, math.inf
     for program in _programs(tables, bounds, objective, away):
-        value = found.minimised(objective) if found else math.inf
+        value = objective.minimised(found) if found else math.inf
         if program.relaxed > value and not same_sum(program.relaxed, value):
             lower = min(lower, program.relaxed)
             break
         candidate, done, bound = _optimum(tables, program, bounds, tables.settings.gap if gap is None else gap)
         proven, lower = proven and done, min(lower, bound)
-        if candidate and candidate.beats(found, objective):
+        if candidate and beats(candidate, found, objective):
             found = candidate
     if found is None and proven:
         return None
@@ -165,8 +138,8 @@ def best(
             f"search.time_limit_s: {tables.settings.time_limit_s:g} s were over before any architecture within the "
             "target was found or excluded; raise it"
         )
-    value = found.minimised(objective)
-    reached, bound = objective.value(value), objective.value(min(lower, value))
+    value = objective.minimised(found)
+    reached, bound = objective.converted(value), objective.converted(min(lower, value))
     proof = Proof(
         status="optimal" if proven else "feasible",
         bound=bound,
@@ -175,7 +148,7 @@ def best(
         solver=solver_name(),
         seconds=time.monotonic() - start,
     )
-    return found.solution(tables, proof, bounds)
+    return replace(found, proof=proof)
 
 
 def same_sum(one: float, other: float) -> bool:
@@ -220,18 +193,18 @@ def _programs(tables: Tables, bounds: Sequence[Bounds], objective: Objective, aw
 
 def _optimum(
     tables: Tables, batched: _Batched, bounds: Sequence[Bounds], gap: float
-) -> tuple[Candidate | None, bool, float]:
-    """The best candidate of one program, whether that is proven, and the bound on its objective."""
+) -> tuple[Solution | None, bool, float]:
+    """The best solution of one program, whether that is proven, and the bound on its objective."""
     end, program = time.monotonic() + tables.settings.time_limit_s, batched.program
     while True:
         outcome = minimise(program, gap=gap, time_limit_s=end - time.monotonic())
         bound = batched.constant + outcome.bound
         if outcome.positions is None:
             return None, outcome.status == "infeasible", bound
-        found = Candidate.of(tables, tables.architecture(outcome.positions), batched.batch_sizes)
-        broken = found.violations(bounds)
-        if not broken:
+        found = evaluated(tables, tables.architecture(outcome.positions), batched.batch_sizes, bounds)
+        shares = broken(found)
+        if not shares:
             return found, outcome.status == "optimal", bound
         # The solver's floats cannot tell a byte in 100 GB; exact integers can, and exclude what is that close above.
-        assert max(broken) <= TIME_TOLERANCE, f"the solver broke the bounds, by shares of {broken}"
+        assert max(shares) <= TIME_TOLERANCE, f"the solver broke the bounds, by shares of {shares}"
         program = program.without(outcome.positions)

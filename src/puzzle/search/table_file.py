@@ -197,23 +197,20 @@ def _costs(given: _Scenario, fixed: list[_Costs], priced: list[_Row]) -> CostTab
 
 def _check_priced(scores: ScoreTable, costs: CostTable) -> None:
     """That every block with a score has costs, and that every model takes some time, if any does."""
+    timed = any(row.prefill_ms or row.decode_ms for row in costs.rows)
     for batch_size in costs.batch_sizes:
-        fastest = [costs.totals([], batch_size).request_ms]
+        fastest = costs.totals([], batch_size).request_ms
         for layer in range(scores.num_layers):
-            times = []
-            for row in scores.layer(layer):
-                try:
-                    cost = costs.block(layer, row.block, batch_size)
-                except KeyError as error:
-                    _, part, name, _ = error.args[0]
-                    raise ValueError(
-                        f"layer {layer} block {row.block} has no costs at batch size {batch_size}, nor has its {part} "
-                        f"{name!r}; give a row of them"
-                    ) from None
-                times.append(cost.prefill_ms + (costs.scenario.generated_tokens - 1) * cost.decode_ms)
-            fastest.append(min(times))
-        if sum(fastest) <= 0 and any(row.prefill_ms or row.decode_ms for row in costs.rows):
+            try:
+                each = [costs.block(layer, row.block, batch_size) for row in scores.layer(layer)]
+            except KeyError as error:
+                _, part, name, _ = error.args[0]
+                raise ValueError(
+                    f"layer {layer} has a block without costs at batch size {batch_size}; give a row of {part} {name!r}"
+                ) from None
+            fastest += min(cost.prefill_ms + (costs.scenario.generated_tokens - 1) * cost.decode_ms for cost in each)
+        if timed and fastest <= 0:
             raise ValueError(
-                f"the fastest blocks of all layers take {sum(fastest):g} ms at batch size {batch_size}; give in "
-                "`fixed` what no model is without, such as the times of the head"
+                f"the fastest blocks of all layers take {fastest:g} ms at batch size {batch_size}; give in `fixed` "
+                "what no model is without, such as the times of the head"
             )

@@ -8,6 +8,7 @@ and scores between its widths are interpolated, and the blocks that are chosen a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from puzzle.quantities import COSTS
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.runs import Run, digest, read_parsed, write_text
 from puzzle.search.baselines import DROPPED, uniform
-from puzzle.search.exact import Candidate
+from puzzle.search.fit import TIMES
 from puzzle.search.table_file import score_row
 from puzzle.search.tables import Tables
 from puzzle.search.timing import time_beside, time_bounds
@@ -61,15 +62,7 @@ def uniform_solution(
     if not folder.done:
         candidates = _uniform_tables(tables, parent.config, space, child.batch_size)
         found = _as_fast(run, parent.config, replace(candidates, influence=lambda: influence), child)
-        solution = replace(
-            child,
-            blocks=found.blocks,
-            score=found.score,
-            predicted=found.totals[0].as_dict(),
-            proof=None,
-            further=(),
-            notes=(),
-        )
+        solution = replace(found, parent=child.parent, asked=child.asked, bounds=child.bounds)
         write_text(file, solution.to_json())
         folder.commit()
     return read_parsed(file, Solution.from_json)
@@ -78,17 +71,11 @@ def uniform_solution(
 def space_of(parent: Parent, blocks: Sequence[str]) -> Space:
     """The parent's own blocks and these."""
     pairs = zip(parent.architecture.blocks, Architecture.parse(blocks).blocks, strict=True)
-    return Space(
-        tuple(
-            LayerSpace(
-                tuple(dict.fromkeys((own.attention, block.attention))), tuple(dict.fromkeys((own.ffn, block.ffn)))
-            )
-            for own, block in pairs
-        )
-    )
+    layers = [zip(own.subblocks, block.subblocks, strict=True) for own, block in pairs]
+    return Space(tuple(LayerSpace(*(tuple(dict.fromkeys(variants)) for variants in layer)) for layer in layers))
 
 
-def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) -> Candidate:
+def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) -> Solution:
     """The best uniform architecture that is as fast as the child: the bound on its predicted time is moved until the
     measured time is near the child's.
     """
@@ -101,14 +88,9 @@ def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) ->
         return _found(tables, sizes)
     reference = child.blocks, child.batch_size
     limit_ms = tables.costs.totals(child.blocks, child.batch_size).request_ms
-    timed: dict[tuple[str, ...], tuple[float, Candidate]] = {}
+    timed: dict[tuple[str, ...], tuple[float, Solution]] = {}
     while len(timed) < _TIMINGS:
-        try:
-            found = _found(tables, sizes | {"latency": Amount(limit_ms, relative=False, text=f"{limit_ms:g}ms")})
-        except PuzzleError:
-            if not timed:
-                raise
-            break
+        found = _found(tables, sizes | {"latency": Amount(limit_ms, relative=False, text=f"{limit_ms:g}ms")})
         if found.blocks in timed:
             break
         asked = TargetSettings.model_validate({"latency": "1x"})
@@ -116,7 +98,7 @@ def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) ->
         timed[found.blocks] = ratio, found
         if _NEAR <= ratio <= 1:
             break
-        limit_ms = found.totals[0].request_ms * (1 + _NEAR) / 2 / ratio
+        limit_ms = found.predicted["request_ms"] * (1 + _NEAR) / 2 / ratio
     as_fast = [found for ratio, found in timed.values() if ratio <= 1]
     if not as_fast:
         ratio, fastest = min(timed.values(), key=lambda each: each[0])
@@ -125,7 +107,7 @@ def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) ->
     return min(as_fast, key=lambda found: found.score)
 
 
-def _found(tables: Tables, bounds: dict[str, Amount]) -> Candidate:
+def _found(tables: Tables, bounds: dict[str, Amount]) -> Solution:
     found = uniform(replace(tables, target=TargetSettings.model_validate(bounds)))
     if found is None:
         raise PuzzleError(
@@ -195,20 +177,16 @@ def _with_widths(
         for ffn in ffns
         if ffn not in widths
     }
+
+    def times(ffn: Variant, anchors: Sequence[CostRow]) -> dict[str, Any]:
+        return {name: _interpolated(ffn, widths, [getattr(row, name) for row in anchors]) for name in TIMES}
+
     for layer in range(max(row.layer for row in rows) + 1):
         anchors = [known[layer, ffn.name] for ffn in widths]
         for ffn, size in sizes.items():
             rows.append(
                 CostRow(
-                    layer=layer,
-                    part="ffn",
-                    variant=ffn.name,
-                    batch_size=batch_size,
-                    params=size.params,
-                    weight_bytes=size.weight_bytes,
-                    kv_bytes_per_sequence=size.kv_bytes_per_sequence,
-                    prefill_ms=_interpolated(ffn, widths, [row.prefill_ms for row in anchors]),
-                    decode_ms=_interpolated(ffn, widths, [row.decode_ms for row in anchors]),
+                    layer=layer, part="ffn", variant=ffn.name, batch_size=batch_size, **vars(size) | times(ffn, anchors)
                 )
             )
     return replace(costs, batch_sizes=(batch_size,), rows=tuple(rows))
