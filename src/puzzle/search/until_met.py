@@ -59,15 +59,15 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
         _log(run, known, missing)
         # What a fit does not mend, more room does.
         margin = tables.settings.margin + (missing if right or tables.costs is not first.costs else 0.0)
-        tables = (tables if right else _fitted(tables, timings)).with_margin(margin)
+        changed = (tables if right else _fitted(tables, timings)).with_margin(margin)
         try:
-            again = search(run, tables)
+            again = search(run, changed)
         except PuzzleError as error:
             run.log_warning(f"nothing has so much room ({error}); a solution above stands")
             break
         if missing == 0 and again.blocks == solution.blocks:
             break
-        solution = again
+        solution, tables = again, changed
     if met is None:
         run.log_warning(f"the target is still missed by {missing:.1%} as measured; raise search.margin")
         met = solution, tables
