@@ -184,7 +184,7 @@ def test_a_wrong_shape(folder: Path) -> None:
 def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
     edit_weights(folder, lambda weights: weights[Q_PROJ][3, 4].fill_(value))
     message = refusal(folder, load=True)
-    assert f"model.safetensors holds NaN or infinity in {Q_PROJ}; get a sound checkpoint" in message
+    assert f"model.safetensors has NaN or infinity in {Q_PROJ}; get a sound checkpoint" in message
     parent = open_parent(str(folder))
     parent.layer_state(0)
     with pytest.raises(PuzzleError, match="NaN or infinity"):

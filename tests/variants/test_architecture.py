@@ -62,7 +62,7 @@ GOOD = {"layer": 0, "attention": "kv2", "ffn": "w512"}
             "architecture: layers must be numbered from 0, each once; found 0, 2",
         ),
         ({"blocks": [GOOD | {"layer": "0"}]}, "architecture: layers must be numbered from 0"),
-        ({"blocks": [GOOD, {"layer": 1, "ffn": "w8"}]}, "architecture: layer 1 has no entry 'attention'"),
+        ({"blocks": [GOOD, {"layer": 1, "ffn": "w8"}]}, "architecture: layer 1 lacks 'attention'"),
         ({"blocks": [GOOD, GOOD | {"layer": 1, "ffn": "x9"}]}, "architecture: layer 1: ffn variant 'x9' is unknown"),
         ({"blocks": [GOOD | {"attention": None}]}, "architecture: layer 0: attention variant 'None' is unknown"),
     ],

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from puzzle.variants import ParentSubblock, Space, Start, Subblock, Variant, derive_space, expected_losses, prune_space
 from puzzle.variants.kinds.gated import GatedFFN
-from puzzle.variants.kinds.linear import LinearFFN
-from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.linear import LinearFFN, LowRankFFN
 from puzzle.variants.kinds.none import NoFFN
 
 VARIANTS = [GatedFFN(48), GatedFFN(20), LowRankFFN(6), LinearFFN(), NoFFN()]

@@ -15,8 +15,7 @@ from torch.nn.functional import linear
 from puzzle.variants import Start
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
-from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
-from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN, LowRankFFN
 from puzzle.variants.kinds.none import NoAttention, NoFFN
 from puzzle.variants.least_squares import RIDGE, damping, least_squares_update, linear_loss, reduced_rank, ridge
 

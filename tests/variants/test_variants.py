@@ -26,8 +26,7 @@ from puzzle.variants import (
 )
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
-from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
-from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN, LowRankFFN
 from puzzle.variants.kinds.none import NoAttention, NoFFN
 
 ATTENTION = st.one_of(st.builds(GroupedQuery, st.integers(1, 256)), st.sampled_from([LinearAttention(), NoAttention()]))

@@ -7,8 +7,7 @@ from tests.variants.conftest import activation_moments, moments, pico_parent, sp
 from puzzle.variants import Variant
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
-from puzzle.variants.kinds.linear import LinearAttention, LinearFFN
-from puzzle.variants.kinds.low_rank import LowRankFFN
+from puzzle.variants.kinds.linear import LinearAttention, LinearFFN, LowRankFFN
 from puzzle.variants.kinds.none import NoAttention, NoFFN
 
 PAIRS = [

@@ -154,11 +154,9 @@ class PuzzleMasks:
             return create_causal_mask(config=self._config, attention_mask=self._padding, **self._arguments)
         if sinks and (self._padding is None or self._padding.ndim == 2):
             return self._make_with_sinks(window, sinks, cache_index)
+        config, arguments = LayerConfig(self._config, sliding_window=window), self._arguments
         return create_sliding_window_causal_mask(
-            config=LayerConfig(self._config, sliding_window=window),
-            attention_mask=self._padding,
-            layer_idx=cache_index,
-            **self._arguments,
+            config=config, attention_mask=self._padding, layer_idx=cache_index, **arguments
         )
 
     def _make_with_sinks(self, window: int, sinks: int, cache_index: int) -> Any:
@@ -380,13 +378,9 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         """What enters the head, from what leaves the last layer."""
         return self.model.norm(hidden_BTD)
 
-    def head(self, normed_BTD: Tensor) -> Tensor:
-        """Logits from the output of the final norm, [B, T, V]."""
-        return self.lm_head(normed_BTD)
-
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits from what leaves the last layer, [B, T, V]."""
-        return self.head(self.final_norm(hidden_BTD))
+        return self.lm_head(self.final_norm(hidden_BTD))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -403,7 +397,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         arguments = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         outputs = self.model(*arguments, **kwargs | {"return_dict": True})
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.head(outputs.last_hidden_state[:, kept, :])
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

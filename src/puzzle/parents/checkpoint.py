@@ -4,7 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -16,8 +18,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One stored tensor."""
 
     file: Path
@@ -46,19 +47,17 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.entries[name].file, []).append(name)
-        for file, wanted in by_file.items():
+        for file, wanted in groupby(sorted(names, key=self._file), self._file):
             with safe_open(file, framework="pt") as handle:
                 for name in wanted:
                     tensor = handle.get_tensor(name)
                     if name not in self._finite and not tensor.isfinite().all():
-                        raise PuzzleError(
-                            f"parent: {file.name} holds NaN or infinity in {name}; get a sound checkpoint"
-                        )
+                        raise PuzzleError(f"parent: {file.name} has NaN or infinity in {name}; get a sound checkpoint")
                     self._finite.add(name)
                     yield name, tensor
+
+    def _file(self, name: str) -> Path:
+        return self.entries[name].file
 
     def address(self, digests: Path | None) -> str:
         """Hash of the configuration and the weights.

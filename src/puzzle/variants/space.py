@@ -68,12 +68,8 @@ class Architecture:
     @classmethod
     def of(cls, config: PuzzleConfig) -> "Architecture":
         """The architecture a model has."""
-        return cls(
-            tuple(
-                BlockVariant(*(variant_from_entry(subblock, block[subblock]) for subblock in SUBBLOCKS))
-                for block in config.blocks or []
-            )
-        )
+        blocks = ([variant_from_entry(which, block[which]) for which in SUBBLOCKS] for block in config.blocks or [])
+        return cls(tuple(BlockVariant(attention, ffn) for attention, ffn in blocks))
 
     @classmethod
     def parse(cls, names: Iterable[str]) -> "Architecture":
@@ -118,9 +114,7 @@ class Architecture:
             try:
                 blocks.append(BlockVariant.parse(f"{row['attention']}+{row['ffn']}"))
             except KeyError as error:
-                raise PuzzleError(
-                    f"architecture: layer {layer} has no entry {error}; write its variant's name"
-                ) from None
+                raise PuzzleError(f"architecture: layer {layer} lacks {error}; write its variant's name") from None
             except PuzzleError as error:
                 raise PuzzleError(f"architecture: layer {layer}: {error}") from None
         return cls(tuple(blocks))

@@ -173,18 +173,13 @@ def keep_groups(state: State, old_heads: int, kept: Tensor, config: PuzzleConfig
     queries = torch.arange(config.num_attention_heads, device=kept.device).view(old_heads, -1)
     gone = torch.ones(old_heads, dtype=torch.bool, device=kept.device)
     gone[kept] = False
-    spare = queries[gone].view(len(kept), -1)
-    order = torch.cat([queries[kept], spare], dim=1).flatten()
-    silent = torch.cat([torch.zeros_like(queries[kept]), torch.ones_like(spare)], dim=1).flatten().bool()
-    result = dict(state)
-    for name in _kv_tensors(state):
-        result[name] = _heads(state[name], old_heads)[kept].flatten(0, 1)
+    order = torch.cat([queries[kept], queries[gone].view(len(kept), -1)], dim=1)
+    result = {name: _heads(state[name], old_heads)[kept].flatten(0, 1) for name in _kv_tensors(state)}
     for name in (name for name in state if name.split(".")[1] == "q_proj"):
-        result[name] = _heads(state[name], len(order))[order].flatten(0, 1)
-    columns = state["self_attn.o_proj.weight"].unflatten(1, (len(order), -1))[:, order]
-    columns[:, silent] = 0
-    result["self_attn.o_proj.weight"] = columns.flatten(1, 2)
-    return result
+        result[name] = _heads(state[name], order.numel())[order.flatten()].flatten(0, 1)
+    columns = state["self_attn.o_proj.weight"].unflatten(1, (order.numel(), -1))[:, order.flatten()]
+    columns.unflatten(1, order.shape)[:, :, queries.shape[1] :] = 0
+    return state | result | {"self_attn.o_proj.weight": columns.flatten(1, 2)}
 
 
 def _kv_tensors(state: State) -> set[str]:
