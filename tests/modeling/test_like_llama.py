@@ -10,11 +10,13 @@ from puzzle.modeling import PuzzleForCausalLM
 Pair = tuple[LlamaForCausalLM, PuzzleForCausalLM]
 CHECKPOINTING = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 """Its newer name is not in all versions that are supported."""
+TOKENS_BT = random_tokens(2, 6)
 MIXED = ("none+w48", "kv2win3s1+w16", "linear+none", "kv1win4+linear")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair() -> Pair:
+    """Shared by all tests: none may change it."""
     llama = pico_llama()
     model = pico_puzzle(*["kv4+w48"] * 4)
     model.load_state_dict(llama.state_dict())
@@ -22,52 +24,51 @@ def pair() -> Pair:
 
 
 @torch.no_grad()
-def test_hidden_states(pair: Pair) -> None:
-    """Embeddings, every layer's output, and in place of the last one its norm."""
-    tokens_BT = random_tokens(2, 6)
-    expected, found = (model(tokens_BT, output_hidden_states=True).hidden_states for model in pair)
-    assert len(found) == len(expected) == 5
-    assert all(map(torch.equal, found, expected))
-    assert pair[1](tokens_BT).hidden_states is None
-    pair[1].config.output_hidden_states = True
-    assert len(pair[1](tokens_BT).hidden_states) == 5
+def test_hidden_states_and_cache(pair: Pair) -> None:
+    """Embeddings, every layer's output, and in place of the last one its norm; and every layer's keys."""
+    expected, found = (model(TOKENS_BT, output_hidden_states=True) for model in pair)
+    assert len(found.hidden_states) == len(expected.hidden_states) == 5
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert found.past_key_values.get_seq_length() == 6
+    caches = zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True)
+    assert all(torch.equal(ours.keys, theirs.keys) for ours, theirs in caches)
+    given = DynamicCache(config=pair[1].config)
+    assert pair[1](TOKENS_BT, past_key_values=given).past_key_values is given
+    plain = pair[1](TOKENS_BT, use_cache=False)
+    assert (plain.past_key_values, plain.hidden_states) == (None, None)
+    first, *_ = pair[1].model(TOKENS_BT, use_cache=False, return_dict=False)
+    assert torch.equal(first, expected.hidden_states[-1])
 
 
 @torch.no_grad()
-def test_the_base_model(pair: Pair) -> None:
-    tokens_BT = random_tokens(2, 6)
-    expected, found = (model.model(tokens_BT) for model in pair)
-    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
-    first, *_ = pair[1].model(tokens_BT, use_cache=False, return_dict=False)
-    assert torch.equal(first, expected.last_hidden_state)
+def test_what_the_configuration_asks_for() -> None:
+    model = pico_puzzle(*["kv4+w48"] * 2)
+    model.config.output_hidden_states, model.config.use_cache, model.config.return_dict = True, False, False
+    logits_BTV, hidden_states = model(TOKENS_BT)
+    assert len(hidden_states) == 3
+    assert torch.equal(model.lm_head(hidden_states[-1]), logits_BTV)
 
 
 def test_loss(pair: Pair) -> None:
-    tokens_BT = random_tokens(2, 6)
-    labels_BT = tokens_BT.clone()
+    labels_BT = TOKENS_BT.clone()
     labels_BT[0, :3] = -100
     for extra in ({}, {"num_items_in_batch": torch.tensor(7)}):
-        expected, found = (model(tokens_BT, labels=labels_BT, **extra) for model in pair)
+        expected, found = (model(TOKENS_BT, labels=labels_BT, **extra) for model in pair)
         assert torch.equal(found.loss, expected.loss)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [0, 1, 3, torch.tensor([0, 2])])
 def test_logits_to_keep(pair: Pair, kept: int | torch.Tensor) -> None:
-    tokens_BT = random_tokens(2, 6)
-    expected, found = (model(tokens_BT, logits_to_keep=kept).logits for model in pair)
+    expected, found = (model(TOKENS_BT, logits_to_keep=kept).logits for model in pair)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("through_config", [False, True])
-def test_tuples(pair: Pair, through_config: bool) -> None:
-    tokens_BT = random_tokens(2, 6)
-    arguments = {"labels": tokens_BT, "output_hidden_states": True, "use_cache": True}
-    expected = pair[0](tokens_BT, **arguments, return_dict=False)
-    pair[1].config.return_dict = not through_config
-    found = pair[1](tokens_BT, **arguments, **({} if through_config else {"return_dict": False}))
+def test_tuples(pair: Pair) -> None:
+    arguments = {"labels": TOKENS_BT, "output_hidden_states": True, "use_cache": True, "return_dict": False}
+    expected, found = (model(TOKENS_BT, **arguments) for model in pair)
     assert isinstance(found, tuple)
     assert len(found) == len(expected) == 4
     assert torch.equal(found[0], expected[0])
@@ -78,38 +79,20 @@ def test_tuples(pair: Pair, through_config: bool) -> None:
 
 @torch.no_grad()
 def test_embeddings_as_input(pair: Pair) -> None:
-    tokens_BT = random_tokens(2, 6)
-    hidden_BTD = pair[0].model.embed_tokens(tokens_BT)
-    assert torch.equal(pair[1](inputs_embeds=hidden_BTD).logits, pair[0](tokens_BT).logits)
-    for arguments in ({}, {"input_ids": tokens_BT, "inputs_embeds": hidden_BTD}):
+    hidden_BTD = pair[0].model.embed_tokens(TOKENS_BT)
+    assert torch.equal(pair[1](inputs_embeds=hidden_BTD).logits, pair[0](TOKENS_BT).logits)
+    for arguments in ({}, {"input_ids": TOKENS_BT, "inputs_embeds": hidden_BTD}):
         with pytest.raises(ValueError, match="exactly one"):
             pair[1](**arguments)
 
 
-@torch.no_grad()
-def test_the_cache(pair: Pair) -> None:
-    tokens_BT = random_tokens(2, 6)
-    found = pair[1](tokens_BT).past_key_values
-    assert found.get_seq_length() == 6
-    assert all(
-        torch.equal(ours.keys, theirs.keys)
-        for ours, theirs in zip(found.layers, pair[0](tokens_BT).past_key_values.layers, strict=True)
-    )
-    assert pair[1](tokens_BT, use_cache=False).past_key_values is None
-    pair[1].config.use_cache = False
-    assert pair[1](tokens_BT).past_key_values is None
-    given = DynamicCache(config=pair[1].config)
-    assert pair[1](tokens_BT, past_key_values=given).past_key_values is given
-
-
 @CHECKPOINTING
-def test_no_cache_in_training_unless_asked(pair: Pair) -> None:
-    model = pair[1].train()
-    tokens_BT = random_tokens(2, 6)
-    assert model(tokens_BT).past_key_values is None
-    assert model(tokens_BT, use_cache=True).past_key_values is not None
+def test_no_cache_in_training_unless_asked() -> None:
+    model = pico_puzzle("kv4+w48").train()
+    assert model(TOKENS_BT).past_key_values is None
+    assert model(TOKENS_BT, use_cache=True).past_key_values is not None
     model.gradient_checkpointing_enable()
-    assert model(tokens_BT, use_cache=True).past_key_values is None
+    assert model(TOKENS_BT, use_cache=True).past_key_values is None
 
 
 @torch.no_grad()
@@ -118,28 +101,23 @@ def test_the_attention_implementation_can_be_set(blocks: tuple[str, ...], monkey
     """On a model that is built already, with every layer following, and masks made for it."""
     model = pico_puzzle(*blocks)
     assert model.config._attn_implementation == "sdpa"
-    tokens_BT = random_tokens(2, 6)
-    expected_BTV = model(tokens_BT).logits
+    expected_BTV = model(TOKENS_BT).logits
     calls: list[str] = []
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **kwargs: calls.append("sdpa") or sdpa(*args, **kwargs),
-    )
+    counted = lambda *args, **kwargs: calls.append("sdpa") or sdpa(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(tokens_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(TOKENS_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
     assert not calls
     model.set_attn_implementation("sdpa")
-    assert torch.equal(model(tokens_BT).logits, expected_BTV)
+    assert torch.equal(model(TOKENS_BT).logits, expected_BTV)
     assert len(calls) == model.config.num_hidden_layers
 
 
 @CHECKPOINTING
 @pytest.mark.parametrize("blocks", [("kv4+w48",) * 4, MIXED, ("none+none",) * 2])
 def test_gradient_checkpointing_changes_no_gradient(blocks: tuple[str, ...]) -> None:
-    """Every half of every layer runs twice, and the gradients are the same."""
-    tokens_BT = random_tokens(2, 6)
+    """Every subblock of every layer runs twice, and the gradients are the same."""
     model = pico_puzzle(*blocks).train()
     runs: list[str] = []
     for layer in model.model.layers:
@@ -150,14 +128,14 @@ def test_gradient_checkpointing_changes_no_gradient(blocks: tuple[str, ...]) -> 
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        model(tokens_BT, labels=tokens_BT).loss.backward()
+        model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
         counts.append(len(runs))
     assert all(torch.equal(gradients[1][name], gradients[0][name]) for name in gradients[0])
     assert counts[1] == 3 * counts[0]
 
 
-def test_attention_gets_the_callers_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_gets_the_callers_arguments() -> None:
     """Engines pass their own state down to the attention as keyword arguments."""
     model = pico_puzzle(*MIXED)
     seen: list[object] = []

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,26 +17,28 @@ from puzzle.parents import open_parent
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parent")
+    pico_llama(tie_word_embeddings=False).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    pico_llama(tie_word_embeddings=False).save_pretrained(tmp_path)
-    return tmp_path
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "copy")
 
 
 def refusal(source: Path | str, *, load: bool = False) -> str:
     """The message of the error, which is one line."""
-    with pytest.raises(PuzzleError) as caught:
-        _open(str(source), load=load)
+    with pytest.raises(PuzzleError) as caught:  # noqa: PT012
+        parent = open_parent(str(source))
+        if load:
+            parent.load()
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("parent: ")
     return message
-
-
-def _open(source: str, *, load: bool) -> None:
-    parent = open_parent(source)
-    if load:
-        parent.load()
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -54,35 +57,23 @@ def test_an_unknown_family_names_the_supported_ones(folder: Path) -> None:
     assert refusal(folder) == "parent: model_type 'mamba2' is not supported; use one of llama, puzzle"
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "runs/nowhere/parent"])
-def test_a_missing_folder(source: str) -> None:
-    assert f"{source} is not a folder" in refusal(source)
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "runs/nowhere/parent", __file__])
+def test_no_folder(source: str) -> None:
+    assert f"{source} is not a folder; give one of" in refusal(source)
 
 
-def test_a_file_in_place_of_a_folder(folder: Path) -> None:
-    assert "is not a folder; give one of" in refusal(folder / "model.safetensors")
-
-
-def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nobody/nothing", "not a model!"])
+def test_what_the_hub_does_not_give(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert "nobody/nothing is neither a folder nor a model that the hub gives" in refusal("nobody/nothing")
+    assert f"{name} is neither a folder nor a model that the hub gives" in refusal(name)
 
 
-def test_a_name_that_no_hub_has() -> None:
-    assert "not a model! is neither a folder nor" in refusal("not a model!")
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"llama"', "\x00"])
-def test_a_broken_config(folder: Path, text: str) -> None:
-    (folder / "config.json").write_text(text)
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", "\x00"])
+def test_a_broken_config(folder: Path, text: str | None) -> None:
+    (folder / "config.json").unlink() if text is None else (folder / "config.json").write_text(text)
     message = refusal(folder)
     assert "config.json cannot be read" in message or "model_type None is not supported" in message
-
-
-def test_no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    assert "config.json cannot be read" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -105,16 +96,10 @@ def test_a_config_that_describes_no_model(folder: Path, changes: dict[str, objec
 
 
 def test_a_quantised_parent(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "fp8"})
-    assert "get a checkpoint that is not quantised" in refusal(folder)
-
-
-def test_quantised_weights(folder: Path) -> None:
-    def quantise(weights: dict[str, torch.Tensor]) -> None:
-        weights[Q_PROJ] = weights[Q_PROJ].to(torch.float8_e4m3fn)
-
-    edit_weights(folder, quantise)
+    edit_weights(folder, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ].to(torch.float8_e4m3fn)}))
     assert f"{Q_PROJ} is stored as F8_E4M3; get a checkpoint that is not quantised" in refusal(folder)
+    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    assert "config.json has a quantization_config; get a checkpoint that is not quantised" in refusal(folder)
 
 
 def test_pickled_weights_are_not_opened(folder: Path, tmp_path: Path) -> None:
@@ -165,11 +150,9 @@ def test_a_missing_tensor(folder: Path) -> None:
 
 
 def test_a_tensor_that_only_the_index_knows(folder: Path) -> None:
+    names = [*load_file(folder / "model.safetensors")]
+    edit_weights(folder, lambda weights: weights.pop(Q_PROJ))
     (folder / "model.safetensors").rename(folder / "part.safetensors")
-    names = [*load_file(folder / "part.safetensors")]
-    edited = load_file(folder / "part.safetensors")
-    del edited[Q_PROJ]
-    save_file({name: tensor.clone() for name, tensor in edited.items()}, folder / "part.safetensors")
     index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert f"lacks the tensor {Q_PROJ}" in refusal(folder)
@@ -180,7 +163,7 @@ def test_a_wrong_shape(folder: Path) -> None:
     assert "has shape [48, 32], its config.json asks for [40, 32]" in refusal(folder)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
     edit_weights(folder, lambda weights: weights[Q_PROJ][3, 4].fill_(value))
     message = refusal(folder, load=True)

@@ -1,13 +1,9 @@
 """Reading a parent: whole, by layer, by what belongs to no layer; its address; a child as a parent."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from tests.conftest import pico_llama, pico_puzzle, random_tokens
 from transformers import LlamaForCausalLM
 
@@ -27,46 +23,28 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Parent:
     return open_parent(str(path))
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the tensors that are read, as they are read."""
-    names: list[str] = []
-
-    class Counted:
-        def __init__(self, handle: Any) -> None:
-            self.handle = handle
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            names.append(name)
-            return self.handle.get_tensor(name)
-
-    @contextmanager
-    def counted(file: Path, framework: str) -> Iterator[Counted]:
-        with safe_open(file, framework=framework) as handle:
-            yield Counted(handle)
-
-    monkeypatch.setattr("puzzle.parents.checkpoint.safe_open", counted)
-    return names
+@pytest.fixture(scope="module")
+def original(parent: Parent) -> dict[str, torch.Tensor]:
+    return LlamaForCausalLM.from_pretrained(parent.path, dtype=torch.float32).state_dict()
 
 
-def original(parent: Parent) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(parent.path, dtype=torch.float32)
-
-
-def test_loading_reads_each_tensor_once(parent: Parent, reads: list[str]) -> None:
-    parent.load()
-    assert sorted(reads) == sorted(original(parent).state_dict())
-
-
-def test_a_layers_state_is_that_layer_alone(parent: Parent, reads: list[str]) -> None:
+def test_it_is_read_whole_and_in_parts(parent: Parent, original: dict[str, torch.Tensor]) -> None:
+    """Whole, by layer, and what belongs to no layer; in float32, and as it is stored."""
+    found = parent.embeddings_and_head()
+    assert set(found) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for layer in range(4):
-        reads.clear()
-        found = parent.layer_state(layer)
-        expected = original(parent).model.layers[layer].state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
-        assert sorted(reads) == sorted(f"model.layers.{layer}.{name}" for name in expected)
+        state = parent.layer_state(layer)
+        assert len(state) == 13
+        found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in state.items()}
+    for state in (found, parent.load().state_dict()):
+        assert state.keys() == original.keys()
+        assert all(
+            torch.equal(state[name], tensor) and state[name].dtype == torch.float32 for name, tensor in original.items()
+        )
+    stored = list(parent.tensors())
+    assert sorted(name for name, _ in stored) == sorted(original)
+    assert {tensor.dtype for _, tensor in stored} == {torch.bfloat16}
+    assert parent.num_params == sum(tensor.numel() for tensor in original.values())
 
 
 def test_a_layers_number_is_not_the_beginning_of_another(tmp_path: Path) -> None:
@@ -74,16 +52,6 @@ def test_a_layers_number_is_not_the_beginning_of_another(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     found = open_parent(str(tmp_path)).layer_state(1)
     assert found.keys() == model.model.layers[1].state_dict().keys()
-
-
-def test_layers_and_the_rest_are_everything(parent: Parent) -> None:
-    found = parent.embeddings_and_head()
-    assert set(found) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    for layer in range(4):
-        found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parent.layer_state(layer).items()}
-    expected = original(parent).state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_tied_head_is_read_and_counted_once(tmp_path: Path) -> None:
@@ -94,8 +62,7 @@ def test_a_tied_head_is_read_and_counted_once(tmp_path: Path) -> None:
 
 
 def test_the_facts(parent: Parent) -> None:
-    assert parent.num_params == original(parent).num_parameters()
-    assert [block.name for block in parent.architecture.blocks] == ["kv4+w48"] * 4
+    assert parent.architecture.names == ("kv4+w48",) * 4
     # Subblocks built from the configuration take the masks of the model: both must name the same implementation.
     assert parent.config._attn_implementation == parent.load().config._attn_implementation == "sdpa"
 

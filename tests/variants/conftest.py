@@ -1,15 +1,15 @@
-"""Subblocks of a pico parent with what calibration would have seen of them, and plain references."""
+"""Subblocks of a pico parent with what calibration would have seen of them."""
+
+from functools import cache
 
 import torch
 from tests.conftest import pico_puzzle
 from torch import Tensor
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.variants import ParentSubblock, State, Subblock, split_state
-from puzzle.variants.kinds.gated import GatedFFN
-from puzzle.variants.kinds.grouped_query import GroupedQuery
+from puzzle.variants import ParentSubblock, Start, State, Subblock, parse_variant, split_state
 
-TOKENS = 200
+CLOSED_FORM = Start()
 
 
 def moments(input_ND: Tensor, output_ND: Tensor) -> State:
@@ -24,14 +24,14 @@ def moments(input_ND: Tensor, output_ND: Tensor) -> State:
 
 
 def activation_moments(activation_NI: Tensor) -> State:
-    """What channels are ranked and refitted by."""
+    """What channels are ranked and down projections updated by."""
     return {
         "activation_mean_abs": activation_NI.abs().mean(0),
         "activation_second_moment": activation_NI.T @ activation_NI / len(activation_NI),
     }
 
 
-def spread_activations(channels: int, tokens: int = TOKENS) -> Tensor:
+def spread_activations(channels: int, tokens: int = 200) -> Tensor:
     """Correlated activations with a mean, whose channels differ in scale by orders of magnitude, [tokens, channels]."""
     generator = torch.Generator().manual_seed(channels + tokens)
     mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
@@ -40,12 +40,16 @@ def spread_activations(channels: int, tokens: int = TOKENS) -> Tensor:
     return (noise @ mixing + 0.5) * scales
 
 
-def pico_parent(**overrides: object) -> PuzzleForCausalLM:
-    return pico_puzzle("kv4+w48", "kv4+w48", **overrides).double()
+@cache
+def pico_parent(kv_heads: int = 4, bias: bool = False) -> PuzzleForCausalLM:
+    """Two layers in float64, shared by all tests: none may change it."""
+    return pico_puzzle(*[f"kv{kv_heads}+w48"] * 2, attention_bias=bias, mlp_bias=bias).double()
 
 
-def subblock(model: PuzzleForCausalLM, subblock: Subblock, statistics: State) -> ParentSubblock:
-    """The given half of layer 1, in float64."""
+def subblock(
+    model: PuzzleForCausalLM, subblock: Subblock, statistics: State, start: Start = CLOSED_FORM, kv_heads: int = 4
+) -> ParentSubblock:
+    """A subblock of layer 1, in the model's dtype."""
     state = split_state(model.model.layers[1].state_dict(), subblock)
-    own = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}[subblock]
-    return ParentSubblock(config=model.config, variant=own, state=state, statistics=statistics)
+    own = parse_variant(subblock, f"kv{kv_heads}" if subblock == "attention" else "w48")
+    return ParentSubblock(config=model.config, variant=own, state=state, statistics=statistics, start=start)

@@ -4,29 +4,31 @@ import pytest
 import torch
 from tests.variants.conftest import activation_moments, moments, pico_parent, spread_activations, subblock
 
-from puzzle.variants import Variant
-from puzzle.variants.kinds.gated import GatedFFN
-from puzzle.variants.kinds.grouped_query import GroupedQuery
-from puzzle.variants.kinds.linear import LinearAttention, LinearFFN, LowRankFFN
-from puzzle.variants.kinds.none import NoAttention, NoFFN
-
-PAIRS = [
-    *((GroupedQuery(small), GroupedQuery(large)) for small, large in [(1, 1), (1, 2), (1, 4), (2, 4)]),
-    *((GatedFFN(small), GatedFFN(large)) for small, large in [(5, 5), (5, 16), (16, 48)]),
-    *((LowRankFFN(small), LowRankFFN(large)) for small, large in [(3, 3), (3, 7)]),
-]
+from puzzle.variants import Subblock, parse_variant
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("narrow", "wide"), PAIRS, ids=str)
-def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: bool) -> None:
-    model = pico_parent(attention_bias=bias, mlp_bias=bias)
+@pytest.mark.parametrize(
+    ("which", "small", "large"),
+    [
+        *(
+            ("attention", *pair)
+            for pair in [("kv1", "kv1"), ("kv1", "kv4"), ("kv2", "kv4"), ("kv2win4s1", "kv4win4s1")]
+        ),
+        *(
+            ("ffn", *pair)
+            for pair in [("w5", "w5"), ("w5", "w16"), ("w16", "w48"), ("rank3", "rank3"), ("rank3", "rank7")]
+        ),
+    ],
+)
+def test_the_larger_one_computes_the_same(which: Subblock, small: str, large: str, bias: bool) -> None:
+    model, narrow, wide = pico_parent(bias=bias), parse_variant(which, small), parse_variant(which, large)
     statistics = activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32, dtype=torch.float64))
-    start = narrow.initialise(subblock(model, narrow.subblock, statistics))
+    start = narrow.initialise(subblock(model, which, statistics))
     before = {name: tensor.clone() for name, tensor in start.items()}
     widened = narrow.widen(start, wide, model.config)
     assert widened is not None
-    hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
+    hidden_BTD = torch.randn(2, 7, 32, dtype=torch.float64)
     context = model.model.context(hidden_BTD)
     expected_BTD = narrow.build(model.config, start)(hidden_BTD, **context)
     torch.testing.assert_close(wide.build(model.config, widened)(hidden_BTD, **context), expected_BTD)
@@ -34,22 +36,13 @@ def test_the_larger_one_computes_the_same(narrow: Variant, wide: Variant, bias: 
 
 
 @pytest.mark.parametrize(
-    ("narrow", "wide"),
+    ("which", "narrow", "wide"),
     [
-        (GroupedQuery(4), GroupedQuery(2)),
-        (GroupedQuery(2), GroupedQuery(3)),
-        (GroupedQuery(2), NoAttention()),
-        (LinearAttention(), GroupedQuery(4)),
-        (NoAttention(), GroupedQuery(4)),
-        (GatedFFN(16), GatedFFN(8)),
-        (GatedFFN(16), LinearFFN()),
-        (LinearFFN(), GatedFFN(16)),
-        (LowRankFFN(7), LowRankFFN(3)),
-        (LowRankFFN(7), GatedFFN(16)),
-        (NoFFN(), GatedFFN(16)),
+        *(("attention", "kv2", wide) for wide in ("kv1", "kv3", "none", "linear", "kv4win4")),
+        *(("attention", *pair) for pair in [("linear", "kv4"), ("none", "kv4"), ("kv2win4", "kv4win4s1")]),
+        *(("ffn", "w16", wide) for wide in ("w8", "linear", "rank7")),
+        *(("ffn", *pair) for pair in [("linear", "w16"), ("none", "w16"), ("rank7", "rank3"), ("rank7", "w16")]),
     ],
-    ids=str,
 )
-def test_where_there_is_no_such_form(narrow: Variant, wide: Variant) -> None:
-    model = pico_parent()
-    assert narrow.widen({}, wide, model.config) is None
+def test_where_there_is_no_such_form(which: Subblock, narrow: str, wide: str) -> None:
+    assert parse_variant(which, narrow).widen({}, parse_variant(which, wide), pico_parent().config) is None
