@@ -1,24 +1,16 @@
 """Costs of blocks and of whole models: the memory model, the engines' times, and the table made of both."""
 
-from puzzle.costs.engine import Engine, Model, Sample
-from puzzle.costs.roofline import Machine, read_machine
-from puzzle.costs.stage import measure_costs, scenario_of
-from puzzle.costs.table import fixed_memory, subblock_memory
-from puzzle.costs.timing import ENGINES, ratio_standard_error, relative_standard_error, summarise, time_models
-
-__all__ = [
-    "ENGINES",
-    "Engine",
-    "Machine",
-    "Model",
-    "Sample",
-    "fixed_memory",
-    "measure_costs",
-    "ratio_standard_error",
-    "read_machine",
-    "relative_standard_error",
-    "scenario_of",
-    "subblock_memory",
-    "summarise",
-    "time_models",
-]
+from puzzle.costs.engine import Engine as Engine
+from puzzle.costs.engine import Model as Model
+from puzzle.costs.engine import Sample as Sample
+from puzzle.costs.roofline import Machine as Machine
+from puzzle.costs.roofline import read_machine as read_machine
+from puzzle.costs.stage import measure_costs as measure_costs
+from puzzle.costs.stage import scenario_of as scenario_of
+from puzzle.costs.table import fixed_memory as fixed_memory
+from puzzle.costs.table import subblock_memory as subblock_memory
+from puzzle.costs.timing import ENGINES as ENGINES
+from puzzle.costs.timing import ratio_standard_error as ratio_standard_error
+from puzzle.costs.timing import relative_standard_error as relative_standard_error
+from puzzle.costs.timing import summarise as summarise
+from puzzle.costs.timing import time_models as time_models

@@ -1,12 +1,18 @@
-"""What an engine offers to the measurement: a new engine is one file with such a class, and a line in `ENGINES`."""
+"""What an engine offers to the measurement: a new engine is one file with a subclass, and a line in `ENGINES`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
+import torch
+
+from puzzle.artefacts import Scenario
+from puzzle.device import device_name
 from puzzle.modeling import PuzzleConfig
+from puzzle.parents import open_parent
 
 Model = PuzzleConfig | Path
 """Shapes alone, to be timed with arbitrary weights; or a checkpoint on disk."""
@@ -24,23 +30,39 @@ class Sample:
         return self.prefill_ms + (generated_tokens - 1) * self.decode_ms
 
 
-class Engine(Protocol):
-    """Runs and times models in one scenario; made by `Engine(scenario)`."""
+class Engine(ABC):
+    """Runs and times models in one scenario."""
 
-    slow_start: ClassVar[bool]
+    slow_start: ClassVar[bool] = False
     """Whether loading a model takes far longer than timing it: then all its rounds are measured in one start, and
     otherwise one at a time, in turns with other models."""
 
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+
     @property
+    @abstractmethod
     def environment(self) -> Mapping[str, str]:
         """Versions, device name, threads: what a figure must be quoted with."""
 
     def conditions(self) -> AbstractContextManager[None]:
         """What must hold around all measurements that are compared, such as a running process."""
+        return nullcontext()
 
+    @abstractmethod
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a model: for each batch size a sample a round.
 
         Raises:
             PuzzleError: the engine cannot run it, or it does not fit into the device's memory.
         """
+
+
+def shapes_of(model: Model) -> PuzzleConfig:
+    """A model's configuration."""
+    return model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What an `environment` says of it."""
+    return {"device": device_name(device), "threads": str(torch.get_num_threads())}

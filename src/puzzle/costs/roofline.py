@@ -2,31 +2,29 @@
 
 A subblock takes the longer of two times: its operations at the machine's peak rate, and the bytes it must move
 at its bandwidth, each peak times the share that good engines reach. Under tensor parallelism each subblock ends in an
-all-reduce over the N of them (Pope et al. 2023, section 3). Caches, launches within a subblock and imperfect overlap
-are not modelled.
+all-reduce over all devices (Pope et al. 2023, section 3). Caches, launches and imperfect overlap are not modelled.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.engine import Model, Sample
+from puzzle.costs.engine import Engine, Model, Sample, shapes_of
 from puzzle.errors import PuzzleError, one_line
 from puzzle.explain import explain
 from puzzle.modeling import PuzzleConfig
-from puzzle.parents import open_parent
 from puzzle.variants import Architecture, Variant
 
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Machine(BaseModel):
@@ -41,44 +39,39 @@ class Machine(BaseModel):
     link_us: Annotated[float, Field(ge=0)] = 10.0
     node_devices: Annotated[int, Field(ge=1)] = 8
     network_gb_s: Positive = 12.5
-    compute_share: Annotated[float, Field(gt=0, le=1)] = 0.6
-    bandwidth_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    compute_share: Share = 0.6
+    bandwidth_share: Share = 0.8
     layer_us: Annotated[float, Field(ge=0)] = 2.0
 
 
-class RooflineEngine:
+class RooflineEngine(Engine):
     """Stacks of the parent's shapes on the machine that `scenario.device` names, such as `h100-sxm` or `8xh100-sxm`."""
 
-    slow_start: ClassVar[bool] = False
-
     def __init__(self, scenario: Scenario) -> None:
-        self._scenario = scenario
+        super().__init__(scenario)
         self._machine, self._devices = read_machine(scenario.device)
+        self._dtype: torch.dtype = getattr(torch, scenario.dtype)
         if scenario.dtype not in self._machine.peak_tflops:
             known = ", ".join(self._machine.peak_tflops)
             raise PuzzleError(f"scenario.dtype: {scenario.device} has no rate for {scenario.dtype}; use one of {known}")
-        self._dtype: torch.dtype = getattr(torch, scenario.dtype)
 
     @property
     def environment(self) -> Mapping[str, str]:
         sheet = ", ".join(f"{name} {value}" for name, value in self._machine.model_dump().items())
-        return {"engine": "roofline, calculated", "device": self._scenario.device, "data sheet": sheet}
-
-    def conditions(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return {"engine": "roofline, calculated", "device": self.scenario.device, "data sheet": sheet}
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Calculate a prefill, and a decode step in the middle of the answer, from a model's shapes."""
-        config = model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
-        prompt, middle = self._scenario.prompt_tokens, self._scenario.generated_tokens // 2
-
-        def sample(batch_size: int) -> Sample:
-            return Sample(
+        config, prompt = shapes_of(model), self.scenario.prompt_tokens
+        middle = prompt + self.scenario.generated_tokens // 2
+        samples = [
+            Sample(
                 prefill_ms=self._step_ms(config, batch_size, new=prompt, context=prompt),
-                decode_ms=self._step_ms(config, batch_size, new=1, context=prompt + middle),
+                decode_ms=self._step_ms(config, batch_size, new=1, context=middle),
             )
-
-        return [[sample(batch_size)] * rounds for batch_size in batch_sizes]
+            for batch_size in batch_sizes
+        ]
+        return [[sample] * rounds for sample in samples]
 
     def _step_ms(self, config: PuzzleConfig, batch_size: int, new: int, context: int) -> float:
         """One step of `new` tokens a sequence, after which the cache holds `context`."""
@@ -101,7 +94,7 @@ class RooflineEngine:
 
     def _seconds(self, operations: float, moved_bytes: float) -> float:
         machine = self._machine
-        rate = 1e12 * machine.peak_tflops[self._scenario.dtype] * machine.compute_share * self._devices
+        rate = 1e12 * machine.peak_tflops[self.scenario.dtype] * machine.compute_share * self._devices
         bandwidth = 1e9 * machine.memory_gb_s * machine.bandwidth_share * self._devices
         return max(operations / rate, moved_bytes / bandwidth)
 
@@ -112,15 +105,12 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
     Args:
         setting: where the name was given, for errors.
     """
-    match = re.fullmatch(r"(?:([1-9][0-9]*)x)?(.+)", name)
-    assert match is not None
-    count, machine = int(match[1] or 1), match[2]
-    known: dict[str, Any] = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
-    if machine in known:
-        return Machine.model_validate(known[machine]), count
+    count, machine = re.findall(r"^(?:([1-9][0-9]*)x)?(.+)", name)[0]
+    known = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
     try:
-        ((_, sheet),) = yaml.safe_load(Path(machine).read_text(encoding="utf-8")).items()
-        return Machine.model_validate(sheet), count
+        sheets = known if machine in known else yaml.safe_load(Path(machine).read_text(encoding="utf-8"))
+        (sheet,) = [known[machine]] if sheets is known else sheets.values()
+        return Machine.model_validate(sheet), int(count or 1)
     except OSError:
         raise PuzzleError(
             f"{setting}: {name!r} is neither one of {', '.join(known)} nor a file; so many of one are 8xh100-sxm"

@@ -1,4 +1,14 @@
-"""The rows of a cost table: exact sizes from the modules' real shapes (law 10), times from samples of stacks."""
+"""The rows of a cost table: exact sizes from the modules' real shapes (law 10), times from stacks of blocks.
+
+A module timed alone finds its weights in the processor's cache, which it does not inside a model. So every variant is
+timed as copies of its subblock between two of the parent's blocks (the pads), which engines may treat in their own way;
+its cost is what the copies add, divided by their number. An empty layer's time is part of what is fixed.
+
+Engines that fill in a missing subblock (llama.cpp: an FFN of zeros) need not in a whole block. So whole pads are timed
+as copies too, and what one takes less than its two subblocks is taken off every attention. Engines may skip most of
+the last FFN in a prefill, as only the last token's output is used. So the pad's FFN is timed as the last one too; its
+share of a middle one's time is taken for all FFNs.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,10 +17,85 @@ import torch
 from puzzle.artefacts import Cost, CostRow, Scenario
 from puzzle.artefacts.costs import Part
 from puzzle.costs.engine import Sample
-from puzzle.costs.slopes import FIXED, PartName, Plan, part_name
 from puzzle.costs.timing import typical, without_drift
 from puzzle.modeling import PuzzleConfig, empty_model
-from puzzle.variants import Space, Variant
+from puzzle.variants import BlockVariant, Space, Variant
+
+COPIES = 6
+"""Of the measured subblock: the stack is as deep as a small model, and the copies take most of its time."""
+EMPTY_LAYERS = 64
+"""An empty layer takes microseconds. vLLM refuses a model of nothing else, so these too are between pads."""
+
+PADS, _EMPTY_LAYERS, _WHOLE, _LAST = "pads", "empty layers", "whole blocks", "no last ffn"
+
+Stack = tuple[BlockVariant, ...]
+
+
+def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
+    """What is measured for a space, by name; once for each shape."""
+    pad = _pad(space, config)
+    stacks: dict[str, Stack] = {
+        PADS: (pad, pad),
+        _EMPTY_LAYERS: (pad, *[BlockVariant.empty()] * EMPTY_LAYERS, pad),
+        _WHOLE: (pad, *[pad] * COPIES, pad),
+        _LAST: (pad, BlockVariant.alone(pad.attention)),
+    }
+    for variant in _variants(space):
+        if not variant.absent:
+            stacks[_name(variant)] = (pad, *[BlockVariant.alone(variant)] * COPIES, pad)
+    return stacks
+
+
+def cost_rows(
+    config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, samples: Mapping[str, Sequence[Sample]]
+) -> Iterator[CostRow]:
+    """The rows at one batch size: what is fixed, then every variant of every layer.
+
+    Args:
+        samples: by the name of the stack, as many of each, one a round.
+    """
+    dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
+    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in _variants(space)}
+    times = {}
+    for quantity in ("prefill_ms", "decode_ms"):
+        rounds_ms = {stack: [getattr(each, quantity) for each in rounds] for stack, rounds in samples.items()}
+        times[quantity] = _part_times(space, config, rounds_ms)
+
+    def row(layer: int, part: Part, variant: str, size: Cost, timed_as: str) -> CostRow:
+        costs = vars(size) | {quantity: parts_ms[timed_as] for quantity, parts_ms in times.items()}
+        return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **costs)
+
+    yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
+    for index, layer in enumerate(space.layers):
+        for variant in (*layer.attention, *layer.ffn):
+            last = variant.subblock == "ffn" and index == len(space.layers) - 1
+            timed_as = f"last {_name(variant)}" if last else _name(variant)
+            yield row(index, variant.subblock, variant.name, sizes[variant], timed_as)
+
+
+def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """What each part adds to a model's time: `attention kv2`, `ffn none`, `last ffn w16` in the last layer, `fixed`.
+
+    At least 0, where noise says otherwise.
+    """
+    typical_ms = map(typical, without_drift(list(rounds_ms.values())))
+    stack_ms = dict(zip(rounds_ms, typical_ms, strict=True))
+    empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[PADS]) / EMPTY_LAYERS
+    slopes_ms = {stack: (time_ms - stack_ms[PADS]) / COPIES - empty_layer_ms for stack, time_ms in stack_ms.items()}
+    pad, variants = _pad(space, config), _variants(space)
+    parts_ms = {_name(variant): 0.0 if variant.absent else slopes_ms[_name(variant)] for variant in variants}
+    attention_ms, ffn_ms = parts_ms[_name(pad.attention)], parts_ms[_name(pad.ffn)]
+    # At least 0: a block that takes more has found less in the cache.
+    saved_ms = max(0.0, attention_ms + ffn_ms - slopes_ms[_WHOLE])
+    last_ffn_ms = max(0.0, stack_ms[PADS] - stack_ms[_LAST] + saved_ms)
+    for variant in variants:
+        if variant.subblock == "ffn":
+            parts_ms[f"last {_name(variant)}"] = parts_ms[_name(variant)] * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
+        elif not variant.absent:
+            parts_ms[_name(variant)] -= saved_ms
+    pads_ms = 2 * (attention_ms + ffn_ms - saved_ms) - ffn_ms + last_ffn_ms
+    parts_ms["fixed"] = stack_ms[PADS] - pads_ms + (len(space.layers) - 2) * empty_layer_ms
+    return {part: max(part_ms, 0.0) for part, part_ms in parts_ms.items()}
 
 
 def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int) -> Cost:
@@ -34,38 +119,16 @@ def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
     return Cost(params=params, weight_bytes=params * dtype.itemsize)
 
 
-def part_times(plan: Plan, samples: Mapping[str, Sequence[Sample]]) -> dict[PartName, Sample]:
-    """What every part adds to a model's times; at least 0, where noise says otherwise.
-
-    Args:
-        samples: by the name of the stack, as many of each, one a round.
-    """
-    prefill_ms = _costs_ms(plan, {stack: [each.prefill_ms for each in rounds] for stack, rounds in samples.items()})
-    decode_ms = _costs_ms(plan, {stack: [each.decode_ms for each in rounds] for stack, rounds in samples.items()})
-    return {part: Sample(prefill_ms=prefill_ms[part], decode_ms=decode_ms[part]) for part in prefill_ms}
+def _pad(space: Space, config: PuzzleConfig) -> BlockVariant:
+    """The largest of the parent's blocks."""
+    return max((layer.parent for layer in space.layers), key=lambda block: block.num_params(config))
 
 
-def _costs_ms(plan: Plan, rounds_ms: Mapping[str, Sequence[float]]) -> dict[PartName, float]:
-    typical_ms = map(typical, without_drift(list(rounds_ms.values())))
-    costs_ms = plan.costs(dict(zip(rounds_ms, typical_ms, strict=True)))
-    return {part: max(cost_ms, 0.0) for part, cost_ms in costs_ms.items()}
+def _variants(space: Space) -> list[Variant]:
+    """The distinct ones of all layers."""
+    return list(dict.fromkeys(variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)))
 
 
-def cost_rows(
-    config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, times: Mapping[PartName, Sample]
-) -> Iterator[CostRow]:
-    """The rows at one batch size: what is fixed, then every variant of every layer."""
-    dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
-
-    def row(layer: int, part: Part, variant: str, size: Cost, timed_as: PartName) -> CostRow:
-        cost = size + Cost(prefill_ms=times[timed_as].prefill_ms, decode_ms=times[timed_as].decode_ms)
-        return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **vars(cost))
-
-    yield row(-1, "fixed", "", fixed_memory(config, dtype), FIXED)
-    alternatives = {variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)}
-    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in alternatives}
-    for index, layer in enumerate(space.layers):
-        for variant in (*layer.attention, *layer.ffn):
-            last = variant.subblock == "ffn" and index == len(space.layers) - 1
-            timed_as: PartName = ("last ffn", variant.name) if last else part_name(variant)
-            yield row(index, variant.subblock, variant.name, sizes[variant], timed_as)
+def _name(variant: Variant) -> str:
+    """Of a part, and of the stack with its copies."""
+    return f"{variant.subblock} {variant.name}"

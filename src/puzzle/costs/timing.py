@@ -1,17 +1,15 @@
 """Models timed in turns until their times are known well enough, and the statistics of repeated times."""
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample
-from puzzle.costs.llama_cpp_engine import LlamaCppEngine
+from puzzle.costs.process_engines import LlamaCppEngine, VLLMEngine
 from puzzle.costs.roofline import RooflineEngine
 from puzzle.costs.torch_engine import TorchEngine
-from puzzle.costs.vllm_engine import VLLMEngine
 from puzzle.runs import progress
 
 ENGINES: dict[str, Callable[[Scenario], Engine]] = {
@@ -22,87 +20,13 @@ ENGINES: dict[str, Callable[[Scenario], Engine]] = {
 }
 """By `scenario.engine`."""
 MOST = 4
-"""Limit of the rounds, as a multiple of those asked for."""
+"""Times as many rounds as asked for are measured at most."""
 _PRECISION = 0.015
 """Relative standard error of a ratio of request times that is good enough."""
 
 Task = tuple[str, int]
 """A model's name and a batch size."""
 Samples = dict[Task, list[Sample]]
-
-
-def summarise(samples: Sequence[Sample]) -> Sample:
-    """The typical times of one model from its samples, one a round."""
-    return Sample(
-        prefill_ms=typical([sample.prefill_ms for sample in samples]),
-        decode_ms=typical([sample.decode_ms for sample in samples]),
-    )
-
-
-def typical(values: Sequence[float]) -> float:
-    """The lower quartile: other programs only ever add time, and the minimum is what a server hardly ever sees.
-
-    It predicted whole models best together with the minimum (docs/numbers.md).
-    """
-    return _quartiles(values)[0]
-
-
-def relative_standard_error(values: Sequence[float]) -> float:
-    """One standard error of the lower quartile, as a share of it; 0 of a single value, which does not tell.
-
-    For n normally distributed values it is 1.36 standard deviations / sqrt(n), and half the distance between their
-    quartiles 0.67 of one; the factor 1 + 0.8 / n corrects both for small n (simulated; within 7 % from n = 3 on).
-    """
-    (lower, upper), count = _quartiles(values), len(values)
-    relative = (1.36 / 0.67) * (1 + 0.8 / count) / math.sqrt(count)
-    return relative * (upper - lower) / 2 / abs(lower) if lower else 0.0
-
-
-def without_drift(times_ms: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Times of models that took turns, [models, rounds], as if all rounds had been equally slow: typically so.
-
-    What slows the machine for a while slows all models: by the median over them of their times relative to their own
-    medians. So three rounds predict the ratio of two models better than five did as they are (docs/numbers.md).
-    """
-    times_MR = np.array(times_ms)
-    slowdown_R = np.median(times_MR / np.median(times_MR, axis=1, keepdims=True), axis=0)
-    corrected: list[list[float]] = (times_MR / slowdown_R * typical(list(slowdown_R))).tolist()
-    return corrected
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, upper
-
-
-def measure_in_turns(
-    engine: Engine,
-    models: Mapping[str, Model],
-    samples: Samples,
-    wanted: Callable[[], Sequence[Task]],
-    rounds: int,
-    label: str,
-    keep: Callable[[Task], None] = lambda task: None,
-) -> None:
-    """Add rounds to `samples` as long as `wanted` names tasks, inside the engine's conditions.
-
-    Args:
-        rounds: that are measured at once by an engine that is slow to start; others measure one.
-        keep: called with every task that has new samples.
-    """
-    at_once = rounds if engine.slow_start else 1
-    while tasks := wanted():
-        done = max(len(samples[task]) for task in tasks)
-        with progress(f"{label}, round {done + 1}", len(tasks)) as bar:
-            for name in dict.fromkeys(name for name, _ in tasks):
-                batch_sizes = [batch_size for each, batch_size in tasks if each == name]
-                measured = engine.measure(models[name], batch_sizes, at_once)
-                for batch_size, new in zip(batch_sizes, measured, strict=True):
-                    samples[name, batch_size] += new
-                    keep((name, batch_size))
-                bar.advance(len(batch_sizes))
 
 
 def time_models(
@@ -118,22 +42,54 @@ def time_models(
         rounds: at least; up to `MOST` times as many.
         enough: whether the samples so far suffice; by default if `ratio_standard_error` is at most 1.5 %.
     """
-    tasks = [(str(index), batch_size) for index, (_, batch_size) in enumerate(models)]
-    samples: Samples = {task: [] for task in tasks}
+    samples: Samples = {(str(index), batch_size): [] for index, (_, batch_size) in enumerate(models)}
 
     def sure() -> bool:
         measured = list(samples.values())
         return enough(measured) if enough else ratio_standard_error(measured, scenario) <= _PRECISION
 
-    def wanted() -> Sequence[Task]:
-        count = len(samples[tasks[0]])
-        return tasks if count < rounds or (count < MOST * rounds and not sure()) else []
-
     engine = ENGINES[scenario.engine](scenario)
     with engine.conditions():
-        named = {name: model for (name, _), (model, _) in zip(tasks, models, strict=True)}
-        measure_in_turns(engine, named, samples, wanted, rounds, "time models")
+        named = {str(index): model for index, (model, _) in enumerate(models)}
+        measure_in_turns(engine, named, samples, rounds, sure, "time models")
     return list(samples.values())
+
+
+def measure_in_turns(
+    engine: Engine,
+    models: Mapping[str, Model],
+    samples: Samples,
+    rounds: int,
+    enough: Callable[[], bool],
+    label: str,
+    keep: Callable[[Task], None] = lambda task: None,
+) -> None:
+    """Add to `samples`, those with the fewest first, until all have `rounds`, and up to `MOST` times as many.
+
+    Inside the engine's conditions. One that is slow to start measures `rounds` at once, others one.
+
+    Args:
+        enough: whether the samples suffice, when all have `rounds`.
+        keep: called with every task that has new samples.
+    """
+    while (done := min(map(len, samples.values()))) < rounds or (done < MOST * rounds and not enough()):
+        tasks = [task for task, each in samples.items() if len(each) == done]
+        with progress(f"{label}, round {done + 1}", len(tasks)) as bar:
+            for name in dict.fromkeys(name for name, _ in tasks):
+                batch_sizes = [batch_size for each, batch_size in tasks if each == name]
+                measured = engine.measure(models[name], batch_sizes, rounds if engine.slow_start else 1)
+                for batch_size, new in zip(batch_sizes, measured, strict=True):
+                    samples[name, batch_size] += new
+                    keep((name, batch_size))
+                bar.advance(len(batch_sizes))
+
+
+def summarise(samples: Sequence[Sample]) -> Sample:
+    """The typical times of one model from its samples, one a round."""
+    return Sample(
+        prefill_ms=typical([sample.prefill_ms for sample in samples]),
+        decode_ms=typical([sample.decode_ms for sample in samples]),
+    )
 
 
 def ratio_standard_error(samples: Sequence[Sequence[Sample]], scenario: Scenario) -> float:
@@ -141,3 +97,34 @@ def ratio_standard_error(samples: Sequence[Sequence[Sample]], scenario: Scenario
     first, *others = ([each.request_ms(scenario.generated_tokens) for each in rounds] for rounds in samples)
     ratios = ([own / one for own, one in zip(times_ms, first, strict=True)] for times_ms in others)
     return max(map(relative_standard_error, ratios), default=relative_standard_error(first))
+
+
+def typical(values: Sequence[float]) -> float:
+    """The lower quartile: other programs only ever add time, and the minimum is what a server hardly ever sees.
+
+    It predicted whole models best together with the minimum (docs/numbers.md).
+    """
+    return float(np.quantile(values, 0.25))
+
+
+def relative_standard_error(values: Sequence[float]) -> float:
+    """One standard error of the lower quartile, as a share of it; 0 of a single value, which does not tell.
+
+    For n normally distributed values it is 1.36 standard deviations / sqrt(n), and half the distance between their
+    quartiles 0.67 of one; the factor 1 + 0.8 / n corrects both for small n (simulated; within 7 % from n = 3 on).
+    """
+    (lower, upper), count = np.quantile(values, [0.25, 0.75]), len(values)
+    relative = (1.36 / 0.67) * (1 + 0.8 / count) / math.sqrt(count)
+    return float(relative * (upper - lower) / 2 / abs(lower)) if lower else 0.0
+
+
+def without_drift(times_ms: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Times of models that took turns, [models, rounds], as if all rounds had been equally slow: typically so.
+
+    What slows the machine for a while slows all models: by the median over them of their times relative to their own
+    medians. So three rounds predict the ratio of two models better than five did as they are (docs/numbers.md).
+    """
+    times_MR = np.array(times_ms)
+    slowdown_R = np.median(times_MR / np.median(times_MR, axis=1, keepdims=True), axis=0)
+    corrected: list[list[float]] = (times_MR / slowdown_R * typical(slowdown_R)).tolist()
+    return corrected

@@ -1,21 +1,25 @@
 """The engine `torch`: the model as transformers' `generate` runs it, eager, with a cache that grows by concatenation.
 
+A forward frees and asks for tensors of many megabytes. By default glibc gives such memory back to the kernel at once,
+and the next tensor pays for every page again: a third of the prefill at small sizes, and a different share each time
+(docs/numbers.md). Servers preload an allocator that keeps memory (tcmalloc, jemalloc); here glibc is told to.
+
 Shapes: B batch, T tokens.
 """
 
+import ctypes
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 import transformers
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.allocator import allocator_name, freed_memory_kept
-from puzzle.costs.engine import Model, Sample
+from puzzle.costs.engine import Engine, Model, Sample, machine
 from puzzle.device import device_name, is_gpu, times_ms
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
@@ -26,31 +30,52 @@ WARM_UP_STEPS = 4
 DECODE_STEPS = 16
 _ALIGNMENT = 64
 """Elements; torch's own allocations start at cache lines, and so shall the pool's parts."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # from malloc.h
+MEMORY_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+"""Environment variables that let glibc keep freed memory in a process that is to be started."""
 
 
-class TorchEngine:
+def keeps_memory(device: torch.device) -> bool:
+    """Whether glibc must be told to: on a GPU, torch's own allocator keeps what is freed."""
+    return not is_gpu(device) and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+
+
+def allocator_name(device: torch.device) -> str:
+    """What an engine's `environment` calls it."""
+    return "glibc, freed memory kept" if keeps_memory(device) else "as it comes"
+
+
+class TorchEngine(Engine):
     """Shapes with random weights, and checkpoints with their own."""
 
-    slow_start: ClassVar[bool] = False
-
     def __init__(self, scenario: Scenario) -> None:
-        self._scenario = scenario
+        super().__init__(scenario)
         self._device, self._dtype = torch.device(scenario.device), getattr(torch, scenario.dtype)
         self._pool = torch.empty(0, dtype=self._dtype, device=self._device)
         self._loaded: dict[Path, PuzzleForCausalLM] = {}
         self._warm: set[object] = set()
 
-    @property
+    @cached_property
     def environment(self) -> Mapping[str, str]:
-        return {
-            "engine": f"torch {torch.__version__}, transformers {transformers.__version__}",
-            "device": device_name(self._device),
-            "threads": str(torch.get_num_threads()),
-            "allocator": allocator_name(self._device),
-        }
+        engine = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        return {"engine": engine, **machine(self._device), "allocator": allocator_name(self._device)}
 
-    def conditions(self) -> AbstractContextManager[None]:
-        return freed_memory_kept(self._device)
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Let the process keep what it frees until the end of the block."""
+        if not keeps_memory(self._device):
+            yield
+            return
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
+        try:
+            yield
+        finally:
+            # Once set, the thresholds do not move by themselves; these are where they end up with large tensors.
+            for option, value in ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 64 * 2**20), (_MMAP_THRESHOLD, 32 * 2**20)):
+                libc.mallopt(option, value)
+            libc.malloc_trim(ctypes.c_size_t(0))
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a model; an uncounted run before the first starts threads and heap (on a GPU: for each shape)."""
@@ -63,23 +88,20 @@ class TorchEngine:
         measured = []
         for batch_size in batch_sizes:
             if (shape, batch_size) not in self._warm:
-                time_model(runnable, self._scenario, batch_size)
+                time_model(runnable, self.scenario, batch_size)
                 self._warm.add((shape, batch_size))
-            measured.append([time_model(runnable, self._scenario, batch_size) for _ in range(rounds)])
+            measured.append([time_model(runnable, self.scenario, batch_size) for _ in range(rounds)])
         return measured
 
     def build(self, config: PuzzleConfig) -> PuzzleForCausalLM:
         """A model with random weights out of a pool, so that the next one costs neither memory nor time."""
         model = empty_model(config)
-        parameters = dict(model.named_parameters())
-        sizes = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for parameter in parameters.values()]
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        sizes = [-(-shape.numel() // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
         if sum(sizes) > len(self._pool):
             self._pool = torch.empty(sum(sizes), dtype=self._dtype, device=self._device).normal_(std=0.02)
-        parts = self._pool[: sum(sizes)].split(sizes)
-        state = {
-            name: part[: parameter.numel()].view(parameter.shape)
-            for (name, parameter), part in zip(parameters.items(), parts, strict=True)
-        }
+        parts = zip(shapes.items(), self._pool[: sum(sizes)].split(sizes), strict=True)
+        state = {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
         model.load_state_dict(state, strict=False, assign=True)
         return finish(model, self._device)
 
@@ -94,12 +116,15 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
     def step() -> None:
         """Let the model read `tokens_BT`, and put the next token of every sequence into its place."""
         nonlocal tokens_BT
-        output = model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens_BT = output.logits.argmax(-1)
+        tokens_BT = model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     try:
         (prefill_ms,) = times_ms(device, step, 1)
-        _extend(cache, max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS))
+        # As if more tokens had been read: copies of the last one, as only the cache's length sets the time. Layers with
+        # a window drop by themselves what is too old.
+        skipped = max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS)
+        for layer in cache.layers:
+            layer.update(*(past[:, :, -1:].expand(-1, -1, skipped, -1) for past in (layer.keys, layer.values)))
         # On a GPU launches set this time, as nothing is captured: a graph over a static cache would be replayed here.
         steps_ms = times_ms(device, step, WARM_UP_STEPS + DECODE_STEPS)
     except RuntimeError as error:
@@ -110,12 +135,3 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
             f"{device_name(device)}; use smaller batch sizes or shorter texts"
         ) from None
     return Sample(prefill_ms=prefill_ms, decode_ms=statistics.median(steps_ms[WARM_UP_STEPS:]))
-
-
-def _extend(cache: DynamicCache, tokens: int) -> None:
-    """Let the cache have seen `tokens` more: copies of the last one, for only the length sets the time.
-
-    What a layer with a window then holds is what it would hold: each layer drops by itself what is too old.
-    """
-    for layer in cache.layers:
-        layer.update(*(past[:, :, -1:].expand(-1, -1, tokens, -1) for past in (layer.keys, layer.values)))

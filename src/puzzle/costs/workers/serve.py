@@ -4,7 +4,7 @@
 
 Reads one request a line from standard input, lets `measure(request)` of SCRIPT answer it, and writes one line to the
 descriptor: {"samples": [[[prefill_ms, decode_ms], ...one a round], ...one list a batch size]} or {"error": "..."}.
-Requests: see `Worker.time`. Standard output belongs to the engine, which prints what it likes.
+Requests: see `ProcessEngine`. Standard output belongs to the engine, which prints what it likes.
 """
 
 import json
@@ -13,18 +13,12 @@ import runpy
 import sys
 from pathlib import Path
 
-
-def main(script: str, descriptor: str) -> None:
-    """Answer until standard input ends."""
-    with os.fdopen(int(descriptor), "w", buffering=1) as answers:
-        measure = runpy.run_path(str(Path(__file__).with_name(script)))["measure"]
+if __name__ == "__main__":
+    with os.fdopen(int(sys.argv[2]), "w", buffering=1) as answers:
+        measure = runpy.run_path(str(Path(__file__).with_name(sys.argv[1])))["measure"]
         for line in sys.stdin:
             try:
                 answer = {"samples": measure(json.loads(line))}
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {error}"}
             answers.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -13,21 +13,34 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-Rounds = list[tuple[float, float]]
-"""Prefill and decode step in ms, of every round."""
 
+def measure(request: dict[str, Any]) -> list[list[tuple[float, float]]]:
+    """Prefill and decode step in ms, of every round, for each batch size.
 
-def measure(request: dict[str, Any]) -> list[Rounds]:
-    """The rounds of each batch size.
+    A prefill is a batch of requests for one token; a decode step what each further token adds.
 
     Args:
         request: also has "load_format", "model_impl", "dtype", "cache_gib" (on a CPU) and "memory_share" (on a GPU).
     """
     import torch
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    largest, prompt, cuda = max(request["batch_sizes"]), request["prompt_tokens"], torch.cuda.is_available()
+    prompt, generated, cuda = request["prompt_tokens"], request["generated_tokens"], torch.cuda.is_available()
+    largest, rounds = max(request["batch_sizes"]), range(request["rounds"])
+    # Of one thread the processor time says more: it leaves out what other programs take.
+    clock = time.process_time if not cuda and request["threads"] == 1 else time.perf_counter
+
+    def answer_ms(batch_size: int, tokens: int) -> float:
+        prompts = [
+            {"prompt_token_ids": [(7 * row + column) % vocabulary for column in range(prompt)]}
+            for row in range(batch_size)
+        ]
+        parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)
+        began = clock()
+        llm.generate(prompts, parameters, use_tqdm=False)
+        return 1e3 * (clock() - began)
+
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(request["cache_gib"])  # on a CPU vLLM else takes nearly all memory
     try:
         llm = LLM(
@@ -36,7 +49,7 @@ def measure(request: dict[str, Any]) -> list[Rounds]:
             model_impl=request["model_impl"],
             load_format=request["load_format"],
             dtype=request["dtype"],
-            max_model_len=prompt + request["generated_tokens"],
+            max_model_len=prompt + generated,
             max_num_seqs=largest,
             max_num_batched_tokens=max(8192, prompt) if cuda else largest * prompt,
             enable_prefix_caching=False,
@@ -44,31 +57,13 @@ def measure(request: dict[str, Any]) -> list[Rounds]:
             enforce_eager=not cuda,  # on a CPU compiling each of many stacks takes longer than all measurements
             gpu_memory_utilization=request["memory_share"],
         )
-        return [_rounds(llm, request, batch_size, cuda) for batch_size in request["batch_sizes"]]
+        vocabulary, samples = llm.llm_engine.model_config.get_vocab_size(), []
+        for batch_size in request["batch_sizes"]:
+            answer_ms(batch_size, min(4, generated))
+            pairs = [(answer_ms(batch_size, 1), answer_ms(batch_size, generated)) for _ in rounds]
+            samples.append([(first, (whole - first) / max(1, generated - 1)) for first, whole in pairs])
+        return samples
     finally:
         llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
-
-
-def _rounds(llm: Any, request: dict[str, Any], batch_size: int, cuda: bool) -> Rounds:
-    """A prefill is a batch of requests for one token; a decode step what each further token adds."""
-    from vllm import SamplingParams
-
-    vocabulary, generated = llm.llm_engine.model_config.get_vocab_size(), request["generated_tokens"]
-    prompts = [
-        {"prompt_token_ids": [(7 * row + column) % vocabulary for column in range(request["prompt_tokens"])]}
-        for row in range(batch_size)
-    ]
-    # Of one thread the processor time says more: it leaves out what other programs take.
-    clock = time.process_time if not cuda and request["threads"] == 1 else time.perf_counter
-
-    def milliseconds(tokens: int) -> float:
-        began = clock()
-        parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)
-        llm.generate(prompts, parameters, use_tqdm=False)
-        return 1e3 * (clock() - began)
-
-    milliseconds(min(4, generated))
-    pairs = [(milliseconds(1), milliseconds(generated)) for _ in range(request["rounds"])]
-    return [(first, (whole - first) / max(1, generated - 1)) for first, whole in pairs]
