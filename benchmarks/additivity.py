@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import CostTable
-from puzzle.costs import ENGINES, Sample, Timed, fitted, scenario_of, summarise
-from puzzle.costs.slopes import Plan, Stack
-from puzzle.costs.table import cost_rows, part_times
+from puzzle.costs import ENGINES, Sample, scenario_of, summarise
+from puzzle.costs.table import Stack, cost_rows, stacks_of
 from puzzle.costs.timing import Samples, measure_in_turns
 from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings
+from puzzle.search.fit import Timed, fitted
 from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 ARCHITECTURES, FITTED = 10, 3
@@ -48,19 +48,19 @@ def main(
     scenario, size = scenario_of(settings, torch.device("cpu")), int(batch)
     space = deployable(derive_space(config), config, [TIMED_AS[name]] if name in TIMED_AS else [])
     engine = ENGINES[name](scenario)
-    plan, models = Plan.of(space, config), architectures(space)
-    asked = plan.stacks | models | {f"{model} again": blocks for model, blocks in models.items()}
+    models = architectures(space)
+    asked = stacks_of(space, config) | models | {f"{model} again": blocks for model, blocks in models.items()}
     configs = {model: Architecture(blocks).configure(config) for model, blocks in asked.items()}
     samples: Samples = {(model, size): [] for model in asked}
     said = f"{Path(checkpoint).name}, {dict(engine.environment)}, {scenario}, batch {batch}, {rounds} rounds"
     print(said, flush=True)
     with engine.conditions():
-        measure_in_turns(engine, configs, samples, lambda: _missing(samples, int(rounds)), int(rounds), "time stacks")
+        measure_in_turns(engine, configs, samples, int(rounds), lambda: True, "time stacks")
     measured = {model: each for (model, _), each in samples.items()}
     with KEPT.open("a") as file:
         kept = [{model: asdict(each[index]) for model, each in measured.items()} for index in range(int(rounds))]
         file.write(json.dumps({"setting": said, "rounds": kept}) + "\n")
-    rows = tuple(cost_rows(config, space, scenario, size, part_times(plan, measured)))
+    rows = tuple(cost_rows(config, space, scenario, size, measured))
     table = CostTable(scenario=scenario, batch_sizes=(size,), rows=rows)
     times = {model: summarise([*measured[model], *measured[f"{model} again"]]) for model in models}
     known = [_timed(table, models[model], size, times[model]) for model in list(models)[:FITTED]]
@@ -107,10 +107,6 @@ def _errors(model: Timed) -> Iterator[float]:
 def _floor(first: Sequence[Sample], again: Sequence[Sample]) -> Iterator[float]:
     """How far the same model's two times are apart: prefill, decode."""
     return (getattr(summarise(first), each) / getattr(summarise(again), each) - 1 for each in QUANTITIES)
-
-
-def _missing(samples: Samples, rounds: int) -> list[tuple[str, int]]:
-    return [task for task, each in samples.items() if len(each) < rounds]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tests.costs.conftest import installed
 
 from puzzle.artefacts import Scenario
 from puzzle.costs import Sample
-from puzzle.costs.llama_cpp_engine import LlamaCppEngine
+from puzzle.costs.process_engines import LlamaCppEngine
 from puzzle.errors import PuzzleError
 from puzzle.modeling import save_checkpoint
 

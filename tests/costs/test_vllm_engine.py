@@ -10,8 +10,8 @@ from tests.conftest import pico_puzzle
 from tests.costs.conftest import installed
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.allocator import keeps_memory
-from puzzle.costs.vllm_engine import VLLMEngine
+from puzzle.costs.process_engines import VLLMEngine
+from puzzle.costs.torch_engine import keeps_memory
 from puzzle.errors import PuzzleError
 from puzzle.modeling import save_checkpoint
 
