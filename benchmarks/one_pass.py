@@ -16,7 +16,7 @@ from setting import opened, recipe
 
 from puzzle import Pipeline
 from puzzle.library import Student
-from puzzle.library.library import _Training
+from puzzle.library.library import student_plans
 from puzzle.streams import Stream
 
 STEPS, BATCH = 3, 8
@@ -32,8 +32,7 @@ def main(parent: str, text: str) -> None:
 
 def time_bld(method: Pipeline) -> tuple[float, float]:
     """All trained variants in one pass of the parent, against a pass up to its own layer for each variant."""
-    training = _Training(method.run, method.parent, method.data, method.statistics, method.full_space, None, {})
-    plans = training.plans()
+    plans = student_plans(method.run, method.parent, method.statistics, method.full_space, None, None)
     students = [student for student in (plan.build() for plan in plans) if student.parameters()]
     stream = Stream(method.run, method.parent, method.run.path / "activations")
     batches = [method.data.training_batch(step, BATCH, 0)[:, :-1] for step in range(STEPS)]

@@ -16,6 +16,7 @@ from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run
 from puzzle.streams import Activations, Stream, packed, read_ahead
+from puzzle.variants import SUBBLOCKS
 
 Open = Callable[..., Stream]
 
@@ -48,17 +49,18 @@ def test_streamed_layers_are_resident_ones(opened: Open, tmp_path: Path, layers:
     assert (resident.resident, streamed.resident) == (True, False)
     for stream in (resident, streamed):
         stream.prepare(layers.start, {"text": text})
-        stream.hold(layers)
-    assert held_layers(streamed) == list(layers)
     passes = [stream.passes(layers, "text", text()) for stream in (resident, streamed)]
     for tokens_BT, *both in zip(text(), *passes, strict=True):
         with torch.no_grad():
             states_BTD = resident.model(tokens_BT, output_hidden_states=True).hidden_states
         for expected, found in zip(*both, strict=True):
             assert found.index == expected.index
-            for name in ("input_BTD", "attention_BTD", "middle_BTD", "ffn_BTD", "output_BTD"):
-                assert torch.equal(getattr(found, name), getattr(expected, name)), name
-            torch.testing.assert_close(found.input_BTD, states_BTD[found.index])
+            for which in SUBBLOCKS:
+                assert torch.equal(found.inputs_BTD[which], expected.inputs_BTD[which])
+                assert torch.equal(found.added_BTD[which], expected.added_BTD[which])
+            assert torch.equal(found.output_BTD, expected.output_BTD)
+            torch.testing.assert_close(found.inputs_BTD["attention"], states_BTD[found.index])
+        assert held_layers(streamed) == list(layers)
     for stream in (resident, streamed):
         stream.close()
     assert not list(tmp_path.iterdir())

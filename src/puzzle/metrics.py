@@ -61,14 +61,16 @@ def compare(
         hiddens_AND: each candidate's.
         targets_N: the true next tokens.
     """
-    own, vocab_size = _Head(parent), parent.config.vocab_size
-    head = own if model is parent else _Head(model)
-    parts = []
+    vocab_size, parts = parent.config.vocab_size, []
+    own_VD = head_VD = float32_operand(parent.lm_head.weight)
+    if model is not parent:
+        head_VD = float32_operand(model.lm_head.weight)
     for rows in chunks(len(targets_N), vocab_size):
-        reference = _Reference.of(own, parent_hidden_ND[rows], exact=head is own and own.exact)
+        normed_ND = parent.final_norm(parent_hidden_ND[rows]).to(own_VD.dtype)
+        reference = _Reference(normed_ND, own_VD, shared=model is parent and own_VD.dtype == torch.float32)
         at_once = max(1, logits_at_once(targets_N.device) // (len(targets_N[rows]) * vocab_size))
-        some = [reference.compare(head, each[:, rows], targets_N[rows]) for each in hiddens_AND.split(at_once)]
-        parts.append(TokenMetrics.cat(some, 0))
+        normed = (model.final_norm(some_AND[:, rows]).to(head_VD.dtype) for some_AND in hiddens_AND.split(at_once))
+        parts.append(TokenMetrics.cat([reference.compare(each, head_VD, targets_N[rows]) for each in normed], 0))
     return TokenMetrics.cat(parts, 1)
 
 
@@ -79,73 +81,41 @@ def chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-class _Head:
-    """A model's final norm, and its head with logits in float32."""
-
-    def __init__(self, model: PuzzleForCausalLM) -> None:
-        self._norm, self.weight_VD = model.final_norm, float32_operand(model.lm_head.weight)
-        self.exact = self.weight_VD.dtype == torch.float32
-
-    def normed(self, hidden_ND: Tensor) -> Tensor:
-        """What is multiplied with the weights, in their dtype."""
-        return self._norm(hidden_ND).to(self.weight_VD.dtype)
-
-    def logits(self, normed_ND: Tensor) -> Tensor:
-        """Of any number of leading dimensions."""
-        return float32_product(normed_ND.flatten(0, -2), self.weight_VD).unflatten(0, normed_ND.shape[:-1])
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Reference:
     """The parent's side of a chunk, worked out once for all candidates.
 
     With logits z, their log-sums l and the parent's probabilities p, KL = (l' - l) - E_p[z' - z]. Candidates that share
     the parent's float32 head W have E_p[z' - z] = (p W) . (h' - h), a dot product of size D in place of a sum over V.
+
+    Args:
+        shared: whether candidates have this head, and logits are its products.
     """
 
-    normed_ND: Tensor
-    probabilities_NV: Tensor
-    logits_NV: Tensor
-    mean_row_ND: Tensor | None
-    """p W, the mean row of the head; None where candidates have another head, or logits that are not its products."""
-    highest_N1: Tensor
-    log_sum_N1: Tensor
-    """Of exp(logits - highest): l without the part where float32 would lose small differences."""
-    best_N1: Tensor
-
-    @classmethod
-    def of(cls, head: _Head, hidden_ND: Tensor, *, exact: bool) -> "_Reference":
-        normed_ND = head.normed(hidden_ND)
-        logits_NV = head.logits(normed_ND)
-        highest_N1, best_N1 = logits_NV.max(-1, keepdim=True)
-        exponentials_NV = (logits_NV - highest_N1).exp_()
+    def __init__(self, normed_ND: Tensor, weight_VD: Tensor, *, shared: bool) -> None:
+        self._normed_ND, self._logits_NV = normed_ND, float32_product(normed_ND, weight_VD)
+        self._highest_N1, self._best_N1 = self._logits_NV.max(-1, keepdim=True)
+        exponentials_NV = (self._logits_NV - self._highest_N1).exp_()
         sum_N1 = exponentials_NV.sum(-1, keepdim=True)
-        probabilities_NV = exponentials_NV.div_(sum_N1)
-        return cls(
-            normed_ND=normed_ND,
-            probabilities_NV=probabilities_NV,
-            logits_NV=logits_NV,
-            mean_row_ND=probabilities_NV @ head.weight_VD if exact else None,
-            highest_N1=highest_N1,
-            log_sum_N1=sum_N1.log(),
-            best_N1=best_N1,
-        )
+        # Of exp(logits - highest): l without the part where float32 would lose small differences.
+        self._log_sum_N1 = sum_N1.log()
+        self._probabilities_NV = exponentials_NV.div_(sum_N1)
+        self._mean_row_ND = self._probabilities_NV @ weight_VD if shared else None
 
-    def compare(self, head: _Head, hidden_AND: Tensor, targets_N: Tensor) -> TokenMetrics:
-        normed_AND = head.normed(hidden_AND)
-        logits_ANV = head.logits(normed_AND)
+    def compare(self, normed_AND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> TokenMetrics:
+        """The metrics of candidates by what enters their head."""
+        logits_ANV = float32_product(normed_AND.flatten(0, 1), weight_VD).unflatten(0, normed_AND.shape[:2])
         highest_AN1 = logits_ANV.amax(-1, keepdim=True)
-        asked_N2 = torch.cat([self.best_N1, targets_N.unsqueeze(-1)], dim=-1)
+        asked_N2 = torch.cat([self._best_N1, targets_N.unsqueeze(-1)], dim=-1)
         asked_logits_AN2 = logits_ANV.gather(-1, asked_N2.expand(len(logits_ANV), -1, -1))
         # float32 logits of equal size are as good as impossible, and argmax takes 15 times as long as amax.
         likeliest_AN2 = (asked_logits_AN2 == highest_AN1).float()
-        if self.mean_row_ND is not None:
-            change_AN1 = ((normed_AND - self.normed_ND) * self.mean_row_ND).sum(-1, keepdim=True)
+        if self._mean_row_ND is not None:
+            change_AN1 = ((normed_AND - self._normed_ND) * self._mean_row_ND).sum(-1, keepdim=True)
         else:
-            change_AN1 = (self.probabilities_NV * (logits_ANV - self.logits_NV)).sum(-1, keepdim=True)
+            change_AN1 = (self._probabilities_NV * (logits_ANV - self._logits_NV)).sum(-1, keepdim=True)
         log_sum_AN1 = logits_ANV.sub_(highest_AN1).exp_().sum(-1, keepdim=True).log_()
-        kl_AN1 = (highest_AN1 - self.highest_N1 - change_AN1) + (log_sum_AN1 - self.log_sum_N1)
-        unit_AND, parent_unit_ND = normalize(normed_AND.float(), dim=-1), normalize(self.normed_ND.float(), dim=-1)
+        kl_AN1 = (highest_AN1 - self._highest_N1 - change_AN1) + (log_sum_AN1 - self._log_sum_N1)
+        unit_AND, parent_unit_ND = normalize(normed_AND.float(), dim=-1), normalize(self._normed_ND.float(), dim=-1)
         return TokenMetrics(
             kl=kl_AN1.squeeze(-1),
             lm_loss=(highest_AN1 - asked_logits_AN2[..., 1:] + log_sum_AN1).squeeze(-1),

@@ -9,11 +9,11 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,13 +23,14 @@ from torch import Tensor
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.parents import Parent
-from puzzle.runs import Run, read_json, read_tensors, write_json, write_tensors
+from puzzle.runs import Run, read_tensors, write_tensors
 from puzzle.units import format_bytes
-from puzzle.variants import State, Subblock
+from puzzle.variants import SUBBLOCKS, State, Subblock
 
 Texts = Mapping[str, Callable[[], Iterable[Tensor]]]
 """Named texts: each gives its batches of tokens, [B, T], in order, as often as it is called."""
 
+_NAME = "{:06d}.safetensors"
 _Item = TypeVar("_Item")
 _Read = TypeVar("_Read")
 
@@ -51,46 +52,36 @@ def packed(items: Iterable[_Item], size: Callable[[_Item], int], room: int) -> I
 def read_ahead(items: Iterable[_Item], read: Callable[[_Item], _Read]) -> Iterator[tuple[_Item, _Read]]:
     """Each item with what `read` gives for it; a thread reads the next while this one is in use."""
     with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for item in items:
-            reading = item, thread.submit(read, item)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = reading
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        reading = ((item, thread.submit(read, item)) for item in items)
+        for pending, _ in pairwise(chain(reading, [None])):
+            assert pending is not None
+            yield pending[0], pending[1].result()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerPass:
-    """One layer on one batch. A subblock's output is what it adds to the residual stream, zeros if it is absent."""
+    """One layer on one batch."""
 
     index: int
     layer: PuzzleDecoderLayer
     context: dict[str, Any]
     """What the layer is called with beside the hidden states."""
-    input_BTD: Tensor
-    attention_BTD: Tensor
-    """The attention subblock's output."""
-    middle_BTD: Tensor
-    """The FFN subblock's input."""
-    ffn_BTD: Tensor
-    """The FFN subblock's output."""
+    inputs_BTD: Mapping[Subblock, Tensor]
+    """What enters each subblock; the attention's is the layer's."""
+    added_BTD: Mapping[Subblock, Tensor]
+    """What each subblock adds to the residual stream; zeros if it is left out."""
     output_BTD: Tensor
-    """The layer's output."""
 
-    def subblock_input(self, subblock: Subblock) -> Tensor:
-        return self.input_BTD if subblock == "attention" else self.middle_BTD
-
-    def subblock_output(self, subblock: Subblock) -> Tensor:
-        return self.attention_BTD if subblock == "attention" else self.ffn_BTD
+    @property
+    def num_tokens(self) -> int:
+        return self.output_BTD[..., 0].numel()
 
 
 class Activations:
     """Hidden states on disk: of each text the inputs of one layer, batch by batch.
 
-        FOLDER/TEXT/LAYER/BATCH.safetensors
-        FOLDER/TEXT/ready.json                 the layer of which every batch is there
+        FOLDER/TEXT/003/000000.safetensors     of layer 3, batch 0
+        FOLDER/TEXT/004.part/                  of layer 4, not every batch yet
 
     They can be computed again, so that nothing waits until they are on the disk itself.
     """
@@ -100,11 +91,10 @@ class Activations:
 
     def ready(self, text: str) -> int:
         """The layer whose inputs are complete; 0 if there is none."""
-        file = self._ready_file(text)
-        return int(read_json(file)["layer"]) if file.exists() else 0
+        return max((int(folder.name) for folder in (self._folder / text).glob("[0-9][0-9][0-9]")), default=0)
 
     def read(self, text: str, layer: int, batch: int) -> Tensor:
-        return read_tensors(self._file(text, layer, batch))["hidden_BTD"]
+        return read_tensors(self._layer(text, layer) / _NAME.format(batch))["hidden_BTD"]
 
     @torch.no_grad()
     def advance(
@@ -120,26 +110,21 @@ class Activations:
         Args:
             inputs: the hidden states of a batch, by its number and tokens. forward: runs them through `layers`.
         """
-        self.keep(text, layers.start, layers.stop)
-        self._file(text, layers.stop, 0).parent.mkdir(parents=True, exist_ok=True)
-        missing = (item for item in enumerate(batches) if not self._file(text, layers.stop, item[0]).exists())
+        whole = self._layer(text, layers.stop)
+        part = whole.with_suffix(".part")
+        self._keep(text, self._layer(text, layers.start), part)
+        part.mkdir(parents=True, exist_ok=True)
+        missing = (item for item in enumerate(batches) if not (part / _NAME.format(item[0])).exists())
         for (batch, _), hidden_BTD in read_ahead(missing, inputs):
-            write_tensors(self._file(text, layers.stop, batch), {"hidden_BTD": forward(hidden_BTD)}, flush=False)
-        write_json(self._ready_file(text), {"layer": layers.stop})
-        self.keep(text, layers.stop)
-
-    def keep(self, text: str, *layers: int) -> None:
-        """Delete the inputs of all other layers."""
-        for folder in (self._folder / text).glob("[0-9]*"):
-            if int(folder.name) not in layers:
-                shutil.rmtree(folder)
+            write_tensors(part / _NAME.format(batch), {"hidden_BTD": forward(hidden_BTD)}, flush=False)
+        part.rename(whole)
+        self._keep(text, whole)
 
     def back_to(self, text: str, layer: int) -> int:
         """The layer, no later than `layer`, that is ready; inputs of a later one are deleted."""
         if (ready := self.ready(text)) <= layer:
             return ready
-        self._ready_file(text).unlink()
-        self.keep(text)
+        self._keep(text)
         return 0
 
     def close(self) -> None:
@@ -149,11 +134,13 @@ class Activations:
         folders = [folder for folder in self._folder.glob("*") if folder.name not in without]
         return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
 
-    def _ready_file(self, text: str) -> Path:
-        return self._folder / text / "ready.json"
+    def _keep(self, text: str, *folders: Path) -> None:
+        for folder in (self._folder / text).glob("*"):
+            if folder not in folders:
+                shutil.rmtree(folder)
 
-    def _file(self, text: str, layer: int, batch: int) -> Path:
-        return self._folder / text / f"{layer:03d}" / f"{batch:06d}.safetensors"
+    def _layer(self, text: str, layer: int) -> Path:
+        return self._folder / text / f"{layer:03d}"
 
 
 class Stream:
@@ -164,30 +151,23 @@ class Stream:
         folder: for hidden states while they are needed; `close` deletes it.
         reserved_bytes: memory that the caller needs beside the model all the time.
         dtype: of weights and hidden states; None: the recipe's `precision`.
-        device: None: the run's.
     """
 
     def __init__(
-        self,
-        run: Run,
-        source: Parent,
-        folder: Path,
-        reserved_bytes: int = 0,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, run: Run, source: Parent, folder: Path, reserved_bytes: int = 0, dtype: torch.dtype | None = None
     ) -> None:
         self._run, self._source, self.activations = run, source, Activations(folder)
         room = run.memory_bytes - reserved_bytes  # asked before any weights are loaded
         dtype = dtype or getattr(torch, run.recipe.precision)
-        blocks, config = source.architecture.blocks, source.config
-        params = [block.num_params(config) for block in blocks]
+        params = [block.num_params(source.config) for block in source.architecture.blocks]
         self.layer_bytes = [dtype.itemsize * count for count in params]
         self.outer_bytes = dtype.itemsize * (source.num_params - sum(params))
         """Of embeddings, final norm and head, which are always held."""
         self._room = room - self.outer_bytes
         self.resident = sum(self.layer_bytes) <= self._room
-        self.model = source.load(dtype=dtype, device=device or run.device, layers=None if self.resident else ())
-        self.num_layers = len(blocks)
+        self.model = source.load(dtype=dtype, device=run.device, layers=None if self.resident else ())
+        self.layers = cast(Sequence[PuzzleDecoderLayer], self.model.model.layers)
+        self.num_layers = source.num_layers
 
     def room(self, layers: Iterable[int]) -> int:
         """Bytes that are left while these layers are held."""
@@ -204,7 +184,7 @@ class Stream:
             extra_bytes: what a layer needs beside its own weights.
             begun: layers that an attempt before this one was at; they come first, in ranges of their own.
         """
-        parts = [[i for i in layers if i in begun], [i for i in layers if i not in begun]]
+        parts = [[layer for layer in layers if (layer in begun) == first] for first in (True, False)]
         if not self.resident:
             runs = [groupby(enumerate(part), key=lambda pair: pair[1] - pair[0]) for part in parts]
             parts = [[layer for _, layer in run] for part in runs for _, run in part]
@@ -221,15 +201,14 @@ class Stream:
         """
         if self.resident:
             return
-        held = list(self.model.model.layers)
-        for index, layer in enumerate(held):
+        for index, layer in enumerate(self.layers):
             if index not in layers:
                 layer.to("meta")
         for index in layers:
-            if any(parameter.is_meta for parameter in held[index].parameters()):
-                state = self._read([index])[index] if weights is None else weights[index]
-                held[index].load_state_dict(state, assign=True)
-                held[index].requires_grad_(False)
+            layer = self.layers[index]
+            if any(parameter.is_meta for parameter in layer.parameters()):
+                layer.load_state_dict((weights or self._read([index]))[index], assign=True)
+                layer.requires_grad_(False)
 
     def walk(self, layers: range, reserved_bytes: int = 0) -> Iterator[range]:
         """`layers` in order, as many at a time as fit the memory twice: held, while a thread reads the next ones.
@@ -248,8 +227,7 @@ class Stream:
             self.hold(())
 
     def _read(self, layers: Iterable[int]) -> dict[int, State]:
-        device, dtype = self.model.device, self.model.dtype
-        return {index: self._source.layer_state(index, dtype, device) for index in layers}
+        return {i: self._source.layer_state(i, self.model.dtype, self.model.device) for i in layers}
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor) -> Tensor:
@@ -287,7 +265,7 @@ class Stream:
         """The outputs of the last of `layers`, which are held."""
         context = self.model.model.context(hidden_BTD)
         for index in layers:
-            hidden_BTD = self.model.model.layers[index](hidden_BTD, **context)
+            hidden_BTD = self.layers[index](hidden_BTD, **context)
         return hidden_BTD
 
     def passes(
@@ -298,6 +276,7 @@ class Stream:
         Args:
             first: number of the first batch; those before it are skipped.
         """
+        self.hold(layers)
         numbered = islice(enumerate(batches), first, None)
         for _, hidden_BTD in read_ahead(numbered, partial(self.inputs, layers.start, text)):
             yield self.through(layers, hidden_BTD)
@@ -307,33 +286,24 @@ class Stream:
         with torch.no_grad():
             context = self.model.model.context(hidden_BTD)
         for index in layers:
-            layer = cast(PuzzleDecoderLayer, self.model.model.layers[index])
+            layer = self.layers[index]
+            inputs_BTD, added_BTD = {}, {}
             with torch.no_grad():
-                attention_BTD = layer.subblock_output("attention", hidden_BTD, **context)
-                middle_BTD = hidden_BTD + attention_BTD
-                ffn_BTD = layer.subblock_output("ffn", middle_BTD, **context)
-                output_BTD = middle_BTD + ffn_BTD
-            yield LayerPass(
-                index=index,
-                layer=layer,
-                context=context,
-                input_BTD=hidden_BTD,
-                attention_BTD=attention_BTD,
-                middle_BTD=middle_BTD,
-                ffn_BTD=ffn_BTD,
-                output_BTD=output_BTD,
-            )
-            hidden_BTD = output_BTD
+                for which in SUBBLOCKS:
+                    inputs_BTD[which] = hidden_BTD
+                    added_BTD[which] = layer.subblock_output(which, hidden_BTD, **context)
+                    hidden_BTD = hidden_BTD + added_BTD[which]
+            yield LayerPass(index, layer, context, inputs_BTD, added_BTD, hidden_BTD)
 
     def finals(self, text: str, batches: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
         """The outputs of the last layer, batch by batch; on disk only if the model is streamed. [B, T, D]"""
-        layers = range(self.num_layers)
-        if self.resident:
-            yield from (self.forward(layers, self.embed(tokens_BT)) for tokens_BT in batches())
-            return
-        self.prepare(self.num_layers, {text: batches})
+        if not self.resident:
+            self.prepare(self.num_layers, {text: batches})
         for numbered_BT in enumerate(batches()):
-            yield self.inputs(self.num_layers, text, numbered_BT)
+            if self.resident:
+                yield self.forward(range(self.num_layers), self.embed(numbered_BT[1]))
+            else:
+                yield self.inputs(self.num_layers, text, numbered_BT)
 
     def close(self) -> None:
         """Delete what was kept on disk."""
@@ -346,16 +316,15 @@ class Stream:
         Args:
             models: how many keep so much.
         """
-        tokens = {name: sum(tokens_BT.numel() for tokens_BT in batches()) for name, batches in texts.items()}
+        tokens = [sum(tokens_BT.numel() for tokens_BT in batches()) for batches in texts.values()]
         token_bytes = self._source.config.hidden_size * self.model.dtype.itemsize
-        needed = models * (sum(tokens.values()) + max(tokens.values())) * token_bytes
-        needed += self.activations.num_bytes(without=texts.keys())
+        needed = models * (sum(tokens) + max(tokens)) * token_bytes + self.activations.num_bytes(without=texts)
         allowed = self._run.disk_bytes
         if self._run.recipe.execution.disk is None:  # what is free does not hold what is here already
             allowed += self.activations.num_bytes()
         if needed > allowed:
             raise PuzzleError(
-                f"execution.disk: the activations of {sum(tokens.values()):,} tokens ({', '.join(texts)}) take "
+                f"execution.disk: the activations of {sum(tokens):,} tokens ({', '.join(texts)}) take "
                 f"{format_bytes(needed)}, allowed are {format_bytes(allowed)}; raise execution.disk or "
                 "execution.memory, or take fewer tokens"
             )

@@ -6,7 +6,7 @@ import torch
 from tests.conftest import random_tokens
 
 from puzzle.library import Statistics, Student
-from puzzle.library.least_squares import update_projections
+from puzzle.library.students import update_projections
 from puzzle.parents import Parent
 from puzzle.runs import Run
 from puzzle.streams import LayerPass, Stream
@@ -51,7 +51,7 @@ def test_the_update_is_damped_least_squares(memory_bytes: int, students: list[St
         with torch.no_grad():
             inputs = [student.projection_input(each).flatten(0, 1) for each in seen]
         a = torch.cat(inputs).double().numpy()
-        y = torch.cat([each.attention_BTD.flatten(0, 1) for each in seen]).double().numpy()
+        y = torch.cat([each.added_BTD["attention"].flatten(0, 1) for each in seen]).double().numpy()
         before = projection(student).double().numpy()
         rows = np.diag(np.sqrt(RIDGE * (a**2).sum(0)))
         left = np.concatenate([a, rows])

@@ -16,21 +16,13 @@ from puzzle.variants import BlockVariant, LayerSpace, Space, State, parse_varian
 def seen() -> LayerPass:
     """One layer of a random model on random tokens."""
     model = pico_puzzle("kv4+w32").requires_grad_(False)
-    layer = model.model.layers[0]
-    input_BTD = model.embed(random_tokens(2, 5))
+    layer, input_BTD = model.model.layers[0], model.embed(random_tokens(2, 5))
     context = model.model.context(input_BTD)
     attention_BTD = layer.subblock_output("attention", input_BTD, **context)
-    ffn_BTD = layer.subblock_output("ffn", input_BTD + attention_BTD, **context)
-    return LayerPass(
-        index=0,
-        layer=layer,
-        context=context,
-        input_BTD=input_BTD,
-        attention_BTD=attention_BTD,
-        middle_BTD=input_BTD + attention_BTD,
-        ffn_BTD=ffn_BTD,
-        output_BTD=input_BTD + attention_BTD + ffn_BTD,
-    )
+    middle_BTD = input_BTD + attention_BTD
+    ffn_BTD = layer.subblock_output("ffn", middle_BTD, **context)
+    inputs_BTD, added_BTD = {"attention": input_BTD, "ffn": middle_BTD}, {"attention": attention_BTD, "ffn": ffn_BTD}
+    return LayerPass(0, layer, context, inputs_BTD, added_BTD, middle_BTD + ffn_BTD)
 
 
 def student(seen: LayerPass, block: str, power: float = 0.7, **options: Any) -> tuple[Student, State]:
@@ -51,10 +43,12 @@ def test_the_parents_own_block_has_no_loss(seen: LayerPass) -> None:
 def test_the_loss_is_that_of_the_blocks_output(seen: LayerPass, loss: str, power: float) -> None:
     """Both kinds have the same error; they differ in what it is relative to."""
     ffn_alone, _ = student(seen, "none+w32", power, loss=loss)
-    output_BTD = seen.input_BTD + seen.layer.subblock_output("ffn", seen.input_BTD, **seen.context)
+    output_BTD = seen.inputs_BTD["attention"] + seen.layer.subblock_output(
+        "ffn", seen.inputs_BTD["attention"], **seen.context
+    )
     expected = (output_BTD - seen.output_BTD).square().mean() / power
     torch.testing.assert_close(ffn_alone.loss(seen), expected)
-    learnt_BTD = ffn_alone.target(seen) + (seen.input_BTD if loss == "subblock" else 0)
+    learnt_BTD = ffn_alone.target(seen) + (seen.inputs_BTD["attention"] if loss == "subblock" else 0)
     torch.testing.assert_close(learnt_BTD, seen.output_BTD)
 
 
@@ -82,7 +76,7 @@ def test_a_subblocks_output_comes_from_its_projection(seen: LayerPass) -> None:
         one = Student(0, [parse_variant(which, variant)], config, state, 1.0, torch.device("cpu"))  # type: ignore[arg-type]
         assert isinstance(one.projection, nn.Linear)
         output_BTD = one.projection(one.projection_input(seen))
-        torch.testing.assert_close(output_BTD, seen.subblock_output(which))  # type: ignore[arg-type]
+        torch.testing.assert_close(output_BTD, seen.added_BTD[which])  # type: ignore[arg-type]
 
 
 SOLUTIONS = [("kv4+w32", "kv4+none"), ("kv2+w32", "kv4+none"), ("kv2+w16", "kv4+w16"), ("none+w8", "kv4+w8")]

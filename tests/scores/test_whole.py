@@ -114,15 +114,15 @@ def test_what_is_known_is_not_computed_again(true: Callable[..., TrueScore], mon
     with pytest.raises(KeyboardInterrupt):
         true().scores(SOME)
     monkeypatch.setattr(TrueScore, "_measured", lambda self, some: (seen.extend(some), measured(self, some))[1])
-    values = true()([*SOME, *SOME])
+    values = true().scores([*SOME, *SOME])
     assert sorted(seen) == sorted(SOME), "each once"
     assert values[:4] == values[4:]
-    assert true()(SOME) == values[:4]
+    assert true().scores(SOME) == values[:4]
     assert len(seen) == 4
 
 
 def test_other_text_is_another_file(true: Callable[..., TrueScore]) -> None:
-    (short,), (long,) = true(tokens=32)(SOME[1:2]), true()(SOME[1:2])
+    (short,), (long,) = true(tokens=32).scores(SOME[1:2]), true().scores(SOME[1:2])
     assert short != long
 
 
@@ -138,15 +138,13 @@ def test_a_child_that_is_not_finite_is_the_worst(
             for name, value in state(self, layer, variant).items()
         },
     )
-    bad, good = true()(SOME[1:2] + SOME[3:])
+    bad, good = (found.kl for found in true().scores(SOME[1:2] + SOME[3:]))
     assert bad == float("inf")
     assert good < bad
 
 
 def test_the_searchs_score_is_what_counts(true: Callable[..., TrueScore], pico_run: Run) -> None:
-    scorer = true()
-    (kl,), (whole,) = scorer(SOME[1:2]), scorer.scores(SOME[1:2])
-    assert kl == whole.kl
+    (whole,) = true().scores(SOME[1:2])
     assert replace(whole, kl=9.0).value("kl") == 9.0
     assert whole.value("lm_loss") == whole.lm_loss
     assert whole.value("cosine") == whole.cosine

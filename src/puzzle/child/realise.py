@@ -1,7 +1,7 @@
 """From an architecture to a child: the library's weights put together, as a checkpoint that runs (law 5)."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from puzzle.library import Library, final_states
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, save_checkpoint
-from puzzle.parents import Parent, open_checkpoint, open_parent
+from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
+from puzzle.parents import Parent, open_parent
 from puzzle.runs import Run, read_tensors, write_tensors, write_text
 from puzzle.stages import REALISE
 from puzzle.streams import Stream
@@ -34,15 +34,6 @@ class Child:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         return model.to(device).eval().requires_grad_(False)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter by its name in the model, as it is stored, one at a time."""
-        names = [name for name, _ in empty_model(self.config).named_parameters()]
-        return open_checkpoint(self.path).read(names)
-
-    @property
-    def config(self) -> PuzzleConfig:
-        return PuzzleConfig.from_pretrained(self.path)
-
     def source(self) -> Parent:
         """Opened like a parent, so that it can be streamed."""
         return open_parent(str(self.path), address=self.address)
@@ -61,7 +52,7 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
         return child
     save_child(parent, architecture, lambda layer: library.block_state(layer, architecture.blocks[layer]), child.path)
     error = _largest_difference(run, parent, library, child)
-    stage.commit(params=_num_params(parent, architecture), reload_logit_error=error)
+    stage.commit(params=child.source().num_params, reload_logit_error=error)
     return child
 
 
@@ -86,9 +77,11 @@ def save_child(parent: Parent, architecture: Architecture, layer_state: Callable
     parts = path.with_name("parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir()
-    state = _mapped(parts / "outer.safetensors", parent.embeddings_and_head())
-    for layer in range(len(architecture.blocks)):
-        state |= _mapped(parts / f"layer{layer:03d}.safetensors", _named(layer, layer_state(layer)))
+    state: State = {}
+    for layer in (None, *range(len(architecture.blocks))):
+        part = parent.embeddings_and_head() if layer is None else _named(layer, layer_state(layer))
+        write_tensors(parts / f"{layer}.safetensors", part)
+        state |= read_tensors(parts / f"{layer}.safetensors")
     shutil.rmtree(path, ignore_errors=True)
     save_checkpoint(_model(parent, architecture, state), path, extra_files_from=parent.path)
     del state
@@ -100,21 +93,10 @@ def _named(layer: int, state: State) -> State:
     return {f"model.layers.{layer}.{name}": tensor for name, tensor in state.items()}
 
 
-def _mapped(file: Path, state: State) -> State:
-    if not state:
-        return state
-    write_tensors(file, state)
-    return read_tensors(file)
-
-
 def _model(parent: Parent, architecture: Architecture, state: State) -> PuzzleForCausalLM:
     model = empty_model(architecture.configure(parent.config))
     model.load_state_dict(state, strict=False, assign=True)
     return finish(model, "cpu")
-
-
-def _num_params(parent: Parent, architecture: Architecture) -> int:
-    return sum(parameter.numel() for parameter in empty_model(architecture.configure(parent.config)).parameters())
 
 
 @torch.no_grad()
@@ -131,19 +113,18 @@ def swapped_logits(model: PuzzleForCausalLM, library: Library, architecture: Arc
 @torch.no_grad()
 def streamed_logits(run: Run, child: Child, tokens_BT: Tensor) -> Tensor:
     """The saved child's logits in float32, with as many of its layers in memory as fit, [B, T, V]."""
-    stream = Stream(run, child.source(), child.path.with_name("activations"), dtype=torch.float32, device="cpu")
+    stream = Stream(run, child.source(), child.path.with_name("activations"), dtype=torch.float32)
     (final_BTD,) = stream.finals("check", lambda: [tokens_BT])
     stream.close()
-    return stream.model.lm_head(stream.model.model.norm(final_BTD))
+    return stream.model.logits(final_BTD)
 
 
 def _largest_difference(run: Run, parent: Parent, library: Library, child: Child) -> float:
     """Largest difference of logits between the saved child and the parent with the blocks swapped in."""
-    tokens_BT = torch.arange(_CHECK_TOKENS).remainder(parent.config.vocab_size).unsqueeze(0)
-    expected = swapped_logits(parent.load(layers=()), library, child.architecture, tokens_BT)
-    fits = 4 * _num_params(parent, child.architecture) <= run.memory_bytes
-    found = child.load()(tokens_BT).logits if fits else streamed_logits(run, child, tokens_BT)
-    error = float((found - expected).abs().max())
+    tokens_BT = torch.arange(_CHECK_TOKENS, device=run.device).remainder(parent.config.vocab_size).unsqueeze(0)
+    model = parent.load(device=run.device, layers=())
+    expected = swapped_logits(model, library, child.architecture, tokens_BT)
+    error = float((streamed_logits(run, child, tokens_BT) - expected).abs().max())
     scale = float(expected.abs().max())
     assert error <= 1e-4 * max(scale, 1.0), f"the saved child is off by {error} of {scale}; this is a bug"
     return error

@@ -16,17 +16,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from puzzle.child.realise import Child, save_child
 from puzzle.data import TokenData
 from puzzle.device import autocast
-from puzzle.library import Student, fit, held_out_losses
+from puzzle.library import HeldOut, Student, fit, held_out, student_texts
 from puzzle.parents import Parent
 from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.stages import BLD_BYTES, REFINE
-from puzzle.streams import Activations, LayerPass, Stream, Texts, read_ahead
+from puzzle.streams import Activations, LayerPass, Stream, read_ahead
 from puzzle.variants import State
 
 
@@ -78,20 +77,12 @@ class _Refinement:
     """
 
     def __init__(self, run: Run, parent: Parent, child: Child, data: TokenData, folder: Path, layers: range) -> None:
-        self._run, self._folder, self._layers, self._settings = run, folder, layers, run.recipe.refine
+        self._run, self._folder, self._layers = run, folder, layers
         folder.mkdir(exist_ok=True)
         self._child, self._blocks = child.source(), child.architecture.blocks
-        batch_size, seed = self._settings.batch_size, run.recipe.seed
-        self._steps = math.ceil(self._settings.tokens / (batch_size * data.sequence_length))
-
-        def training() -> Iterator[Tensor]:
-            return (data.training_batch(step, batch_size, seed)[:, :-1] for step in range(self._steps))
-
-        def validation() -> Iterator[Tensor]:
-            tokens = run.recipe.library.validation_tokens
-            return (sequences[:, :-1] for sequences in data.batches("validation", batch_size, tokens))
-
-        self._texts: Texts = {"training": training, "validation": validation}
+        batch_size = run.recipe.refine.batch_size
+        self._steps = math.ceil(run.recipe.refine.tokens / (batch_size * data.sequence_length))
+        self._texts = student_texts(data, run.recipe, batch_size, self._steps)
         params = max(block.num_params(parent.config) for block in self._blocks)
         self._stream = Stream(run, parent, folder / "parent", reserved_bytes=BLD_BYTES * params)
         self._activations = Activations(folder / "child")
@@ -99,40 +90,37 @@ class _Refinement:
     def rows(self) -> list[RefinedLayer]:
         """Refine what is not yet; the losses of every layer."""
         self._stream.check_disk(self._texts, models=2)
-        done = sum(self._row_file(layer).exists() for layer in self._layers)
-        with progress("refine", self._steps * len(self._layers), self._steps * done) as bar:
-            for layer in self._layers:
-                if not self._row_file(layer).exists():
-                    self._refine(layer, bar)
-        return [RefinedLayer(**read_json(self._row_file(layer))) for layer in self._layers]
+        files = {layer: self._folder / f"layer{layer:03d}.json" for layer in self._layers}
+        done = sum(file.exists() for file in files.values())
+        with progress("refine", self._steps * len(files), self._steps * done) as bar:
+            for layer, file in files.items():
+                if not file.exists():
+                    write_json(file, asdict(self._refine(layer, bar)))
+        return [RefinedLayer(**read_json(file)) for file in files.values()]
 
     def state(self, layer: int) -> State:
         """A layer's weights: refined, if they are."""
         file = self._folder / f"layer{layer:03d}.safetensors"
         return read_tensors(file) if file.exists() else self._child.layer_state(layer)
 
-    def _refine(self, layer: int, bar: Progress) -> None:
+    def _refine(self, layer: int, bar: Progress) -> RefinedLayer:
         self._prepare(layer)
-        student = self._student(layer, self._child.layer_state(layer))
-        student.power = self._power(student, layer)
-        initial = loss = self._held_out_loss(student, layer)
+        student, training = self._student(layer, self._child.layer_state(layer)), self._folder / f"training{layer:03d}"
+        passes, precision = partial(self._passes, layer), self._stream.model.dtype
+
+        def measured() -> HeldOut:
+            return held_out([student], passes("validation"), precision)[student.name]
+
+        student.power = measured().power or 1.0  # 1 for a layer of the parent that adds nothing
+        initial = loss = measured().loss
         if student.parameters():
-            start = student.state()
-            fit(
-                [student],
-                partial(self._passes, "training", layer),
-                steps=self._steps,
-                learning_rate=self._settings.learning_rate,
-                precision=self._stream.model.dtype,
-                folder=self._folder / f"training{layer:03d}",
-                bar=bar,
-            )
-            loss = self._held_out_loss(student, layer)
-            better = student.state() if loss < initial else start
-            write_tensors(self._folder / f"layer{layer:03d}.safetensors", better)
-        row = RefinedLayer(layer=layer, initial_loss=initial, loss=min(loss, initial))
-        write_json(self._row_file(layer), asdict(row))
-        shutil.rmtree(self._folder / f"training{layer:03d}", ignore_errors=True)
+            start, rate = student.state(), self._run.recipe.refine.learning_rate
+            text = partial(passes, "training")
+            fit([student], text, steps=self._steps, learning_rate=rate, precision=precision, folder=training, bar=bar)
+            loss = measured().loss
+            write_tensors(self._folder / f"layer{layer:03d}.safetensors", student.state() if loss < initial else start)
+        shutil.rmtree(training, ignore_errors=True)
+        return RefinedLayer(layer=layer, initial_loss=initial, loss=min(loss, initial))
 
     def _prepare(self, layer: int) -> None:
         """Have the inputs of `layer` in both models; the layers before it are refined."""
@@ -143,7 +131,6 @@ class _Refinement:
                     inputs, one = partial(self._inputs, earlier, text), range(earlier, earlier + 1)
                     self._activations.advance(text, batches(), one, inputs, forward)
         self._stream.prepare(layer, self._texts)
-        self._stream.hold([layer])
 
     def _student(self, layer: int, state: State) -> Student:
         config, device = self._stream.model.config, self._run.device
@@ -161,26 +148,10 @@ class _Refinement:
         with autocast(hidden_BTD.device, hidden_BTD.dtype):
             return (hidden_BTD.float() + student.output(hidden_BTD.float(), context)).to(hidden_BTD.dtype)
 
-    def _passes(self, text: str, layer: int, first: int = 0) -> Iterator[list[LayerPass]]:
+    def _passes(self, layer: int, text: str, first: int = 0) -> Iterator[list[LayerPass]]:
         """The parent's layer on every batch from number `first` on, with the child's inputs in place of its own."""
-        numbered, layers = islice(enumerate(self._texts[text]()), first, None), range(layer, layer + 1)
-        child_inputs = read_ahead(numbered, partial(self._inputs, layer, text))
-        for layer_passes in self._stream.passes(layers, text, self._texts[text](), first):
+        batches, one = self._texts[text], range(layer, layer + 1)
+        child_inputs = read_ahead(islice(enumerate(batches()), first, None), partial(self._inputs, layer, text))
+        for layer_passes in self._stream.passes(one, text, batches(), first):
             _, hidden_BTD = next(child_inputs)
-            yield [replace(next(layer_passes), input_BTD=hidden_BTD)]
-
-    @torch.no_grad()
-    def _power(self, student: Student, layer: int) -> float:
-        """E||y||^2 per element on held-out text; 1 for a layer of the parent that adds nothing."""
-        total, count = torch.zeros((), dtype=torch.float64, device=self._run.device), 0
-        for (seen,) in self._passes("validation", layer):
-            total += student.target(seen).square().mean().double() * seen.input_BTD[..., 0].numel()
-            count += seen.input_BTD[..., 0].numel()
-        return float(total) / count or 1.0
-
-    def _held_out_loss(self, student: Student, layer: int) -> float:
-        passes, precision = self._passes("validation", layer), self._stream.model.dtype
-        return held_out_losses([student], passes, precision)[student.name]
-
-    def _row_file(self, layer: int) -> Path:
-        return self._folder / f"layer{layer:03d}.json"
+            yield [replace(next(layer_passes), inputs_BTD={"attention": hidden_BTD})]

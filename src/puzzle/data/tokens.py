@@ -45,8 +45,10 @@ class TokenData:
     """T, tokens of input a sequence."""
     counts: Mapping[RangeName, RangeCounts]
 
-    def num_sequences(self, range: RangeName) -> int:
-        return self.counts[range].sequences
+    def num_sequences(self, range: RangeName, tokens: int | None = None) -> int:
+        """All of a range; with `tokens`, its first ceil(tokens / T) sequences, or all there are."""
+        count = self.counts[range].sequences
+        return count if tokens is None else min(-(-tokens // self.sequence_length), count)
 
     def sequences(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:
         """Sequences of a range as int64 `[n, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`."""
@@ -60,9 +62,13 @@ class TokenData:
 
     def batches(self, range: RangeName, batch_size: int, tokens: int) -> Iterator[Tensor]:
         """The first ceil(tokens / T) sequences of a range in order, or all there are; the last batch may be smaller."""
-        count = min(-(-tokens // self.sequence_length), self.num_sequences(range))
+        count = self.num_sequences(range, tokens)
         for start in np.arange(0, count, batch_size):
             yield self.sequences(range, slice(start, min(start + batch_size, count)))
+
+    def inputs(self, range: RangeName, batch_size: int, tokens: int) -> Iterator[Tensor]:
+        """The same without the last targets, `[n, T]`."""
+        return (sequences[:, :-1] for sequences in self.batches(range, batch_size, tokens))
 
     def training_batch(self, step: int, batch_size: int, seed: int) -> Tensor:
         """The global batch of a step, int64 `[batch_size, T + 1]`."""

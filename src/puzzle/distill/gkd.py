@@ -118,14 +118,15 @@ def _validate(run: Run, model: Distillation, batches: Batches, step: int) -> Poi
 def _build(run: Run, parent: Parent, child: Child, cache: Path | None) -> Distillation:
     """Child and teacher, filled after they are shared out, so that no process ever holds more than its share."""
     precision: torch.dtype = getattr(torch, run.recipe.precision)
-    student = empty_model(child.config)
+    source = child.source()
+    student = empty_model(source.config)
     teacher = None if cache is not None else empty_model(parent.config)
     _shard_layers(run, student, precision)
     if teacher is not None:
         _shard_layers(run, teacher)
     model = Distillation(student, teacher, cache, run.recipe.distil, precision)
     shard(model, run.device)
-    _load(run, student, child, torch.float32)
+    _load(run, student, source, torch.float32)
     if teacher is not None:
         _load(run, teacher, parent, precision)
     if run.recipe.execution.checkpointing:
@@ -139,7 +140,7 @@ def _shard_layers(run: Run, model: PuzzleForCausalLM, products: torch.dtype | No
             shard(layer, run.device, products)
 
 
-def _load(run: Run, model: PuzzleForCausalLM, source: Parent | Child, dtype: torch.dtype) -> None:
+def _load(run: Run, model: PuzzleForCausalLM, source: Parent, dtype: torch.dtype) -> None:
     fill(model, source.tensors(), run.device, dtype)
     finish(model, run.device)
 

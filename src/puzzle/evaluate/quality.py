@@ -1,12 +1,11 @@
 """Quality of a model beside its parent, on test text (docs/numbers.md)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from puzzle.child import Child
 from puzzle.data import TokenData
@@ -49,13 +48,10 @@ def _measure(run: Run, parent: Parent, child: Child | None, data: TokenData, lab
     sources = [parent] if child is None else [parent, child.source()]
     other_bytes = getattr(torch, run.recipe.precision).itemsize * parent.num_params * (len(sources) - 1)
     streams = [Stream(run, each, folder / f"activations{place}", other_bytes) for place, each in enumerate(sources)]
-    tokens = min(run.recipe.evaluate.tokens, data.num_sequences("test") * data.sequence_length)
-
-    def inputs() -> Iterator[Tensor]:
-        return (sequences[:, :-1] for sequences in data.batches("test", _BATCH_SIZE, tokens))
-
+    tokens = data.num_sequences("test", run.recipe.evaluate.tokens) * data.sequence_length
+    inputs = partial(data.inputs, "test", _BATCH_SIZE, tokens)
     names = ("lm_loss", "top1", "kl", "top1_agreement")
-    sums, count = torch.zeros(len(names), dtype=torch.float64, device=run.device), 0
+    sums = torch.zeros(len(names), dtype=torch.float64, device=run.device)
     finals = zip(*(stream.finals("test", inputs) for stream in streams), strict=True)
     with progress(f"evaluate the {label}", tokens) as bar:
         for sequences, states_BTD in zip(data.batches("test", _BATCH_SIZE, tokens), finals, strict=True):
@@ -63,11 +59,10 @@ def _measure(run: Run, parent: Parent, child: Child | None, data: TokenData, lab
             targets_N = sequences[:, 1:].flatten().to(run.device)
             metrics = compare(streams[0].model, streams[-1].model, parent_ND, model_ND.unsqueeze(0), targets_N)
             sums += torch.stack([getattr(metrics, name).double().sum() for name in names])
-            count += len(targets_N)
             bar.advance(len(targets_N))
     for stream in streams:
         stream.close()
-    means = dict(zip(names, (sums / count).tolist(), strict=True))
+    means = dict(zip(names, (sums / tokens).tolist(), strict=True))
     if not all(math.isfinite(mean) for mean in means.values()):
         raise PuzzleError(f"evaluate: the {label} is not finite on test text ({means}); lower distil.learning_rate")
     return Quality(test_loss=means.pop("lm_loss"), **means)

@@ -1,15 +1,21 @@
-"""The block library: an index over the trained variants of a space, and their weights on disk.
+"""The block library: an index over the trained variants of a space, their weights on disk, and these put to use.
 
 Law 4, wider is not worse, is a property of the index: where a narrower variant ended better, the wider one takes over
 its function.
+
+Shapes: A candidates, B batch, T tokens, D hidden size.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+from torch import Tensor
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
@@ -18,23 +24,14 @@ from puzzle.library.bld import StudentPlan, train_students
 from puzzle.library.space import variant_names
 from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student
+from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.parents import Parent
-from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run, read_json, read_parsed, read_tensors, write_text
 from puzzle.stages import LIBRARY
-from puzzle.variants import (
-    SUBBLOCKS,
-    BlockVariant,
-    LayerSpace,
-    ParentSubblock,
-    Space,
-    Start,
-    State,
-    Subblock,
-    Variant,
-    parse_variant,
-    split_state,
-)
+from puzzle.variants import BlockVariant, Space, Start, State, Subblock, Variant, parse_variant, split_state
+
+Names = tuple[str, ...]
+"""An architecture: one block name a layer."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,70 @@ class Library:
 
     def sources(self, layer: int, block: BlockVariant) -> list[list[str]]:
         """What the subblocks of a block are made of: their files, and the variants that are widened."""
-        rows = [self.index.find(layer, subblock, block.subblock(subblock).name) for subblock in SUBBLOCKS]
+        rows = [self.index.find(layer, variant.subblock, variant.name) for variant in block.subblocks]
         return [[row.file, row.widened_from] for row in rows if row is not None]
+
+
+class LayerBlocks:
+    """Blocks of one layer as modules; they share the modules of their subblocks, and what these compute.
+
+    Blocks that the library has trained as a whole have their own.
+
+    Args:
+        model: the parent, for whose context the modules are made; its own layers need no weights.
+    """
+
+    def __init__(self, library: Library, layer: int, blocks: Sequence[BlockVariant], model: PuzzleForCausalLM) -> None:
+        self.layer, self._model = layer, model
+        modules: dict[tuple[Variant, BlockVariant | None], PuzzleDecoderLayer] = {}
+        self._modules: dict[BlockVariant, list[PuzzleDecoderLayer]] = {}
+        for block in blocks:
+            whole = None if library.index.find(layer, "block", block.name) is None else block
+            for variant in block.subblocks:
+                if (variant, whole) not in modules:
+                    state = library.state(layer, variant) if whole is None else library.block_state(layer, block)
+                    own = split_state(state, variant.subblock)
+                    moved = {name: tensor.to(model.device, model.dtype) for name, tensor in own.items()}
+                    modules[variant, whole] = variant.build(model.config, moved)
+            self._modules[block] = [modules[variant, whole] for variant in block.subblocks]
+
+    @torch.no_grad()
+    def outputs(self, blocks: Sequence[BlockVariant], hidden_BTD: Tensor) -> Tensor:
+        """The layer's outputs with each of `blocks` in it, [A * B, T, D]."""
+        context = self._model.model.context(hidden_BTD)
+        attended: dict[PuzzleDecoderLayer, Tensor] = {}
+        outputs = []
+        for attention, ffn in (self._modules[block] for block in blocks):
+            if attention not in attended:
+                attended[attention] = attention(hidden_BTD, **context)
+            outputs.append(ffn(attended[attention]))
+        return torch.cat(outputs)
+
+
+@torch.no_grad()
+def final_states(
+    library: Library, model: PuzzleForCausalLM, architectures: Sequence[Names], batches: Iterable[Tensor]
+) -> list[list[Tensor]]:
+    """The outputs of the last layer, [B, T, D], for each architecture a list of batches.
+
+    Nothing is assembled: the text goes through one layer at a time, with all blocks in it that are asked for, and
+    architectures that begin alike share what they have in common. So the blocks of one layer are in memory at a time.
+
+    Args:
+        model: the parent; its layers need no weights.
+        batches: tokens, [B, T].
+    """
+    states: dict[Names, list[Tensor]] = {(): [model.embed(tokens_BT) for tokens_BT in batches]}
+    for layer in range(library.parent.num_layers):
+        prefixes = sorted({names[: layer + 1] for names in architectures})
+        blocks = {name: BlockVariant.parse(name) for name in dict.fromkeys(prefix[-1] for prefix in prefixes)}
+        modules = LayerBlocks(library, layer, list(blocks.values()), model)
+        for begin, together in groupby(prefixes, key=lambda prefix: prefix[:-1]):
+            ends = list(together)
+            some = [blocks[end[-1]] for end in ends]
+            outputs = [modules.outputs(some, state_BTD).chunk(len(some)) for state_BTD in states.pop(begin)]
+            states |= zip(ends, map(list, zip(*outputs, strict=True)), strict=True)
+    return [states[names] for names in architectures]
 
 
 def build_library(
@@ -89,11 +148,12 @@ def build_library(
         identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
         for name in ("space", "coupled"):
             del identity["inputs"][name]
-        training = _Training(run, parent, data, statistics, space, subblocks, identity)
-        plans, params = training.plans(), Counter[int]()
+        make_plans = partial(student_plans, run, parent, statistics, space, subblocks, identity)
+        plans, params = make_plans(), Counter[int]()
         for plan in plans:
-            params[plan.row.layer] += plan.num_params
-        for_layers(run, stage, training, [1.0 + params[layer] for layer in range(len(space.layers))])
+            params[plan.layer] += plan.num_params
+        task = partial(train_students, run, parent, data, make_plans)
+        for_layers(run, stage, task, [1.0 + params[layer] for layer in range(parent.num_layers)])
         rows = [row for plan in plans if (row := plan.result(run.path)) is not None]
         assert len(rows) == len(plans), "every student is trained"
         rows = _nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
@@ -102,100 +162,60 @@ def build_library(
     return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
 
 
-@dataclass(frozen=True)
-class _Training:
-    """A task for any range of layers, also in another process, which makes its plans anew."""
+def student_plans(
+    run: Run, parent: Parent, statistics: Statistics, space: Space, subblocks: Library | None, identity: Any
+) -> list[StudentPlan]:
+    """Of every variant beside the parent's own; or of every block composed of them that has weights.
 
-    run: Run
-    parent: Parent
-    data: TokenData
-    statistics: Statistics
-    space: Space
-    subblocks: Library | None
-    """What whole blocks start from; None: subblocks are trained."""
-    identity: dict[str, Any]
-    """What all students follow from."""
+    Args:
+        subblocks: what whole blocks start from; None: subblocks are trained.
+        identity: what all students follow from.
+    """
+    settings, config = run.recipe.library, parent.config
+    of_block = settings.loss == "block"
+    start = Start(method=settings.start, kv_heads=settings.kv_heads, channels=settings.channels)
+    # Those of a subblock come one after another, and share it: its channels are ranked once.
+    read = lru_cache(maxsize=1)(partial(statistics.parent_subblock, parent, start, run.device))
 
-    def __call__(self, layers: range, folder: Path) -> None:
-        plans = [plan for plan in self.plans() if plan.row.layer in layers]
-        train_students(self.run, self.parent, self.data, plans, folder)
+    def student(layer: int, variants: Sequence[Variant], state: State, power: Tensor, trained: bool = True) -> Student:
+        return Student(layer, variants, config, state, float(power), run.device, trained=trained, loss=settings.loss)
 
-    def plans(self) -> list[StudentPlan]:
-        layers = enumerate(self.space.layers)
-        if self.subblocks is not None:
-            return [plan for layer, space in layers for plan in self._block_plans(self.subblocks, layer, space)]
-        # Those of a subblock come one after another, and share it: its channels are ranked once.
-        settings = self._settings
-        start = Start(method=settings.start, kv_heads=settings.kv_heads, channels=settings.channels)
-        read = lru_cache(maxsize=1)(partial(self.statistics.parent_subblock, self.parent, start, self.run.device))
+    def of_variant(layer: int, variant: Variant) -> Student:
+        own = read(layer, variant.subblock)
+        power = statistics.layer(layer)["block_power"] if of_block else own.statistics["output_power"]
+        solved = variant.closed_form and settings.start == "closed_form" and not of_block
+        return student(layer, [variant], variant.initialise(own), power, trained=not solved)
+
+    def of_whole(layer: int, block: BlockVariant, subblocks: Library) -> Student:
+        power = statistics.layer(layer)["block_power" if of_block else "block_contribution_power"]
+        return student(layer, block.subblocks, subblocks.block_state(layer, block), power)
+
+    if subblocks is None:
         return [
-            self._subblock_plan(read, layer, v)
-            for layer, space in layers
-            for which in SUBBLOCKS
-            for v in space.subblock(which)[1:]
+            StudentPlan(layer, [variant], variant.num_params(config), partial(of_variant, layer, variant), identity)
+            for layer, choices in enumerate(space.layers)
+            for variant in (*choices.attention[1:], *choices.ffn[1:])
         ]
-
-    @property
-    def _settings(self) -> LibrarySettings:
-        return self.run.recipe.library
-
-    def _subblock_plan(
-        self, read: Callable[[int, Subblock], ParentSubblock], layer: int, variant: Variant
-    ) -> StudentPlan:
-        """Of a variant beside the parent's own."""
-        of_block = self._settings.loss == "block"
-
-        def build() -> Student:
-            own = read(layer, variant.subblock)
-            power = self.statistics.layer(layer)["block_power"] if of_block else own.statistics["output_power"]
-            solved = variant.closed_form and self._settings.start == "closed_form" and not of_block
-            return self._student(layer, [variant], variant.initialise(own), float(power), trained=not solved)
-
-        size = variant.num_params(self.parent.config)
-        return StudentPlan.of(layer, variant.subblock, variant.name, size, self.identity, build)
-
-    def _block_plans(self, library: Library, layer: int, space: LayerSpace) -> Iterator[StudentPlan]:
-        """Of every composed block but the parent's own and those without weights (paper section 2.2)."""
-        moment = "block_power" if self._settings.loss == "block" else "block_contribution_power"
-
-        def build(block: BlockVariant) -> Student:
-            power = float(self.statistics.layer(layer)[moment])
-            return self._student(layer, block.subblocks, library.block_state(layer, block), power)
-
-        for block in space.blocks()[1:]:
-            if size := block.num_params(self.parent.config):
-                identity = [self.identity, library.sources(layer, block)]
-                yield StudentPlan.of(layer, "block", block.name, size, identity, partial(build, block))
-
-    def _student(
-        self, layer: int, variants: Sequence[Variant], state: State, power: float, trained: bool = True
-    ) -> Student:
-        device, loss = self.run.device, self._settings.loss
-        return Student(layer, variants, self.parent.config, state, power, device, trained=trained, loss=loss)
+    return [
+        StudentPlan(layer, block.subblocks, num_params, partial(of_whole, layer, block, subblocks), made_of)
+        for layer, choices in enumerate(space.layers)
+        for block in choices.blocks()[1:]
+        if (num_params := block.num_params(config)) and (made_of := [identity, subblocks.sources(layer, block)])
+    ]
 
 
 def _nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:
     """Law 4: a variant that ended worse than a narrower one takes over the narrower one's function."""
-    narrower: dict[tuple[int, str], list[LibraryRow]] = {}
-    nested = {}
-    for row in sorted(rows, key=lambda row: _variant(row).num_params(parent.config)):
-        before = narrower.setdefault((row.layer, row.subblock), [])
-        nested[row.layer, row.subblock, row.variant] = found = _best_form(root, parent, row, before)
-        before.append(found)
-    return [nested[row.layer, row.subblock, row.variant] for row in rows]
-
-
-def _best_form(root: Path, parent: Parent, row: LibraryRow, narrower: Sequence[LibraryRow]) -> LibraryRow:
-    variant = _variant(row)
-    for narrow in narrower:
-        if not narrow.file or narrow.loss >= row.loss:
-            continue
-        source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
-        if source.widen(read_tensors(root / narrow.file), variant, parent.config):
-            row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
-    return row
-
-
-def _variant(row: LibraryRow) -> Variant:
-    subblock: Subblock = "attention" if row.subblock == "attention" else "ffn"
-    return parse_variant(subblock, row.variant)
+    variants = [parse_variant(cast(Subblock, row.subblock), row.variant) for row in rows]
+    narrower = defaultdict[tuple[int, str], list[LibraryRow]](list)
+    nested = list(rows)
+    for place in sorted(range(len(rows)), key=lambda place: variants[place].num_params(parent.config)):
+        row, variant = rows[place], variants[place]
+        for narrow in narrower[row.layer, row.subblock]:
+            if narrow.file and narrow.loss < row.loss:
+                source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
+                if source.widen(read_tensors(root / narrow.file), variant, parent.config):
+                    row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
+        nested[place] = row
+        narrower[row.layer, row.subblock].append(row)
+    return nested

@@ -8,14 +8,7 @@ from puzzle.library.statistics import Statistics
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_json, write_json
 from puzzle.stages import SPACE
-from puzzle.variants import (
-    BlockVariant,
-    LayerSpace,
-    Space,
-    Start,
-    expected_losses,
-    prune_space,
-)
+from puzzle.variants import BlockVariant, LayerSpace, Space, Start, expected_losses, prune_space
 
 
 def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Space) -> Space:

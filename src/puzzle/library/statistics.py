@@ -26,15 +26,12 @@ solved from it (damping 1e-3) loses 4e-8 more.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from puzzle.data import TokenData
@@ -93,148 +90,115 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
     stage = run.open(CALIBRATE, parent=parent, data=data)
     statistics = Statistics(stage.path, stage.address)
     if not stage.done:
-        calibration = _Calibration(run, parent, data, statistics)
-        for_layers(run, stage, calibration, [1.0 + size for size in calibration.sum_bytes()])
-        stage.commit(tokens=calibration.num_tokens())
+        task = partial(_calibrate_layers, run, parent, data, statistics)
+        for_layers(run, stage, task, [1.0 + size for size in _sum_bytes(parent)])
+        stage.commit(tokens=_num_tokens(run, data))
     return statistics
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """A task for any range of layers, also in another process."""
+_Sums = dict[tuple[int, str], State]
+"""Over tokens, by layer and subblock, which is empty for what is of the whole layer."""
 
-    run: Run
-    parent: Parent
-    data: TokenData
-    statistics: Statistics
 
-    def text(self) -> Iterator[Tensor]:
-        for sequences in self.data.batches("calibration", _BATCH_SIZE, self.run.recipe.calibration.tokens):
-            yield sequences[:, :-1]
+def _num_tokens(run: Run, data: TokenData) -> int:
+    return data.num_sequences("calibration", run.recipe.calibration.tokens) * data.sequence_length
 
-    def num_tokens(self) -> int:
-        return sum(tokens_BT.numel() for tokens_BT in self.text())
 
-    def sum_bytes(self) -> list[int]:
-        """Of the matrices among the sums, by layer."""
-        config = self.parent.config
-        recorded = [
-            sum(block.subblock(which).recorded_values(config) for which in SUBBLOCKS)
-            for block in self.parent.architecture.blocks
+def _sum_bytes(parent: Parent) -> list[int]:
+    """Of the matrices among a layer's sums."""
+    config = parent.config
+    recorded = [sum(v.recorded_values(config) for v in block.subblocks) for block in parent.architecture.blocks]
+    return [32 * config.hidden_size**2 + 4 * values for values in recorded]
+
+
+@torch.no_grad()
+def _calibrate_layers(
+    run: Run, parent: Parent, data: TokenData, statistics: Statistics, layers: range, folder: Path
+) -> None:
+    """The task of a range of layers, also in another process: those that have no file yet."""
+    missing = [layer for layer in layers if not statistics.file(layer).exists()]
+    if not missing:
+        return
+    stream, file = Stream(run, parent, folder / "activations"), folder / "partial.safetensors"
+    text = partial(data.inputs, "calibration", _BATCH_SIZE, run.recipe.calibration.tokens)
+    sum_bytes, num_tokens = _sum_bytes(parent), _num_tokens(run, data)
+    for group in stream.groups(missing, sum_bytes.__getitem__, {layer for layer, _ in _read(file)[1]}):
+        stream.prepare(group.start, {"calibration": text})
+        batches, sums = _read(file, stream.model.device)
+        if {layer for layer, _ in sums} != set(group):
+            batches, sums = 0, defaultdict(dict)
+        timer = SaveTimer(sum(sum_bytes[layer] for layer in group))
+        label = "calibrate" if len(group) == stream.num_layers else f"calibrate layers {group[0]}-{group[-1]}"
+        handles = [
+            layer.get_submodule(variant.recorded).register_forward_pre_hook(
+                partial(_record, variant, sums[index, variant.subblock], layer)
+            )
+            for index, layer in enumerate(stream.layers)
+            for variant in parent.architecture.blocks[index].subblocks
+            if index in group and variant.recorded is not None
         ]
-        return [32 * config.hidden_size**2 + 4 * values for values in recorded]
-
-    def __call__(self, layers: range, folder: Path) -> None:
-        missing = [layer for layer in layers if not self.statistics.file(layer).exists()]
-        if not missing:
-            return
-        stream, file = Stream(self.run, self.parent, folder / "activations"), folder / "partial.safetensors"
-        begun = {layer for layer, _ in _Sums.read(file).moments}
-        for group in stream.groups(missing, self.sum_bytes().__getitem__, begun):
-            stream.prepare(group.start, {"calibration": self.text})
-            stream.hold(group)
-            sums = self._sums(file, stream, group)
-            for layer in group:
-                self._write(layer, sums)
-        stream.close()
-
-    @torch.no_grad()
-    def _sums(self, file: Path, stream: Stream, layers: range) -> "_Sums":
-        """Over the tokens of the text; goes on after a kill."""
-        sums = _Sums.read(file, stream.model.device)
-        if {layer for layer, _ in sums.moments} != set(layers):
-            sums = _Sums()
-        timer = SaveTimer(sum(self.sum_bytes()[layer] for layer in layers))
-        label = "calibrate" if len(layers) == stream.num_layers else f"calibrate layers {layers[0]}-{layers[-1]}"
-        passes = stream.passes(layers, "calibration", self.text(), sums.batches)
-        with progress(label, self.num_tokens(), sums.tokens) as bar, _hooks(stream, self.parent, layers) as inside:
-            for layer_passes in passes:
+        with progress(label, num_tokens, batches * _BATCH_SIZE * data.sequence_length) as bar:
+            passes = stream.passes(group, "calibration", text(), batches)
+            for number, layer_passes in enumerate(passes, batches + 1):
                 for seen in layer_passes:
-                    _add_layer(sums.moments[seen.index, ""], seen)
+                    _add_layer(sums[seen.index, ""], seen)
                     for which in SUBBLOCKS:
-                        variant = self.parent.architecture.blocks[seen.index].subblock(which)
-                        _add_subblock(sums.moments[seen.index, which], seen, variant, inside[seen.index, which])
-                tokens = seen.input_BTD[..., 0].numel()
-                sums.batches, sums.tokens = sums.batches + 1, sums.tokens + tokens
-                bar.advance(tokens)
+                        _add_subblock(sums[seen.index, which], seen, which)
+                bar.advance(seen.num_tokens)
                 if timer.due():
                     with timer.saving():
-                        sums.write(file)
-        return sums
-
-    def _write(self, layer: int, sums: "_Sums") -> None:
-        moments = {
-            f"{which}.{name}".removeprefix("."): total.div_(sums.tokens).float()
-            for which in ("", *SUBBLOCKS)
-            for name, total in sums.moments.pop((layer, which), {}).items()
-        }
-        if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
-            raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
-        write_tensors(self.statistics.file(layer), moments)
+                        named = {f"{i}.{which}.{name}": v for (i, which), s in sums.items() for name, v in s.items()}
+                        write_tensors(file, named | {"..batches": torch.tensor(number)})
+        for handle in handles:
+            handle.remove()
+        for layer in group:
+            _write(statistics.file(layer), layer, sums, num_tokens)
+    stream.close()
 
 
-@dataclass
-class _Sums:
-    """Sums over the tokens of so many batches."""
-
-    moments: dict[tuple[int, str], State] = field(default_factory=lambda: defaultdict(dict))
-    """By layer and subblock; the subblock is empty for those of a whole layer."""
-    batches: int = 0
-    tokens: int = 0
-
-    @classmethod
-    def read(cls, file: Path, device: torch.device | str = "cpu") -> "_Sums":
-        """What `write` kept; nothing, if there is no file."""
-        sums = cls()
-        for full_name, value in (read_tensors(file) if file.exists() else {}).items():
-            layer, which, name = full_name.split(".")
-            if name in ("batches", "tokens"):
-                setattr(sums, name, int(value))
-            else:
-                sums.moments[int(layer), which][name] = value.to(device)
-        return sums
-
-    def write(self, file: Path) -> None:
-        counts = {"..batches": torch.tensor(self.batches), "..tokens": torch.tensor(self.tokens)}
-        named = {f"{i}.{which}.{name}": v for (i, which), state in self.moments.items() for name, v in state.items()}
-        write_tensors(file, counts | named)
+def _read(file: Path, device: torch.device | str = "cpu") -> tuple[int, _Sums]:
+    """The number of batches that were saved, and their sums; nothing, if there is no file."""
+    sums: _Sums = defaultdict(dict)
+    saved = read_tensors(file) if file.exists() else {}
+    batches = int(saved.pop("..batches", 0))
+    for name, value in saved.items():
+        layer, which, moment = name.split(".")
+        sums[int(layer), which][moment] = value.to(device)
+    return batches, sums
 
 
-@contextmanager
-def _hooks(stream: Stream, parent: Parent, layers: range) -> Iterator[dict[tuple[int, Subblock], dict[str, Any]]]:
-    """By layer and subblock, what its last pass saw: the normed input, and the inputs that its variant records."""
-    inside: dict[tuple[int, Subblock], dict[str, Any]] = {}
-    with ExitStack() as handles:
-        for index, which in product(layers, SUBBLOCKS):
-            layer = cast(PuzzleDecoderLayer, stream.model.model.layers[index])
-            seen = inside[index, which] = {}
-            if (norm := layer.norm_of(which)) is not None:
-                hook = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.update(normed=output))
-                handles.callback(hook.remove)
-            if (name := parent.architecture.blocks[index].subblock(which).recorded) is not None:
-                recorded = layer.get_submodule(name)
-                hook = recorded.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.update(recorded=inputs))
-                handles.callback(hook.remove)
-        yield inside
+def _write(file: Path, layer: int, sums: _Sums, num_tokens: int) -> None:
+    moments = {
+        f"{which}.{name}".removeprefix("."): total.div_(num_tokens).float()
+        for which in ("", *SUBBLOCKS)
+        for name, total in sums.pop((layer, which), {}).items()
+    }
+    if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
+        raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
+    write_tensors(file, moments)
+
+
+def _record(variant: Variant, sums: State, layer: PuzzleDecoderLayer, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A hook of the module whose inputs the parent's variant records."""
+    variant.record(sums, layer, *inputs)
 
 
 def _add_layer(sums: State, seen: LayerPass) -> None:
     """The sums of a batch that are of the whole layer."""
-    input_ND, output_ND = seen.input_BTD.float().flatten(0, 1), seen.output_BTD.float().flatten(0, 1)
+    input_ND, output_ND = (each.float().flatten(0, 1) for each in (seen.inputs_BTD["attention"], seen.output_BTD))
     add_sum(sums, "influence", (1 - cosine_similarity(input_ND, output_ND, dim=-1)).sum())
     add_sum(sums, "block_power", output_ND.square().mean(-1).sum())
     add_sum(sums, "block_contribution_power", (output_ND - input_ND).square().mean(-1).sum())
 
 
-def _add_subblock(sums: State, seen: LayerPass, variant: Variant, inside: dict[str, Any]) -> None:
+def _add_subblock(sums: State, seen: LayerPass, which: Subblock) -> None:
     """Those of one subblock; none if it is left out in the parent."""
-    if "normed" not in inside:
+    norm = seen.layer.norm_of(which)
+    if norm is None:
         return
-    h_ND = inside.pop("normed").float().flatten(0, 1)
-    y_ND = seen.subblock_output(variant.subblock).float().flatten(0, 1)
+    h_ND, y_ND = (each.float().flatten(0, 1) for each in (norm(seen.inputs_BTD[which]), seen.added_BTD[which]))
     add_sum(sums, "input_mean", h_ND.sum(0))
     add_sum(sums, "input_second_moment", h_ND.T @ h_ND)
     add_sum(sums, "output_mean", y_ND.sum(0))
     add_sum(sums, "cross_moment", y_ND.T @ h_ND)
     add_sum(sums, "output_power", y_ND.square().mean(-1).sum())
-    variant.record(sums, seen.layer, *inside.pop("recorded", ()))

@@ -3,23 +3,27 @@
 A loss is E||y - y'||^2 / E||y||^2 (paper section 2.2). Its denominator is calibrated, so that a token's loss does not
 depend on the batch it is in.
 
-Shapes: B batch, T tokens, D hidden size, I inputs of the output projection.
+Shapes: B batch, T tokens, N = B * T, D hidden size, I inputs of the output projection.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from puzzle.data import TokenData
 from puzzle.device import autocast
 from puzzle.modeling import PuzzleConfig
+from puzzle.recipe import Recipe
 from puzzle.runs import Progress
-from puzzle.streams import LayerPass
+from puzzle.streams import LayerPass, Texts, packed
 from puzzle.training import Part, Trained, adamw, train
-from puzzle.variants import State, Variant, split_state
+from puzzle.variants import State, Variant, add_sum, damping, split_state
 
 _WARMUP = 0.05
 _MAX_GRAD_NORM = 1.0
@@ -51,12 +55,11 @@ class Student:
     ) -> None:
         self.layer, self.power, self._loss = layer, power, loss
         self.variants = tuple(variants)
-        self.subblock = self.variants[0].subblock if len(self.variants) == 1 else "block"
+        self._first = self.variants[0].subblock
+        self.subblock = self._first if len(self.variants) == 1 else "block"
         # Copied: variants of a subblock start from the same tensors of the parent, and each trains its own.
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self._modules = [v.build(config, split_state(own, v.subblock)) for v in self.variants]
-        for module in self._modules:
-            module.requires_grad_(trained)
+        self._modules = [v.build(config, split_state(own, v.subblock)).requires_grad_(trained) for v in self.variants]
 
     @property
     def name(self) -> str:
@@ -65,24 +68,24 @@ class Student:
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by name; float32. Empty if there is nothing to train."""
-        return {name: value for name, value in self._named().items() if value.requires_grad}
+        return {name: value for name, value in self._named() if value.requires_grad}
 
     def state(self) -> State:
         """Its weights as they are now, copies."""
-        return {name: value.detach().clone() for name, value in self._named().items()}
+        return {name: value.detach().clone() for name, value in self._named()}
 
-    def _named(self) -> dict[str, Tensor]:
-        return {name: value for module in self._modules for name, value in module.named_parameters()}
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return chain.from_iterable(module.named_parameters() for module in self._modules)
 
     def output(self, hidden_BTD: Tensor, context: Mapping[str, Any]) -> Tensor:
         """What it adds to the residual stream, [B, T, D], from its input in float32."""
-        output_BTD = self._modules[0].subblock_output(self.variants[0].subblock, hidden_BTD, **context)
-        if len(self._modules) == 2:
-            output_BTD = output_BTD + self._modules[1].subblock_output("ffn", hidden_BTD + output_BTD, **context)
+        output_BTD = self._modules[0].subblock_output(self._first, hidden_BTD, **context)
+        for module in self._modules[1:]:
+            output_BTD = output_BTD + module.subblock_output("ffn", hidden_BTD + output_BTD, **context)
         return output_BTD
 
     def _output(self, seen: LayerPass) -> Tensor:
-        return self.output(seen.subblock_input(self.variants[0].subblock).float(), seen.context)
+        return self.output(seen.inputs_BTD[self._first].float(), seen.context)
 
     def target(self, seen: LayerPass) -> Tensor:
         """What its loss is relative to, [B, T, D]."""
@@ -91,17 +94,18 @@ class Student:
     def _wanted(self, seen: LayerPass) -> Tensor:
         """The output that it learns; of both subblocks not by the layer's output, which was rounded."""
         if len(self.variants) == 2:
-            return seen.attention_BTD.float() + seen.ffn_BTD.float()
-        return seen.subblock_output(self.variants[0].subblock)
+            return seen.added_BTD["attention"].float() + seen.added_BTD["ffn"].float()
+        return seen.added_BTD[self._first]
 
     def loss(self, seen: LayerPass) -> Tensor:
         """Its loss on a batch, a scalar with its gradient."""
         output_BTD, wanted_BTD = self._output(seen), self._wanted(seen)
-        if self._loss == "refined" or (self._loss == "block" and self.subblock == "attention"):
+        through_ffn = self._loss == "block" and self.subblock == "attention"
+        if self._loss == "refined" or through_ffn:
             # What the others miss of the block's output is what they miss of their own, without the sum's rounding.
-            output_BTD, wanted_BTD = seen.input_BTD.float() + output_BTD, seen.output_BTD
-        if self._loss == "block" and self.subblock == "attention":
-            middle_BTD = output_BTD.to(seen.input_BTD.dtype)
+            output_BTD, wanted_BTD = seen.inputs_BTD["attention"].float() + output_BTD, seen.output_BTD
+        if through_ffn:
+            middle_BTD = output_BTD.to(seen.output_BTD.dtype)
             output_BTD = output_BTD + seen.layer.subblock_output("ffn", middle_BTD, **seen.context)
         return (output_BTD.float() - wanted_BTD.float()).square().mean() / self.power
 
@@ -118,11 +122,23 @@ class Student:
         captured: list[Tensor] = []
         assert self.projection is not None
         handle = self.projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-        try:
-            self._output(seen)
-        finally:
-            handle.remove()
+        self._output(seen)
+        handle.remove()
         return captured[0]
+
+
+def student_texts(data: TokenData, recipe: Recipe, batch_size: int, steps: int) -> Texts:
+    """What students are trained on, a batch a step, and what tells whether they became better; inputs, [B, T]."""
+    return {
+        "training": lambda: (data.training_batch(step, batch_size, recipe.seed)[:, :-1] for step in range(steps)),
+        "validation": lambda: data.inputs("validation", batch_size, recipe.library.validation_tokens),
+    }
+
+
+def _of_layer(students: Sequence[Student], passes: Iterable[LayerPass]) -> Iterator[tuple[Student, LayerPass]]:
+    """Every student with every pass of its layer."""
+    for seen in passes:
+        yield from ((student, seen) for student in students if student.layer == seen.index)
 
 
 def fit(
@@ -151,36 +167,80 @@ def fit(
         nonlocal batches
         batches = batches or text(step)
         losses = []
-        for seen in next(batches):
-            for student in students:
-                if student.layer == seen.index:
-                    with autocast(seen.input_BTD.device, precision):
-                        loss = student.loss(seen)
-                    loss.backward()
-                    losses.append(loss.detach())
+        for student, seen in _of_layer(students, next(batches)):
+            with autocast(seen.output_BTD.device, precision):
+                loss = student.loss(seen)
+            loss.backward()
+            losses.append(loss.detach())
         return {"loss": torch.stack(losses).nanmean()}
 
     return train(parts, gradients, steps=steps, warmup=_WARMUP, max_grad_norm=_MAX_GRAD_NORM, folder=folder, bar=bar)
 
 
+class HeldOut(NamedTuple):
+    """A student on held-out text."""
+
+    loss: float
+    """E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0; inf if it is not finite."""
+    power: float
+    """E||y||^2, per element."""
+
+
 @torch.no_grad()
-def held_out_losses(
+def held_out(
     students: Sequence[Student], text: Iterable[Iterable[LayerPass]], precision: torch.dtype = torch.float32
-) -> dict[str, float]:
-    """E||y - y'||^2 / E||y||^2 over a text by name of the student, E||y'||^2 where y is 0; inf if it is not finite."""
-    sums: dict[str, Tensor] = {}
-    for layer_passes in text:
-        for seen in layer_passes:
-            tokens = seen.input_BTD[..., 0].numel()
-            for student in students:
-                if student.layer == seen.index:
-                    with autocast(seen.input_BTD.device, precision):
-                        error = student.loss(seen).double() * student.power
-                    power = student.target(seen).float().square().mean().double()
-                    added_3 = tokens * torch.stack([error, power, torch.ones_like(power)])
-                    sums[student.name] = sums[student.name] + added_3 if student.name in sums else added_3
-    losses = {}
-    for name, (error_sum, power_sum, count) in ((name, sums_3.tolist()) for name, sums_3 in sums.items()):
-        loss = error_sum / (power_sum or count)
-        losses[name] = loss if math.isfinite(loss) else math.inf
-    return losses
+) -> dict[str, HeldOut]:
+    """The loss of each student over a text, by name."""
+    sums: State = {}
+    for student, seen in _of_layer(students, chain.from_iterable(text)):
+        with autocast(seen.output_BTD.device, precision):
+            error = student.loss(seen).double() * student.power
+        power = student.target(seen).float().square().mean().double()
+        add_sum(sums, student.name, seen.num_tokens * torch.stack([error, power, torch.ones_like(power)]))
+    found = {}
+    for name, (error_sum, power_sum, tokens) in ((name, sums_3.tolist()) for name, sums_3 in sums.items()):
+        loss = error_sum / (power_sum or tokens)
+        found[name] = HeldOut(loss if math.isfinite(loss) else math.inf, power_sum / tokens)
+    return found
+
+
+@torch.no_grad()
+def update_projections(students: Sequence[Student], text: Callable[[], Iterable[LayerPass]], memory_bytes: int) -> None:
+    """Set the students' output projections to their optimum, a least-squares update of the present ones.
+
+    A projection W from its input a to the subblock's output y is linear. With everything before it as it is, the
+    optimum is W0 + (E[y a^T] - W0 C) (C + damping)^-1, where C = E[a a^T] and W0 is the present map. A bias stays, and
+    so does a projection whose optimum is not finite. Products are in float32, sums in float64.
+
+    Args:
+        text: every layer of every batch, as often as it is called: as often as the memory for moments asks for.
+    """
+    projections = {student: student.projection for student in students if student.projection is not None}
+
+    def num_bytes(student: Student) -> int:
+        inputs = projections[student].in_features
+        return 8 * inputs * (inputs + projections[student].out_features)
+
+    # While one is added to and solved, it takes the room of two more.
+    room = memory_bytes - max((2 * num_bytes(student) for student in projections), default=0)
+    for group in packed(projections, num_bytes, room):
+        sums: dict[Student, State] = defaultdict(dict)
+        for student, seen in _of_layer(group, text()):
+            bias, wanted_ND = (
+                projections[student].bias,
+                seen.added_BTD[student.variants[0].subblock].float().flatten(0, 1),
+            )
+            wanted_ND = wanted_ND if bias is None else wanted_ND - bias
+            input_NI = student.projection_input(seen).float().flatten(0, 1)
+            add_sum(sums[student], "second_II", input_NI.T @ input_NI)
+            add_sum(sums[student], "cross_DI", wanted_ND.T @ input_NI)
+            add_sum(sums[student], "tokens", torch.tensor(len(input_NI)))
+        for student, projection in ((student, projections[student]) for student in group):
+            moments = sums.pop(student)
+            second_II, cross_DI = (moments.pop(name) / moments["tokens"] for name in ("second_II", "cross_DI"))
+            weight_DI = projection.weight.double()
+            left_DI = cross_DI - weight_DI @ second_II
+            second_II.diagonal().add_(damping(second_II))
+            solved_DI = weight_DI + torch.linalg.solve(second_II, left_DI.T).T
+            if solved_DI.isfinite().all():
+                projection.weight.copy_(solved_DI)
