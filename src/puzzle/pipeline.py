@@ -30,7 +30,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
-from puzzle.report import Check, ReportData, final_table, model_card, summary, table_row, versions, write_report
+from puzzle.report import ReportData, final_table, model_card, render, summary, table_row, versions
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import TrueScore, score
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
@@ -207,7 +207,7 @@ class Pipeline:
         target = f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
         write_json(self.run.path / "summary.json", summary(target, self.rows))
         child, path = self.exported, self.run.path / "report.html"
-        write_report(path, self._report_data())
+        write_text(path, render(self._report_data()))
         Console().print(final_table(self.rows))
         self.run.log(f"child: {child}\nreport: {path}")
         return path
@@ -240,7 +240,7 @@ class Pipeline:
             parent=self.run.recipe.parent,
             rows=self.rows,
             checks=[
-                Check(model=f"{model}, search {number}", quantity=quantity, predicted=predicted, measured=measured)
+                (f"{model}, search {number}", quantity, predicted, measured)
                 for number, timing in enumerate(self.met.timings, 1)
                 for model, times in timing.at_batch.items()
                 for quantity, predicted, measured in zip(

@@ -21,7 +21,7 @@ from pydantic import (
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
-from puzzle.quantities import SETTINGS, check_setting
+from puzzle.quantities import SETTINGS, Quantity, check_setting
 from puzzle.units import Count, Fraction, Size, amount
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -49,11 +49,7 @@ Blocks = Text | Annotated[list[Text], Field(min_length=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     @model_validator(mode="before")
@@ -90,10 +86,8 @@ class DataSettings(Section):
     def _leave_text_for_training(self) -> Self:
         total = self.calibration + self.validation + self.scoring + self.test
         if total >= 1:
-            raise ValueError(
-                f"calibration, validation, scoring and test add up to {total:.4g}, which leaves no text for training; "
-                "keep their sum below 1"
-            )
+            found = f"calibration, validation, scoring and test add up to {total:.4g}"
+            raise ValueError(f"{found}, which leaves no text for training; keep their sum below 1")
         return self
 
 
@@ -182,14 +176,12 @@ class CostSettings(Section):
     """Take measurements kept from earlier runs on this machine, unless they are clearly off by now."""
 
 
-_bounds: dict[str, Any] = {
-    name: (
-        amount(each.unit, relative=bool(each.columns)) | None,
-        Field(None, description=f"{each.direction.capitalize()}: {each.meaning}."),
-    )
-    for name, each in SETTINGS.items()
-}
-_Bounds: Any = create_model("_Bounds", __base__=Section, **_bounds)
+def _bound(quantity: Quantity) -> Any:
+    help_text = f"{quantity.direction.capitalize()}: {quantity.meaning}."
+    return amount(quantity.unit, relative=bool(quantity.columns)) | None, Field(None, description=help_text)
+
+
+_Bounds: Any = create_model("_Bounds", __base__=Section, **{name: _bound(each) for name, each in SETTINGS.items()})
 
 
 class TargetSettings(_Bounds, Section):
@@ -252,23 +244,23 @@ class DistilSettings(Section):
     tokens: PositiveCount = 10_000_000
     """Training tokens."""
     learning_rate: PositiveFloat = 3e-4
-    """Highest rate of the schedule."""
+    """Peak learning rate."""
     batch_size: PositiveInt = 8
-    """Sequences a step."""
+    """Sequences per step."""
     accumulate: PositiveInt = 1
     """Parts in which a step's sequences are run, one after another: less memory, the same step."""
     warmup: Annotated[Fraction, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps."""
+    """Share of the steps with rising learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Applied to weights with two or more dimensions."""
+    """AdamW weight decay, applied to weights with two or more dimensions."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to it."""
+    """Norm at which gradients are clipped."""
     cosine_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the cosine distance between hidden states, layer by layer."""
+    """Weight of the cosine distance between hidden states, averaged over layers."""
     kl_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of KL(parent || child) of the next-token distributions."""
+    """Weight of the KL divergence between next-token distributions, KL(parent || child)."""
     lm_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the negative log-likelihood of the text itself."""
+    """Weight of the language-modelling loss: negative log-likelihood of the text itself."""
     documents: bool = True
     """Tokens of a packed sequence attend only to their own document."""
     teacher_cache: PositiveInt | None = None
@@ -277,21 +269,12 @@ class DistilSettings(Section):
     """Held-out text of each point of the curve; the child that was best on it is the result."""
 
     @model_validator(mode="after")
-    def _have_a_loss(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.cosine_weight == self.kl_weight == self.lm_weight == 0:
             raise ValueError("cosine_weight, kl_weight and lm_weight are all 0, so nothing would be learned; raise one")
-        return self
-
-    @model_validator(mode="after")
-    def _split_evenly(self) -> Self:
         if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}; give a divisor of it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _cache_what_is_asked_for(self) -> Self:
+            found = f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+            raise ValueError(f"{found}; give a divisor of it")
         if self.teacher_cache and self.kl_weight == 0:
             raise ValueError("teacher_cache serves the KL divergence alone; raise kl_weight, or set it to null")
         return self
@@ -369,7 +352,15 @@ class Recipe(Section):
         """
         values = _load(path)
         for key, value in (overrides or {}).items():
-            _override(values, key, value)
+            *sections, name = key.split(".")
+            place = values
+            for section in sections:
+                if place.get(section) is None:
+                    place[section] = {}
+                place = place[section]
+                if not isinstance(place, dict):
+                    raise PuzzleError(f"--set {key}: {section} is a setting itself, it has none under it")
+            place[name] = value
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -436,15 +427,3 @@ def _yaml_problem(error: Exception) -> str:
         return str(error).splitlines()[0]
     mark = error.problem_mark
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-
-
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    place = values
-    for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
-            raise PuzzleError(f"--set {key}: {section} is a setting itself, it has none under it")
-    place[name] = value

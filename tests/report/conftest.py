@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from puzzle.artefacts import CostRow, CostTable, Proof, Scenario, ScoreRow, ScoreTable, Solution
-from puzzle.report import Check, ReportData, table_row
+from puzzle.report import ReportData, table_row
 
 ATTENTION = {"kv8": 1.0, "kv2": 0.7, "linear": 0.2, "none": 0.0}
 FFN = {"w512": 1.0, "w256": 0.5, "linear": 0.1, "none": 0.0}
@@ -83,7 +83,7 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
                 "child": row(child.blocks, 0.05, 1.25),
                 "uniform": row(uniform.blocks, 0.07, 0.8),
             },
-            "checks": [Check(model="child, search 1", quantity="decode_ms", predicted=3.0, measured=2.0)],
+            "checks": [("child, search 1", "decode_ms", 3.0, 2.0)],
             "curves": {"child": curve, "uniform": curve},
             "seconds": {"calibrate": 34.2, "library": 1460, "search": 1.7},
             "warnings": ["close other <programs>"],

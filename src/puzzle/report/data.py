@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 from puzzle.artefacts import CostTable, Proof, ScoreTable, Solution
 
@@ -12,18 +12,6 @@ Rows = Mapping[str, Mapping[str, float]]
 Curve = Sequence[Mapping[str, float]]
 
 _PACKAGES = ("puzzle-llm", "torch", "transformers", "safetensors", "highspy", "numpy")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One time of a whole model that was timed on the engine before anything was built."""
-
-    model: str
-    """What was timed, in words: `child, search 2`."""
-    quantity: str
-    """`prefill_ms` or `decode_ms`."""
-    predicted: float
-    measured: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +31,10 @@ class ReportData:
     uniform: Solution | None = None
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
-    checks: Sequence[Check] = ()
+    checks: Sequence[tuple[str, str, float, float]] = ()
+    """What was timed on the engine before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted
+    and measured.
+    """
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """GKD of each model: `tokens`, and `validation_kl` at some of the points."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -52,17 +43,11 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def parent_blocks(self) -> tuple[str, ...]:
+    def parent_blocks(self) -> list[str]:
         """The parent's own block of each layer."""
-        return tuple(self.scores.parent_row(layer).block for layer in range(self.scores.num_layers))
+        return [self.scores.parent_row(layer).block for layer in range(self.scores.num_layers)]
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}

@@ -1,17 +1,15 @@
-"""The figures: architecture, scores, frontier, errors of prediction, and the curve of GKD."""
+"""The four figures: architecture, scores, frontier, and the curve of GKD."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import plotly.graph_objects as go
 
 from puzzle.artefacts import Solution
 from puzzle.quantities import QUANTITIES
-from puzzle.report.data import Check, Curve, ReportData, Rows
-from puzzle.report.table import TIMES, value_of
+from puzzle.report.data import Curve, ReportData
 from puzzle.units import format_number, format_ratio
 from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant
 
@@ -132,17 +130,17 @@ def frontier_figure(
             verticals["target"] = solution.asked[quantity] / solution.parent[quantity]
     multiples = [*verticals.values(), *(x for trace in traces for x in trace.x)]
     low, high = math.log10(min(multiples)), math.log10(max(multiples))
-    margin, doublings = 0.1 * (high - low) or 0.1, [2.0**power for power in range(-6, 12)]
+    margin = 0.1 * (high - low) or 0.1
     dashed = {"type": "line", "y0": 0, "y1": 1, "yref": "paper", "line": {"color": _SOFT, "dash": "dash", "width": 1}}
     above = {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    title, labels = f"predicted {QUANTITIES[quantity].label}, times the parent's", [f"{x:g}x" for x in doublings]
-    across = {"title_text": title, "type": "log", "range": [low - margin, high + margin]}
+    title = f"predicted {QUANTITIES[quantity].label}, times the parent's"
+    across = {"title_text": title, "type": "log", "range": [low - margin, high + margin], "dtick": "D1"}
     up = {"type": "log", "dtick": "D2", "tickformat": "~g"} if logarithmic else {"rangemode": "tozero"}
     return _figure(
         380,
         traces,
         showlegend=False,
-        xaxis=across | {"tickvals": doublings, "ticktext": labels},
+        xaxis=across | {"tickformat": "~g", "ticksuffix": "x"},
         yaxis=up | {"title_text": "sum of scores"},
         shapes=[dashed | {"x0": x, "x1": x} for x in verticals.values()],
         # On a logarithmic axis plotly wants the exponents of annotations, but the values of shapes.
@@ -158,35 +156,6 @@ def _points(solutions: Sequence[Solution], quantity: str) -> dict[str, Any]:
         for solution, multiple in zip(solutions, x, strict=True)
     ]
     return {"x": x, "y": [solution.score for solution in solutions], "hovertext": hover, "hoverinfo": "text"}
-
-
-def prediction(rows: Rows, checks: Sequence[Check]) -> go.Figure | None:
-    """Errors of the cost table's predictions, predicted / measured - 1, by quantity; None if nothing was measured."""
-    timed: dict[str, list[Check]] = {"before building": [*checks]} if checks else {}
-    for model, (quantity, name) in product(_MODELS, TIMES.items()):
-        predicted, measured = (value_of(rows, model, f"{kind}_{name}") for kind in ("predicted", "measured"))
-        if measured > 0 and math.isfinite(predicted):
-            check = Check(model=model, quantity=quantity, predicted=predicted, measured=measured)
-            timed.setdefault(model, []).append(check)
-    traces, limit = [], 0.05
-    for series, points in timed.items():
-        errors = [point.predicted / point.measured - 1 for point in points]
-        limit = max(limit, *map(abs, errors))
-        colour, symbol = _MODELS.get(series, (_SOFT, "circle-open"))
-        marker = {"size": 12 if series in _MODELS else 8, "color": colour, "symbol": symbol}
-        quantities = [QUANTITIES[point.quantity] for point in points]
-        hover = [
-            f"{point.model}<br>predicted {quantity.text(point.predicted)}<br>measured {quantity.text(point.measured)}"
-            for point, quantity in zip(points, quantities, strict=True)
-        ]
-        y = [quantity.label for quantity in quantities]
-        traces.append(
-            go.Scatter(name=series, x=errors, y=y, mode="markers", marker=marker, hovertext=hover, hoverinfo="text")
-        )
-    across = {"title_text": "predicted / measured - 1", "tickformat": "+.0%", "nticks": 8}
-    across |= {"range": [-1.15 * limit, 1.15 * limit], "zeroline": True, "zerolinecolor": _SOFT}
-    down = {"categoryorder": "array", "categoryarray": [QUANTITIES[key].label for key in reversed(TIMES)]}
-    return _figure(230, traces, xaxis=across, yaxis=down) if traces else None
 
 
 def training(curves: Mapping[str, Curve]) -> go.Figure | None:

@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -11,13 +10,7 @@ from plotly.offline import get_plotlyjs
 from puzzle.quantities import QUANTITIES
 from puzzle.report import figures, table
 from puzzle.report.data import ReportData
-from puzzle.runs import write_text
 from puzzle.units import format_number, format_percent, format_ratio, format_seconds
-
-
-def write_report(path: Path, data: ReportData) -> None:
-    """Write the page, whole or not at all."""
-    write_text(path, render(data))
 
 
 def render(data: ReportData) -> str:
@@ -27,20 +20,21 @@ def render(data: ReportData) -> str:
         "architecture": figures.architecture(data),
         "scores": figures.scores(data),
         "frontier": figures.frontier_figure(data.frontier, marked) if data.frontier else None,
-        "prediction": figures.prediction(data.rows, data.checks),
         "training": figures.training(data.curves),
     }
     shown = {name: figure for name, figure in drawn.items() if figure is not None}
     together = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in shown.items())
+    scripts = [("plotly", get_plotlyjs()), ("figures", f"{{{together}}}")]  # compressed; the page unpacks them
     return _rendered(
         "page.html.j2",
         data,
         tiles=_tiles(data),
         meanings={metric.label: metric.meaning for metric in table.METRICS if metric.meaning},
         layers=table.equal_layers(data.solution, data.parent_blocks),
+        checks=table.checks(data.checks),
         uniform_layers=table.equal_layers(data.uniform, data.parent_blocks) if data.uniform else [],
         heights={name: figure.layout.height for name, figure in shown.items()},
-        packed={"plotly": _packed(get_plotlyjs()), "figures": _packed(f"{{{together}}}")},
+        packed={name: base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in scripts},
         colours=figures.COLOURS,
     )
 
@@ -66,11 +60,6 @@ def _rendered(template: str, data: ReportData, **values: Any) -> str:
     values["scenario"] = f"{data.costs.scenario}, batch {data.solution.batch_size}{details}"
     values["head"], values["body"] = table.result(data.rows)
     return environment.get_template(template).render(data=data, answers=table.answers(data), **values)
-
-
-def _packed(text: str) -> str:
-    """Compressed, for the script on the page to unpack."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _tiles(data: ReportData) -> list[tuple[str, str, str]]:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.text import Text
 from puzzle.artefacts import Cost, Solution, Totals
 from puzzle.quantities import COSTS, QUANTITIES
 from puzzle.report.data import ReportData, Rows
-from puzzle.units import format_number, format_percent, format_ratio
+from puzzle.units import format_bytes, format_number, format_percent, format_ratio
 
 MODELS = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
 """In the order of the table, with the names people read."""
@@ -21,8 +21,7 @@ TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": "
 """From the names of `Totals` to those in a model's row, after `measured_` and `predicted_`."""
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """One line of the result table. `meaning` is its definition, as in docs/numbers.md."""
 
     key: str
@@ -32,29 +31,24 @@ class Metric:
     meaning: str
 
 
-def _plain(value: float) -> str:
-    return format_number(value, 4)
-
-
 def _metrics() -> Iterator[Metric]:
-    quality = "quality on test text"
+    quality, speed = "quality on test text", "speed, measured on the engine"
     yield Metric("test_loss", quality, "loss", _plain, "negative log-likelihood of the next token, nats per token")
     yield Metric("top1", quality, "top-1 accuracy", format_percent, "share of next tokens that the model ranks first")
     yield Metric("kl", quality, "KL to the parent", format_number, "KL(parent || model), nats per token")
     same = "share of tokens where parent and model rank the same next token first"
     yield Metric("top1_agreement", quality, "top-1 agreement", format_percent, same)
     for key in ("params", "weight_bytes", "memory_bytes"):
-        if key == "memory_bytes":
-            yield Metric("kv_bytes", "size", "KV cache", QUANTITIES[key].text, "of a full batch at full length")
         yield Metric(key, "size", QUANTITIES[key].label, QUANTITIES[key].text, QUANTITIES[key].meaning)
+    yield Metric("kv_bytes", "size", "KV cache", format_bytes, "of a full batch at full length")
     for key, name in TIMES.items():
         # The unit of throughput stands in the label: rows fit a terminal of 80 columns.
         unit, text = (", tok/s", _plain) if name == "tok_s" else ("", QUANTITIES[key].text)
-        speed, label = "speed, measured on the engine", QUANTITIES[key].label + unit
-        yield Metric(f"measured_{name}", speed, label, text, QUANTITIES[key].meaning)
+        yield Metric(f"measured_{name}", speed, QUANTITIES[key].label + unit, text, QUANTITIES[key].meaning)
         yield Metric(f"predicted_{name}", speed, "  predicted", text, "")
 
 
+_plain = partial(format_number, digits=4)
 METRICS = tuple(_metrics())
 
 
@@ -121,20 +115,28 @@ def answers(data: ReportData) -> list[tuple[str, ...]]:
     found = [_answer(key, bound, predicted[key], measured.get(key, math.nan)) for key, bound in solution.asked.items()]
     for serving in solution.further:
         where = f" in {serving.scenario} at batch {serving.batch_size}"
-        for key, bound in serving.asked.items():
-            asked, *rest = _answer(key, bound, serving.predicted[key], math.nan)
-            found.append((asked + where, *rest))
+        asked = serving.asked.items()
+        found += [_answer(key, bound, serving.predicted[key], math.nan, where) for key, bound in asked]
     return found
 
 
-def _answer(key: str, bound: float, predicted: float, measured: float) -> tuple[str, ...]:
+def _answer(key: str, bound: float, predicted: float, measured: float, where: str = "") -> tuple[str, ...]:
     quantity = QUANTITIES[key]
     counted = quantity.exact or not quantity.columns  # known from the architecture alone: nothing is left to measure
     actual = predicted if counted else measured
     missed = f"missed by {format_percent(abs(actual / bound - 1))}" if quantity.violation(actual, bound) else "met"
     verdict = missed if math.isfinite(actual) else "not measured"
     shown = "exact" if counted else quantity.text(measured)
-    return _asked({key: bound}), quantity.text(predicted), shown, verdict
+    return _asked({key: bound}) + where, quantity.text(predicted), shown, verdict
+
+
+def checks(timed: Sequence[tuple[str, str, float, float]]) -> list[list[str]]:
+    """`ReportData.checks` in words, with the prediction's relative error."""
+    body = []
+    for model, key, predicted, measured in timed:
+        quantity, error = QUANTITIES[key], predicted / measured - 1
+        body.append([model, quantity.label, quantity.text(predicted), quantity.text(measured), f"{error:+.1%}"])
+    return body
 
 
 def _asked(bounds: Mapping[str, float]) -> str:
@@ -164,20 +166,18 @@ def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
             totals.append([quantity.label, quantity.text(own), quantity.text(value), format_ratio(value / own)])
     proof = solution.proof
     proven = f"{proof.status} within {proof.gap:.1e} ({proof.solver}, {proof.seconds:.2g} s)" if proof else "none"
-    text = [f"summed score: {_plain(solution.score)} at batch size {solution.batch_size}", f"proof: {proven}"]
-    text.append(f"asked: {_asked(solution.asked)}")
+    lines = [f"summed score: {_plain(solution.score)} at batch size {solution.batch_size}", f"proof: {proven}"]
+    lines.append(f"asked: {_asked(solution.asked)}")
     for serving in solution.further:
-        reached = ", ".join(
-            f"{QUANTITIES[key].label} {QUANTITIES[key].text(serving.predicted[key])}" for key in serving.asked
-        )
+        reached = (f"{QUANTITIES[key].label} {QUANTITIES[key].text(serving.predicted[key])}" for key in serving.asked)
         where = f"in {serving.scenario}, at batch size {serving.batch_size}"
-        text.append(f"asked {where}: {_asked(serving.asked)}; predicted: {reached}")
+        lines.append(f"asked {where}: {_asked(serving.asked)}; predicted: {', '.join(reached)}")
     return Group(
         _terminal(["layers", "block", "parent's"], equal_layers(solution, parent), left=3),
         "",
         _terminal(["predicted", "parent", "child", "child / parent"], totals),
         "",
-        Text("\n".join([*text, *(f"note: {note}" for note in solution.notes)])),
+        Text("\n".join([*lines, *(f"note: {note}" for note in solution.notes)])),
     )
 
 
@@ -191,13 +191,10 @@ def solutions_table(solutions: Sequence[Solution], parent: Sequence[str], quanti
     body = []
     for solution in solutions:
         value, proof = solution.predicted[quantity], solution.proof
-        measures = [
-            QUANTITIES[quantity].text(value),
-            format_ratio(value / solution.parent[quantity]),
-            _plain(solution.score),
-        ]
+        absolute, multiple = QUANTITIES[quantity].text(value), format_ratio(value / solution.parent[quantity])
         changed = sum(block != own for block, own in zip(solution.blocks, parent, strict=True))
-        body.append([*measures, f"{proof.gap:.0e}" if proof else "-", str(solution.batch_size), str(changed)])
+        gap = f"{proof.gap:.0e}" if proof else "-"
+        body.append([absolute, multiple, _plain(solution.score), gap, str(solution.batch_size), str(changed)])
     return _terminal([QUANTITIES[quantity].label, "x parent", "score", "gap", "batch", "layers changed"], body, left=0)
 
 
