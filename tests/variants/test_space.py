@@ -1,11 +1,15 @@
-"""The space that a model's own sizes give, and sizes from a recipe that do not fit."""
+"""The space that a model's own sizes give, sizes from a recipe that do not fit, and architectures."""
 
 import pytest
-from tests.conftest import pico_puzzle
+import torch
+from tests.conftest import pico_puzzle, random_tokens
 
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig
-from puzzle.variants import derive_space
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.variants import Architecture, derive_space
+
+BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
+OTHER = Architecture.parse(["kv2+w16", "none+w48"])
 
 
 def config(heads: int = 8, kv_heads: int = 8, width: int = 512, layers: int = 2) -> PuzzleConfig:
@@ -112,3 +116,39 @@ def test_the_parents_own_comes_first_and_all_are_counted() -> None:
     assert blocks[0][0] == space.layers[0].parent
     assert [len(set(layer)) for layer in blocks] == [5 * 4, 1 * 4]
     assert space.num_architectures == 20 * 4
+
+
+def test_a_person_can_read_it() -> None:
+    assert Architecture.parse(["kv2+w512", "none+linear"]).to_json() == (
+        "{\n"
+        '  "blocks": [\n'
+        '    {"layer": 0, "attention": "kv2", "ffn": "w512"},\n'
+        '    {"layer": 1, "attention": "none", "ffn": "linear"}\n'
+        "  ]\n"
+        "}\n"
+    )
+
+
+@torch.no_grad()
+def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
+    """From a parent whose layers differ, with everything but the blocks carried over."""
+    rope = {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0}
+    parent = pico_puzzle(*BLOCKS, rope_parameters=rope, attention_bias=True).config
+    parent._attn_implementation = "eager"
+    config = OTHER.configure(parent)
+    assert Architecture.of(config) == OTHER
+    assert config.num_hidden_layers == 1
+    assert config._attn_implementation == "eager"
+    changed = {"blocks", "num_hidden_layers", "per_layer_config"}
+    before, after = parent.to_dict(), config.to_dict()
+    assert {name for name in before if before[name] != after.get(name)} <= changed
+    assert Architecture.of(parent) == Architecture.parse(BLOCKS)
+    PuzzleForCausalLM(config)(random_tokens(2, 5))
+    back = Architecture.parse(BLOCKS).configure(config)
+    assert back.to_dict() == before
+
+
+def test_kv_heads_that_the_attention_heads_cannot_share() -> None:
+    wrong = Architecture.parse(["kv4+w48", "kv3+w48"])
+    with pytest.raises(PuzzleError, match=r"layer 1 has kv3, which does not divide the parent's 4 attention"):
+        wrong.configure(pico_puzzle(*BLOCKS).config)

@@ -17,8 +17,7 @@ from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES
 from puzzle.modeling.modeling_puzzle import MODULES as MODULES
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
 from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
-from puzzle.modeling.modeling_puzzle import PuzzleModel as PuzzleModel
-from puzzle.modeling.modeling_puzzle import norm_name as norm_name
+from puzzle.modeling.modeling_puzzle import PuzzleModel
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, PuzzleModel, exist_ok=True)

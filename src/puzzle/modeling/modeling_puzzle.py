@@ -402,10 +402,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits_BTV, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def create_masks_for_generate(
@@ -423,11 +420,6 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         for window, sinks, index in _windows(config):
             masks.of(window, sinks, index)
         return masks.made
-
-
-def norm_name(config: PuzzleConfig, which: str) -> str:
-    """What the family calls the norm before a subblock, `attention` or `ffn`."""
-    return FAMILIES[config.base_model_type].norm_names[which]
 
 
 def _build(config: PuzzleConfig, which: str, entry: dict[str, Any], cache_index: int) -> nn.Module:

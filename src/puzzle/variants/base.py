@@ -13,14 +13,13 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from puzzle.modeling import FAMILIES, MODULE_NAMES, PuzzleConfig, PuzzleDecoderLayer, norm_name
+from puzzle.modeling import FAMILIES, MODULE_NAMES, PuzzleConfig, PuzzleDecoderLayer
 from puzzle.variants.least_squares import rank_channels
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, Subblock] = ("attention", "ffn")
 State = dict[str, Tensor]
 """A subblock's tensors by their names in the layer, e.g. `self_attn.q_proj.weight`, its norm included."""
-_NONE = {"kind": "none"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,7 @@ class ParentSubblock:
     @property
     def norm(self) -> State:
         """The tensors of the norm before the subblock."""
-        prefix = f"{norm_name(self.config, self.variant.subblock)}."
-        return {name: tensor for name, tensor in self.state.items() if name.startswith(prefix)}
+        return {name: tensor for name, tensor in self.state.items() if name.split(".")[0] not in MODULE_NAMES.values()}
 
     @cached_property
     def channels(self) -> Tensor:
@@ -135,9 +133,7 @@ class Variant(ABC):
 
     # Sizes and work, all of one subblock with its norm and biases.
 
-    def build(
-        self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None, cache_index: int = 0
-    ) -> PuzzleDecoderLayer:
+    def build(self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None) -> PuzzleDecoderLayer:
         """A decoder layer of this subblock alone, with the weights of `state` (shared, not copied), or on `meta`.
 
         Args:
@@ -145,8 +141,8 @@ class Variant(ABC):
         """
         assert state is None or config._attn_implementation is not None, "build a model with this configuration first"
         with torch.device("meta"):
-            block = {"attention": _NONE, "ffn": _NONE} | {self.subblock: self.entry()}
-            layer = PuzzleDecoderLayer(config, block, cache_index)
+            block = {"attention": {"kind": "none"}, "ffn": {"kind": "none"}, self.subblock: self.entry()}
+            layer = PuzzleDecoderLayer(config, block, cache_index=0)
         if state is not None:
             layer.load_state_dict(dict(state), assign=True)
         return layer.eval()
@@ -189,11 +185,7 @@ class Variant(ABC):
         """Whether it is a smaller alternative to the layer's parent variant."""
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> "list[Variant]":
-        """Of a parent variant, the same kind in other sizes, the largest first; by default those that `space` derives.
-
-        Args:
-            sizes: in place of the default ones.
-        """
+        """Of a parent variant, the same kind in these sizes, the largest first; None: those that `space` derives."""
         return []
 
     def share(self, parent: "Variant") -> float | None:
@@ -251,6 +243,5 @@ def add_sum(sums: State, name: str, value: Tensor) -> None:
 
 def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock) -> State:
     """The tensors of one subblock, its norm included, out of a whole layer's."""
-    norms = {family.norm_names[subblock] for family in FAMILIES.values()}
-    parts = (*norms, MODULE_NAMES[subblock])
+    parts = {MODULE_NAMES[subblock], *(family.norm_names[subblock] for family in FAMILIES.values())}
     return {name: tensor for name, tensor in layer_state.items() if name.split(".")[0] in parts}

@@ -61,7 +61,7 @@ class BlockVariant:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One block per layer: the decision, as a small file that a person can read, edit and diff."""
+    """One block per layer: the decision, as a small file that a person can read and diff."""
 
     blocks: tuple[BlockVariant, ...]
 
@@ -94,30 +94,6 @@ class Architecture:
         """One line a layer."""
         rows = ({"layer": i, "attention": str(b.attention), "ffn": str(b.ffn)} for i, b in enumerate(self.blocks))
         return '{\n  "blocks": [\n    ' + ",\n    ".join(map(json.dumps, rows)) + "\n  ]\n}\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Architecture":
-        """Back from `to_json`, rows in any order; a `PuzzleError` that names the layer of a row that is wrong."""
-        try:
-            rows = json.loads(text)["blocks"]
-            by_layer = {row["layer"]: row for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise PuzzleError(
-                'architecture: not of the form {"blocks": [{"layer": 0, "attention": "kv2", "ffn": "w512"}, ...]} '
-                f"({type(error).__name__}: {error})"
-            ) from None
-        if not rows or len(by_layer) != len(rows) or set(by_layer) != set(range(len(rows))):
-            found = ", ".join(str(row["layer"]) for row in rows)
-            raise PuzzleError(f"architecture: layers must be numbered from 0, each once; found {found}")
-        blocks = []
-        for layer, row in sorted(by_layer.items()):
-            try:
-                blocks.append(BlockVariant.parse(f"{row['attention']}+{row['ffn']}"))
-            except KeyError as error:
-                raise PuzzleError(f"architecture: layer {layer} lacks {error}; write its variant's name") from None
-            except PuzzleError as error:
-                raise PuzzleError(f"architecture: layer {layer}: {error}") from None
-        return cls(tuple(blocks))
 
 
 @dataclass(frozen=True)
