@@ -18,8 +18,7 @@ from puzzle.modeling import MODULES, PuzzleForCausalLM, save_checkpoint
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import REGISTRY, Architecture, ParentSubblock, parse_variant, split_state
-from puzzle.variants.kinds.gated import GatedFFN
+from puzzle.variants import REGISTRY, Architecture, Start, parse_variant
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-variant.md"
 _IN_A_FRESH_PROCESS = """
@@ -68,21 +67,13 @@ def pipeline(example: Path, pico_recipe: Recipe, tmp_path_factory: pytest.TempPa
         yield Pipeline(run)
 
 
-def test_it_is_in_the_space_by_its_name(pipeline: Pipeline) -> None:
-    found = [[variant.name for variant in layer.ffn] for layer in pipeline.space.layers]
-    assert found == [["w64", "w16", "mean", "none"]] * 4
-
-
 def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) -> None:
     """What its expected loss says of the calibration text is what a forward pass finds there, to float32."""
+    assert [[variant.name for variant in layer.ffn] for layer in pipeline.space.layers] == [
+        ["w64", "w16", "mean", "none"]
+    ] * 4
     mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.subblock(1, "ffn")
-    layer_state = pipeline.parent.layer_state(1)
-    parent = ParentSubblock(
-        config=pipeline.parent.config,
-        variant=GatedFFN(64),
-        state=split_state(layer_state, "ffn"),
-        statistics=statistics,
-    )
+    parent = pipeline.statistics.parent_subblock(pipeline.parent, Start(), torch.device("cpu"), 1, "ffn")
     state = mean.initialise(parent)
     assert torch.equal(state["mlp.mean"], statistics["output_mean"])
     expected = 1 - float(statistics["output_mean"].square().mean() / statistics["output_power"])

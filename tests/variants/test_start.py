@@ -43,17 +43,6 @@ def test_merged_kv_heads_are_means(heads: int, bias: bool) -> None:
             assert torch.equal(start[name], tensor)
 
 
-def test_equal_kv_heads_merge_without_loss() -> None:
-    """The mean goes to the queries that read the merged heads: nothing changes if these were equal."""
-    model = deepcopy(pico_parent())
-    for projection in (model.model.layers[1].self_attn.k_proj, model.model.layers[1].self_attn.v_proj):
-        heads = projection.weight.data.view(2, 2, 12, 32)
-        heads[:, 1] = heads[:, 0]
-    parent = subblock(model, "attention", {})
-    merged = output(parent, GroupedQuery(2), GroupedQuery(2).initialise(parent))
-    torch.testing.assert_close(merged, output(parent, parent.variant, parent.state))
-
-
 @BIAS
 @pytest.mark.parametrize(
     ("own", "contribution", "kept"),
@@ -147,19 +136,6 @@ def test_linear_maps_are_damped_least_squares(bias: bool) -> None:
     if offset is not None:
         expected = output_ND.numpy().mean(0) - weight @ input_ND.numpy().mean(0)
         np.testing.assert_allclose(offset.numpy(), expected, rtol=1e-6, atol=1e-9)
-
-
-@BIAS
-@pytest.mark.parametrize("variant", [LinearAttention(), LinearFFN()], ids=lambda variant: variant.subblock)
-def test_linear_variants_recover_a_linear_subblock(variant: LinearAttention | LinearFFN, bias: bool) -> None:
-    """Within the damping; as a module, norm included."""
-    input_ND = torch.randn(4000, 32, dtype=torch.float64) + 0.5
-    true_weight, offset = torch.randn(32, 32, dtype=torch.float64), 1.0 if bias else 0.0
-    parent = subblock(pico_parent(bias=bias), variant.subblock, moments(input_ND, input_ND @ true_weight.T + offset))
-    layer = variant.build(parent.config, variant.initialise(parent))
-    hidden_BTD = torch.randn(2, 5, 32, dtype=torch.float64)
-    expected_BTD = layer.norm_of(variant.subblock)(hidden_BTD) @ true_weight.T + offset
-    assert (layer(hidden_BTD) - hidden_BTD - expected_BTD).norm() / expected_BTD.norm() < 5 * RIDGE
 
 
 @BIAS

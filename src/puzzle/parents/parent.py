@@ -34,10 +34,6 @@ class Parent:
     address: str
     """Hash of its configuration and weights."""
 
-    @property
-    def num_layers(self) -> int:
-        return self.config.num_layers
-
     @cached_property
     def architecture(self) -> Architecture:
         """Its own blocks."""
@@ -69,7 +65,7 @@ class Parent:
             layers: those that get weights, the others stay on `meta` (see `puzzle.streams`); None: all.
         """
         model = empty_model(self.config)
-        held = range(self.num_layers) if layers is None else layers
+        held = range(self.config.num_layers) if layers is None else layers
         names = self._outside_layers + [name for layer in held for name in self._layer_names(layer)]
         state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
@@ -85,8 +81,8 @@ class Parent:
         self, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """One layer's tensors by their names within the layer; no others are read."""
-        prefix, tensors = f"model.layers.{layer}.", self.checkpoint.read(self._layer_names(layer))
-        return {name.removeprefix(prefix): tensor.to(device, dtype) for name, tensor in tensors}
+        tensors = self.checkpoint.read(self._layer_names(layer))
+        return {name.split(".", 3)[3]: tensor.to(device, dtype) for name, tensor in tensors}
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
@@ -118,45 +114,38 @@ def open_parent(source: str, digests: Path | None = None, address: str | None = 
         address: of a child, which is known without hashing its weights.
     """
     path = _locate(source, _HUB_FILES)
-    _check_family(path)
     checkpoint = open_checkpoint(path)
     return Parent(path, _read_config(path, checkpoint), checkpoint, address or checkpoint.address(digests))
 
 
 def read_config(source: str) -> PuzzleConfig:
     """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
-    path = _locate(source, ["config.json"])
-    _check_family(path)
-    return _read_config(path, None)
+    return _read_config(_locate(source, ["config.json"]), None)
 
 
 def _locate(source: str, wanted: list[str]) -> Path:
-    """A folder, or that of a hub's snapshot with the wanted files; a `PuzzleError` if `source` is neither."""
+    """A folder, or that of a hub's snapshot with the wanted files, whose `model_type` is of a family that is known."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise PuzzleError(
-            f"parent: {source} is not a folder; give one of a Hugging Face checkpoint, or a hub name such as org/model"
-        )
-    from huggingface_hub import snapshot_download
+    if not path.is_dir():
+        if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+            use = "give one of a Hugging Face checkpoint, or a hub name such as org/model"
+            raise PuzzleError(f"parent: {source} is not a folder; {use}")
+        from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except Exception as error:  # whatever the hub client raises, the reader needs one line
-        reason = one_line(error)
-        raise PuzzleError(f"parent: {source} is neither a folder nor a model that the hub gives ({reason})") from None
-
-
-def _check_family(path: Path) -> None:
-    """A `PuzzleError` unless checkpoints of its `model_type` can be read."""
+        try:
+            path = Path(snapshot_download(source, allow_patterns=wanted))
+        except Exception as error:  # whatever the hub client raises, the reader needs one line
+            found = f"neither a folder nor a model that the hub gives ({one_line(error)})"
+            raise PuzzleError(f"parent: {source} is {found}") from None
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
-    found, supported = config.get("model_type") if isinstance(config, dict) else None, [*FAMILIES, "puzzle"]
+    supported = [*FAMILIES, "puzzle"]
+    found = config.get("model_type") if isinstance(config, dict) else None
     if found not in supported:
         raise PuzzleError(f"parent: model_type {found!r} is not supported; use one of {', '.join(supported)}")
+    return path
 
 
 def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
