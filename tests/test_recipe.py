@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import describe, settings
@@ -29,26 +28,15 @@ def complaint(tmp_path: Path, text: str, overrides: dict[str, Any] | None = None
     return line
 
 
-def test_units_and_defaults(tmp_path: Path) -> None:
-    recipe = read(
-        tmp_path,
-        "parent: model\ndata: {source: [a, b], sequence_length: 1k, test: 5%}\n"
-        "library: {tokens: 1.5M, learning_rate: 1e-3}\ntarget: {throughput: 2x, memory: 24GB, latency: 0.2s}\n",
-    )
+def test_units_defaults_and_sections_whose_lines_are_all_commented_out(tmp_path: Path) -> None:
+    text = "parent: model\ndata: {source: [a, b], sequence_length: 1k, test: 5%}\nscore:\n#  tokens: 1M\n"
+    text += "library: {tokens: 1.5M, learning_rate: 1e-3}\ntarget: {throughput: 2x, memory: 24GB, latency: 0.2s}\n"
+    recipe = read(tmp_path, text)
     assert (recipe.data.source, recipe.data.sequence_length, recipe.data.test) == (["a", "b"], 1000, 0.05)
     assert (recipe.library.tokens, recipe.library.learning_rate) == (1_500_000, 1e-3)
-    assert recipe.target.throughput is not None
-    assert recipe.target.throughput.resolve(100.0) == 200.0
-    assert recipe.target.memory is not None
-    assert recipe.target.memory.value == 24e9
-    assert recipe.target.latency is not None
-    assert recipe.target.latency.value == 200.0
-    assert recipe.scenario == Recipe.model_validate(MINIMAL).scenario
-
-
-def test_a_section_with_all_lines_commented_out_is_its_defaults(tmp_path: Path) -> None:
-    recipe = read(tmp_path, "parent: model\ndata:\n  source: text\nlibrary:\n#  tokens: 1M\n")
-    assert recipe.library == Recipe.model_validate(MINIMAL).library
+    resolved = {name: amount.resolve(100.0) for name, amount in recipe.target if amount is not None}
+    assert resolved == {"throughput": 200.0, "memory": 24e9, "latency": 200.0}
+    assert recipe.score == Recipe.model_validate(MINIMAL).score
 
 
 GIVEN = "parent: m\ndata: {source: t}\n"
@@ -64,13 +52,10 @@ GIVEN = "parent: m\ndata: {source: t}\n"
         ("parent: m\ndata: {source: []}", "data.source: List should have at least 1 item"),
         ("parent: m\ndata: {source: 3}", "data.source: Input should be a valid list, found 3"),
         ("parent: m\ndata: {source: t, sequence_lenght: 3}", "did you mean data.sequence_length?"),
-        (
-            "parent: m\ndata: {source: t, sequence_length: 1}",
-            "data.sequence_length: Input should be greater than or equal",
-        ),
+        ("parent: m\ndata: {source: t, sequence_length: 1}", "data.sequence_length: Input should be greater than"),
         (
             "parent: m\ndata: {source: t, test: 60%, scoring: 50%}",
-            "data: calibration, validation, scoring and test add",
+            "data: calibration, validation, scoring and test",
         ),
         (GIVEN + "throughput: 2x", "throughput is not a setting; did you mean target.throughput?"),
         (GIVEN + "libary: {tokens: 3}", "libary is not a setting; did you mean library?"),
@@ -82,12 +67,9 @@ GIVEN = "parent: m\ndata: {source: t}\n"
         (GIVEN + "library: {learning_rate: .nan}", "library.learning_rate: Input should be a finite number, found nan"),
         (
             GIVEN + "scenario: {batch_sizes: [1, 0]}",
-            "scenario.batch_sizes.1: Input should be greater than or equal to 1",
+            "scenario.batch_sizes.1: Input should be greater than",
         ),
-        (
-            GIVEN + "scenarios: [{scenario: {}, target: {memry: 1GB}}]",
-            "scenarios.0.target.memry is not a setting; did you",
-        ),
+        (GIVEN + "scenarios: [{scenario: {}, target: {memry: 1GB}}]", "scenarios.0.target.memry is not a setting; did"),
         (GIVEN + "search: {equal: some}", "search.equal: expected layers such as 7, 0-3, first:4"),
         (GIVEN + "execution: {memory: 1x}", "execution.memory: expected a number such as 24GB"),
         (GIVEN + "target: {throughput: -2x}", "target.throughput: expected a number such as 5500"),
@@ -110,20 +92,15 @@ def test_further_problems_are_named_once(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(PuzzleError, match="does not exist; `puzzle init"):
-        Recipe.read(tmp_path / "none.yaml")
-    with pytest.raises(PuzzleError, match="is a folder, not a recipe"):
-        Recipe.read(tmp_path)
+    for path, expected in ((tmp_path / "none.yaml", "does not exist; `puzzle init"), (tmp_path, "is a folder, not a")):
+        with pytest.raises(PuzzleError, match=expected):
+            Recipe.read(path)
 
 
 def test_overrides_go_in_before_validation(tmp_path: Path) -> None:
-    given = parse_overrides(
-        ["target.throughput=2x", "scenario.batch_sizes=[1, 8]", "library.learning_rate=1e-4", "seed=3"]
-    )
+    given = parse_overrides(["target.throughput=2x", "scenario.batch_sizes=[1, 8]", "seed=3"])
     recipe = read(tmp_path, yaml.safe_dump(MINIMAL | {"scenario": {"batch_sizes": [4], "prompt_tokens": 9}}), given)
-    assert recipe.scenario.batch_sizes == [1, 8]
-    assert recipe.scenario.prompt_tokens == 9
-    assert (recipe.library.learning_rate, recipe.seed) == (1e-4, 3)
+    assert (recipe.scenario.batch_sizes, recipe.scenario.prompt_tokens, recipe.seed) == ([1, 8], 9, 3)
     assert recipe.target.throughput is not None
 
 
@@ -151,11 +128,6 @@ def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path) -> None:
     text = recipe.to_yaml()
     assert read(tmp_path, text) == recipe
     assert "distil" not in text
-
-
-def test_a_recipe_cannot_be_changed() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        Recipe.model_validate(MINIMAL).seed = 3
 
 
 def test_every_setting_has_help_and_its_default_in_the_help() -> None:
