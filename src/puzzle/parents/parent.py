@@ -34,6 +34,10 @@ class Parent:
     address: str
     """Hash of its configuration and weights."""
 
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
     @cached_property
     def architecture(self) -> Architecture:
         """Its own blocks."""
@@ -65,7 +69,7 @@ class Parent:
             layers: those that get weights, the others stay on `meta` (see `puzzle.streams`); None: all.
         """
         model = empty_model(self.config)
-        held = range(self.config.num_layers) if layers is None else layers
+        held = range(self.num_layers) if layers is None else layers
         names = self._outside_layers + [name for layer in held for name in self._layer_names(layer)]
         state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
@@ -135,8 +139,8 @@ def _locate(source: str, wanted: list[str]) -> Path:
         try:
             path = Path(snapshot_download(source, allow_patterns=wanted))
         except Exception as error:  # whatever the hub client raises, the reader needs one line
-            found = f"neither a folder nor a model that the hub gives ({one_line(error)})"
-            raise PuzzleError(f"parent: {source} is {found}") from None
+            reason = f"neither a folder nor a model that the hub gives ({one_line(error)})"
+            raise PuzzleError(f"parent: {source} is {reason}") from None
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
