@@ -258,7 +258,7 @@ def export(arguments: argparse.Namespace) -> None:
 )
 def bench(arguments: argparse.Namespace) -> None:
     """Time a checkpoint, parent or child, the way in which every figure here was measured."""
-    from puzzle.bench import bench
+    from puzzle.evaluate import bench
 
     for line in bench(arguments.checkpoints, arguments.set):
         print(line)

@@ -35,8 +35,8 @@ def table() -> str:
     lines = [["", *READERS], ["---"] * (len(READERS) + 1)]
     lines += [[row, *(cell(name, row) for name in READERS)] for row in rows]
     lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in READERS.values())])
-    for title, attribute in (("families", "families"), ("activations", "activations"), ("rope", "rope_types")):
-        lines.append([title, *(", ".join(getattr(reader, attribute) or ["all"]) for reader in READERS.values())])
+    for what in ("family", "hidden_act", "rope_type"):
+        lines.append([what, *(", ".join(reader.limits.get(what, ["all"])) for reader in READERS.values())])
     lines_of_text = [f"| {' | '.join(line)} |" for line in lines]
     footnotes = [f"{number}. {note}" for note, number in notes.items()]
     engines = [f"- `{name}`: {reader.engine}" for name, reader in READERS.items()]

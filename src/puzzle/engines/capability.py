@@ -9,28 +9,20 @@ from dataclasses import dataclass, field
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants import SUBBLOCKS, Architecture, LayerSpace, Space, Subblock, Variant
-
-_SIZES = {"fewer KV heads": "", "narrower FFN": ""}
-_OWN_CODE = dict.fromkeys(
-    ("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN", "window", "other kinds"), ""
-)
-"""What runs wherever the code in the checkpoint does."""
+from puzzle.variants import Architecture, LayerSpace, Space, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """What one engine can run of one format. None: no restriction."""
+    """What one engine can run of one format."""
 
     engine: str
     runs: Mapping[str, str]
     """By `Variant.cell`: what is written instead, with the same result; empty: the subblock as it is."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Why a cell that is not in `runs` cannot run, where the format itself could express it."""
-    families: tuple[str, ...] | None = None
-    """Of parents, by transformers' `model_type`."""
-    activations: tuple[str, ...] | None = None
-    rope_types: tuple[str, ...] | None = None
+    limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of the whole model, `family`, `hidden_act` or `rope_type`: the values that can run."""
     one_window: bool = False
     """Whether all windows must have the same size."""
 
@@ -39,16 +31,18 @@ class Reader:
         return None if cell in self.runs else self.refuses.get(cell, "this format cannot express it")
 
 
+_SIZES = {"fewer KV heads": "", "narrower FFN": ""}
+# What runs wherever the code in the checkpoint does.
+_OWN_CODE = _SIZES | dict.fromkeys(
+    ("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN", "window", "other kinds"), ""
+)
 _NO_LINEAR = "vLLM's DeciLM has no linear replacements"
 
 READERS: Mapping[str, Reader] = {
-    "hf": Reader(
-        engine="transformers, with the code in the checkpoint",
-        runs=_SIZES | _OWN_CODE | {"window with sinks": ""},
-    ),
+    "hf": Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks": ""}),
     "vllm": Reader(
         engine="vLLM's Transformers backend, with the hf checkpoint",
-        runs=_SIZES | _OWN_CODE,
+        runs=_OWN_CODE,
         refuses={"window with sinks": "vLLM's attention has no sinks"},
         one_window=True,
     ),
@@ -56,17 +50,17 @@ READERS: Mapping[str, Reader] = {
         engine="vLLM's own DeciLMForCausalLM",
         runs=_SIZES | {"no attention": "in the first layer: one KV head with zero weights", "no FFN": ""},
         refuses={"linear attention": _NO_LINEAR, "linear FFN": _NO_LINEAR},
-        families=("llama",),
-        activations=("silu",),
+        limits={"family": ("llama",), "hidden_act": ("silu",)},
     ),
     "gguf": Reader(
         engine="llama.cpp, architecture deci",
-        runs=_SIZES
-        | {"linear attention": "", "no attention": "in the first layer: a linear attention with zero weights"}
-        | {"no FFN": "an FFN of width 32 with zero weights"},
-        families=("llama",),
-        activations=("silu",),
-        rope_types=("default", "linear", "llama3"),
+        runs={
+            **_SIZES,
+            "linear attention": "",
+            "no attention": "in the first layer: a linear attention with zero weights",
+            "no FFN": "an FFN of width 32 with zero weights",
+        },
+        limits={"family": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3")},
     ),
 }
 """By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`."""
@@ -84,14 +78,26 @@ def reader(name: str) -> Reader:
 
 def refusals(config: PuzzleConfig, name: str) -> list[str]:
     """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
-    chosen = reader(name)
-    blocks = list(enumerate(Architecture.of(config).blocks))
-    variants = [(layer, block.subblock(subblock)) for layer, block in blocks for subblock in SUBBLOCKS]
-    found = _of_the_whole_model(config, chosen, [variant for _, variant in variants])
-    for layer, variant in variants:
-        if (reason := chosen.refusal(variant.cell)) is not None:
-            found.append(f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reason}")
-    return found
+    chosen, blocks = reader(name), Architecture.of(config).blocks
+    values = {
+        "family": config.base_model_type,
+        "hidden_act": config.hidden_act,
+        "rope_type": (config.rope_parameters or {}).get("rope_type", "default"),
+    }
+    found = [
+        f"{what} {values[what]}: {chosen.engine} runs {', '.join(allowed)}"
+        for what, allowed in chosen.limits.items()
+        if values[what] not in allowed
+    ]
+    windows = _windows(block.attention for block in blocks)
+    if chosen.one_window and len(windows) > 1:
+        found.append(f"windows of {', '.join(map(str, windows))} tokens: {chosen.engine} runs one size")
+    return found + [
+        f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reason}"
+        for layer, block in enumerate(blocks)
+        for variant in block.subblocks
+        if (reason := chosen.refusal(variant.cell)) is not None
+    ]
 
 
 def require(config: PuzzleConfig, name: str) -> None:
@@ -110,36 +116,16 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
     for name in names:
         require(config, name)
 
-    def kept(layer: LayerSpace, subblock: Subblock) -> tuple[Variant, ...]:
-        own, *others = layer.subblock(subblock)
-        runs = (each for each in others if all(reader(name).refusal(each.cell) is None for name in names))
-        return (own, *runs)
+    def kept(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+        return tuple(each for each in variants if all(reader(name).refusal(each.cell) is None for name in names))
 
-    deployed = Space(tuple(LayerSpace(kept(layer, "attention"), kept(layer, "ffn")) for layer in space.layers))
+    deployed = Space(tuple(LayerSpace(kept(layer.attention), kept(layer.ffn)) for layer in space.layers))
     windows = _windows(variant for layer in deployed.layers for variant in layer.attention)
     for name in names:
         if reader(name).one_window and len(windows) > 1:
             sizes = ", ".join(map(str, windows))
             raise PuzzleError(f"deploy: {name} needs windows of one size; space.attention has them of {sizes}")
     return deployed
-
-
-def _of_the_whole_model(config: PuzzleConfig, chosen: Reader, variants: Sequence[Variant]) -> list[str]:
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    limited = (
-        ("parents of the family", config.base_model_type, chosen.families),
-        ("hidden_act", config.hidden_act, chosen.activations),
-        ("rope_type", rope, chosen.rope_types),
-    )
-    found = [
-        f"{what} {value}: {chosen.engine} runs {', '.join(allowed)}"
-        for what, value, allowed in limited
-        if allowed is not None and value not in allowed
-    ]
-    windows = _windows(variants)
-    if chosen.one_window and len(windows) > 1:
-        found.append(f"windows of {', '.join(map(str, windows))} tokens: {chosen.engine} runs one size")
-    return found
 
 
 def _windows(variants: Iterable[Variant]) -> list[int]:

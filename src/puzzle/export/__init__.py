@@ -1,12 +1,18 @@
-"""Export: one file per format. Which engine runs what is in `puzzle.engines.capability`."""
+"""Export: a child in the formats of other programs. Which engine runs what is in `puzzle.engines.capability`."""
 
+import shutil
 from pathlib import Path
 
+from puzzle.child import Child
 from puzzle.errors import PuzzleError
-from puzzle.export.deci import export_deci
-from puzzle.export.gguf import DTYPES, GGUFType, export_gguf, write_random
-from puzzle.export.hf import export_hf
-from puzzle.export.stock import export_stock
+from puzzle.export.checkpoint import export_deci as export_deci
+from puzzle.export.checkpoint import export_stock as export_stock
+from puzzle.export.gguf import DTYPES
+from puzzle.export.gguf import GGUFType as GGUFType
+from puzzle.export.gguf import export_gguf as export_gguf
+from puzzle.export.gguf import write_random as write_random
+from puzzle.runs import Run, write_text
+from puzzle.stages import EXPORT
 
 FORMATS = ("hf", "deci", "gguf", "llama")
 
@@ -40,14 +46,21 @@ def convert(child: Path, to: str, target: Path | None = None, *, dtype: GGUFType
             return child
 
 
-__all__ = [
-    "FORMATS",
-    "GGUFType",
-    "check_format",
-    "convert",
-    "export_deci",
-    "export_gguf",
-    "export_hf",
-    "export_stock",
-    "write_random",
-]
+def export_hf(run: Run, child: Child, card: str) -> Path:
+    """Copy the child to `DIR/child`, with `architecture.json` and the model card; returns that folder.
+
+    `AutoModelForCausalLM.from_pretrained(DIR / "child", trust_remote_code=True)` loads it anywhere; after
+    `import puzzle` the flag is not needed.
+    """
+    stage = run.open(EXPORT, child=child, card=card)
+    target = run.path / "child"
+    if not (stage.done and target.exists()):
+        partial = run.path / ".child.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(child.path, partial)
+        write_text(partial / "architecture.json", child.architecture.to_json())
+        write_text(partial / "README.md", card)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        stage.commit()
+    return target

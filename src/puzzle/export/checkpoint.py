@@ -1,4 +1,4 @@
-"""What the formats share: a child's folder is read without loading the model, and a new one appears whole or not."""
+"""A child as another checkpoint, of DeciLM or a plain Llama, written without loading the model, whole or not at all."""
 
 import os
 import re
@@ -11,16 +11,30 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
+from puzzle.engines.capability import require
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import read_json, write_json
 from puzzle.variants import Architecture, BlockVariant, Subblock, parse_variant
 
-NO_OP = {"no_op": True}
+_NO_OP = {"no_op": True}
 _NOT_COPIED = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py", "README.md")
 """Files of a child that every format writes in its own way, or does without."""
+_CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
+"""vLLM reads `block_configs` by attribute: the checkpoint carries a class that has them so."""
+_DECI_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "hidden_act", "max_position_embeddings", "initializer_range",
+    "rms_norm_eps", "num_attention_heads", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters", "dtype",
+)  # fmt: skip
+_DECI_DEFAULTS = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": None}
+_NOT_LLAMAS = (
+    "architectures", "auto_map", "base_model_type", "blocks", "layer_types", "model_type", "per_layer_config",
+    "sliding_window", "_name_or_path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ def layers_of(config: PuzzleConfig) -> list[Layer]:
         Layer(index, block, block.attention.deci(config), block.ffn.deci(config))
         for index, block in enumerate(Architecture.of(config).blocks)
     ]
-    return [layer for layer in layers if (layer.attention, layer.ffn) != (NO_OP, NO_OP)]
+    return [layer for layer in layers if (layer.attention, layer.ffn) != (_NO_OP, _NO_OP)]
 
 
 def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Tensor]:
@@ -60,14 +74,80 @@ def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Ten
     }
 
 
-def write_checkpoint(
+def export_deci(source: Path, target: Path) -> Path:
+    """Write the child at `source` as a DeciLM checkpoint into the folder `target`, without its empty layers.
+
+    vLLM's decoder adds the residual in the norm of the next subblock, and has none before the first attention. A first
+    layer without attention therefore gets one of a single KV head with zero weights.
+
+    Raises:
+        PuzzleError: vLLM's DeciLM cannot run a layer.
+    """
+    child = open_child(source)
+    require(child.config, "deci")
+    layers = layers_of(child.config)
+    if not layers:
+        raise PuzzleError("export to deci: all layers are empty; there is nothing to serve")
+    blocks = [
+        {"attention": _DECI_DEFAULTS | (layer.attention or {}), "ffn": _DECI_DEFAULTS | (layer.ffn or {})}
+        for layer in layers
+    ]
+    added: dict[str, Tensor] = {}
+    if layers[0].attention == _NO_OP:
+        blocks[0]["attention"] = _DECI_DEFAULTS | {"n_heads_in_group": child.config.num_attention_heads}
+        one_head = silent("attention", "kv1", child.config)
+        added = {f"model.layers.0.{name}": tensor.to(child.config.dtype) for name, tensor in one_head.items()}
+    fields = child.config.to_dict()
+    config = {
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{_CONFIGURATION.stem}.DeciLMConfig"},
+        "model_type": "nemotron-nas",
+        "num_hidden_layers": len(blocks),
+        **{name: fields[name] for name in _DECI_FIELDS},
+        "block_configs": blocks,
+    }
+    return _write_checkpoint(child, target, config, layers, added, [_CONFIGURATION])
+
+
+def export_stock(source: Path, target: Path) -> Path:
+    """Write the child at `source` as a `LlamaForCausalLM` checkpoint into the folder `target`; empty layers vanish.
+
+    Raises:
+        PuzzleError: its layers differ.
+    """
+
+    def no_llama(reason: str) -> PuzzleError:
+        return PuzzleError(f"export to llama: {reason}; export to hf, deci or gguf, which allow layers to differ")
+
+    child = open_child(source)
+    config, layers = child.config, layers_of(child.config)
+    if config.base_model_type != "llama":
+        raise no_llama(f"a parent of the family {config.base_model_type}")
+    if not layers:
+        raise no_llama("all layers are empty")
+    for layer in layers:
+        sizes = {**(layer.attention or {}), **(layer.ffn or {})}
+        if sizes.keys() != {"n_heads_in_group", "intermediate_size"}:
+            raise no_llama(f"layer {layer.index} has {layer.block}")
+        if (layer.attention, layer.ffn) != (layers[0].attention, layers[0].ffn):
+            raise no_llama(f"layers {layers[0].index} and {layer.index} differ")
+    fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_LLAMAS}
+    fields |= {
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": config.num_attention_heads // sizes["n_heads_in_group"],
+        "intermediate_size": sizes["intermediate_size"],
+    }
+    llama = LlamaConfig(**fields).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    return _write_checkpoint(child, target, llama, layers, {}, [])
+
+
+def _write_checkpoint(
     child: Parent,
     target: Path,
     config: Mapping[str, Any],
     layers: Sequence[Layer],
-    *,
-    added: Mapping[str, Tensor] | None = None,
-    code: Sequence[Path] = (),
+    added: Mapping[str, Tensor],
+    code: Sequence[Path],
 ) -> Path:
     """Write the child's weights, tokenizer and licence with another config.json into the folder `target`.
 
@@ -92,7 +172,7 @@ def write_checkpoint(
             if file.is_file() and not file.name.startswith("."):
                 shutil.copyfile(file, partial / file.name)
         write_json(partial / "config.json", config)
-        _write_weights(child, partial, {layer.index: new for new, layer in enumerate(layers)}, added or {})
+        _write_weights(child, partial, {layer.index: new for new, layer in enumerate(layers)}, added)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
@@ -112,7 +192,7 @@ def _write_weights(child: Parent, folder: Path, numbers: Mapping[int, int], adde
             re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: str(numbers[int(layer[0])]), name): tensor
             for name, tensor in child.checkpoint.read(stored)
         }
-        tensors |= added if not weight_map else {}
+        tensors |= {} if weight_map else added
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total_bytes += sum(tensor.nbytes for tensor in tensors.values())

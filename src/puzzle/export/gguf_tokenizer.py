@@ -41,7 +41,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     tokenizer = read_json(path)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
-    _add_tokens(gguf, writer, tokenizer, vocab_size)
+    _add_tokens(writer, tokenizer, vocab_size)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
     special.merges = list(special.merges) or [_NO_MERGE]
     _name_ends(special.special_token_ids, folder / "generation_config.json")
@@ -101,8 +101,10 @@ def _added_around(path: Path, special: dict[str, int]) -> dict[str, bool]:
     return {"bos": adds_bos, "eos": adds_eos}
 
 
-def _add_tokens(gguf: Any, writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
+def _add_tokens(writer: Any, tokenizer: dict[str, Any], vocab_size: int) -> None:
     """Every token with its type; rows of the embeddings that no token has are padding."""
+    import gguf
+
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
     added: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
     largest = max([*vocab.values(), *(token["id"] for token in added)])
