@@ -47,8 +47,6 @@ FAMILIES = {
 }
 MODULE_NAMES = {"attention": "self_attn", "ffn": "mlp"}
 """What a layer calls its subblocks' modules, of whatever kind."""
-
-
 MODULES: dict[tuple[str, str], type[nn.Module]] = {}
 """Classes of the kinds that are not the family's own, by subblock and kind, built as `cls(config, entry)` from an entry
 of `config.blocks`. Such attention takes `hidden_states` and keywords, returns a pair `(output, None)`, and has no KV
@@ -145,27 +143,26 @@ class PuzzleMasks:
             cache_index: of a layer with this window: its cache says which keys there will be.
         """
         name = "full_attention" if window is None else f"window{window}s{sinks}"
-        if name not in self.made:
-            self.made[name] = self._make(window, sinks, cache_index)
-        return self.made[name]
-
-    def _make(self, window: int | None, sinks: int, cache_index: int) -> Any:
+        if name in self.made:
+            return self.made[name]
         if window is None:
-            return create_causal_mask(config=self._config, attention_mask=self._padding, **self._arguments)
-        if sinks and (self._padding is None or self._padding.ndim == 2):
-            return self._make_with_sinks(window, sinks, cache_index)
-        config, arguments = LayerConfig(self._config, sliding_window=window), self._arguments
-        return create_sliding_window_causal_mask(
-            config=config, attention_mask=self._padding, layer_idx=cache_index, **arguments
-        )
+            mask = create_causal_mask(config=self._config, attention_mask=self._padding, **self._arguments)
+        elif sinks and (self._padding is None or self._padding.ndim == 2):
+            mask = self._make_with_sinks(window, sinks, cache_index)
+        else:
+            arguments = {"attention_mask": self._padding, "layer_idx": cache_index, **self._arguments}
+            mask = create_sliding_window_causal_mask(LayerConfig(self._config, sliding_window=window), **arguments)
+        self.made[name] = mask
+        return mask
 
     def _make_with_sinks(self, window: int, sinks: int, cache_index: int) -> Any:
         """The mask over the keys that there are, of which some between sinks and window may have been dropped."""
         if self._config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
-            raise ValueError(
-                f"attn_implementation: {self._config._attn_implementation!r} knows no attention sinks; "
-                "use sdpa, eager or flex_attention, or variants without sinks"
+            found, use = (
+                self._config._attn_implementation,
+                "use sdpa, eager or flex_attention, or variants without sinks",
             )
+            raise ValueError(f"attn_implementation: {found!r} knows no attention sinks; {use}")
         padding = self._padding
         if padding is not None and not padding[:, 0].all():
             raise ValueError(
@@ -195,9 +192,8 @@ class PuzzleMasks:
             return self._tokens, 0
         keys, _ = self._cache.get_mask_sizes(self._tokens, cache_index)
         held = self._cache.layers[cache_index] if cache_index < len(self._cache.layers) else None
-        if not isinstance(held, PuzzleSinkCacheLayer):
-            return keys, 0
-        return keys, held.get_seq_length() + self._tokens - keys
+        seen = held.get_seq_length() + self._tokens if isinstance(held, PuzzleSinkCacheLayer) else keys
+        return keys, seen - keys
 
 
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
