@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from puzzle.artefacts import Solution
 from puzzle.quantities import QUANTITIES
-from puzzle.report.data import Curve, ReportData
+from puzzle.report.table import Curve, ReportData
 from puzzle.units import format_number, format_ratio
 from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant
 

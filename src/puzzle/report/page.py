@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from puzzle.quantities import QUANTITIES
 from puzzle.report import figures, table
-from puzzle.report.data import ReportData
+from puzzle.report.table import ReportData
 from puzzle.units import format_number, format_percent, format_ratio, format_seconds
 
 

@@ -1,8 +1,11 @@
-"""Tables: every number of every model from one list of metrics, for the page, the model card and the terminal."""
+"""What a report is made of, and its tables: one list of metrics for the page, the model card and the terminal."""
 
 import math
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -10,15 +13,56 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from puzzle.artefacts import Cost, Solution, Totals
+from puzzle.artefacts import Cost, CostTable, Proof, ScoreTable, Solution, Totals
 from puzzle.quantities import COSTS, QUANTITIES
-from puzzle.report.data import ReportData, Rows
 from puzzle.units import format_bytes, format_number, format_percent, format_ratio
 
+_PACKAGES = ("puzzle-llm", "torch", "transformers", "safetensors", "highspy", "numpy")
 MODELS = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
 """In the order of the table, with the names people read."""
 TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": "decode_ms"}
 """From the names of `Totals` to those in a model's row, after `measured_` and `predicted_`."""
+Rows = Mapping[str, Mapping[str, float]]
+"""Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the keys of `METRICS`."""
+Curve = Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """A finished or unfinished run. What a run does not have yet stays empty, and its part of the page is left out."""
+
+    title: str
+    recipe_yaml: str
+    parent: str
+    """The parent's folder or hub name."""
+    solution: Solution
+    scores: ScoreTable
+    costs: CostTable
+    proof: Proof | None = None
+    """Of the lowest sum of scores; the child is another architecture if that is better as a whole."""
+    uniform: Solution | None = None
+    frontier: Sequence[Solution] = ()
+    rows: Rows = field(default_factory=dict)
+    checks: Sequence[tuple[str, str, float, float]] = ()
+    """What was timed on the engine before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted
+    and measured.
+    """
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    """GKD of each model: `tokens`, and `validation_kl` at some of the points."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of each stage, in the order in which they ran."""
+    warnings: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parent_blocks(self) -> list[str]:
+        """The parent's own block of each layer."""
+        return [self.scores.parent_row(layer).block for layer in range(self.scores.num_layers)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
 
 
 class Metric(NamedTuple):
