@@ -17,12 +17,12 @@ from setting import opened, recipe
 from torch import Tensor
 
 from puzzle import Library, Pipeline, ScoreTable, build_library, score
-from puzzle.child import assemble
 from puzzle.library import LayerBlocks
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.scores.suffix import SuffixScorer
-from puzzle.variants import Architecture, BlockVariant, LayerSpace, Space, Variant
+from puzzle.scores.task import with_block
+from puzzle.variants import BlockVariant, LayerSpace, Space, Variant
 
 LAYERS = (0, 2, 5, 7, 9)
 TOKENS, BATCH_SIZE = 16_384, 4
@@ -107,7 +107,7 @@ def time_full_forwards(method: Pipeline, library: Library, space: Space, layers:
         step = max(1, len(blocks) // TIMED_FORWARDS)
         taken = []
         for block in blocks[step // 2 :: step]:
-            child = assemble(method.parent, library, Architecture(replaced(method, layer, block)))
+            child = with_block(model, layer, block, library)
             began = time.process_time()
             for sequences, final_ND in zip(batches, finals, strict=True):
                 hidden_ND = last_hidden(child, sequences[:, :-1])
@@ -115,12 +115,6 @@ def time_full_forwards(method: Pipeline, library: Library, space: Space, layers:
             taken.append(time.process_time() - began)
         total += len(blocks) * sum(taken) / len(taken)
     return total
-
-
-def replaced(method: Pipeline, layer: int, block: BlockVariant) -> tuple[BlockVariant, ...]:
-    blocks = list(method.parent.architecture.blocks)
-    blocks[layer] = block
-    return tuple(blocks)
 
 
 def last_hidden(model: PuzzleForCausalLM, tokens_BT: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Text that ends a process in the middle of its work."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
-import pytest
 from torch import Tensor
 
 from puzzle.data import TokenData
@@ -13,23 +12,18 @@ class Killed(BaseException):
     """Stands for a kill."""
 
 
+@dataclass(frozen=True)
 class CutData(TokenData):
-    left: int
+    """A text that kills whoever asks for more than so many batches."""
+
+    left: list[int]
+
+    @classmethod
+    def of(cls, data: TokenData, batches: int) -> Self:
+        return cls(*(getattr(data, field.name) for field in fields(data)), left=[batches])
 
     def sequences(self, *where: Any) -> Tensor:
-        object.__setattr__(self, "left", self.left - 1)
-        if self.left < 0:
+        self.left[0] -= 1
+        if self.left[0] < 0:
             raise Killed
         return super().sequences(*where)
-
-
-@pytest.fixture
-def cut_after(pico_data: TokenData) -> Callable[[int], TokenData]:
-    """The pico text, which kills whoever asks for more than so many batches."""
-
-    def cut(batches: int) -> TokenData:
-        data = CutData(pico_data.path, pico_data.address, pico_data.sequence_length, pico_data.counts)
-        object.__setattr__(data, "left", batches)
-        return data
-
-    return cut

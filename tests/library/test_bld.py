@@ -1,4 +1,4 @@
-"""What BLD trains on, and that variants neither share weights nor disturb each other."""
+"""What BLD trains on, and that students neither share weights nor disturb each other, however often they are killed."""
 
 import copy
 from collections.abc import Callable
@@ -8,172 +8,137 @@ from typing import Any
 
 import pytest
 import torch
-from tests.library.conftest import Killed
+from tests.library.conftest import CutData, Killed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from puzzle.artefacts import LibraryIndex
+from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.state import SaveTimer
 from puzzle.library import Library, Statistics, Student, build_library
 from puzzle.library.library import _nested
 from puzzle.parents import Parent
-from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors
 from puzzle.streams import LayerPass
 from puzzle.training import schedule
 from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, parse_variant
-from puzzle.variants.kinds.gated import GatedFFN
-from puzzle.variants.kinds.grouped_query import GroupedQuery
 
 Build = Callable[..., Library]
+KV2, W16, W32 = parse_variant("attention", "kv2"), parse_variant("ffn", "w16"), parse_variant("ffn", "w32")
 
 
 @pytest.fixture
 def build(
     tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics
 ) -> Build:
-    """A library of a space in a run folder of its own, with other settings than the pico recipe's."""
+    """A library of these variants in every layer, such as `kv2 w16`, in a run folder of its own, with these settings of
+    `library`.
+    """
 
     def make(
-        space: Space,
+        names: str,
         *,
-        library: dict[str, Any] | None = None,
-        execution: ExecutionSettings | None = None,
+        layers: range = range(4),
+        memory: int | None = None,
         precision: str = "float32",
         coupled: bool = False,
         data: TokenData = pico_data,
+        **settings: Any,
     ) -> Library:
+        subblocks: list[list[Any]] = []
+        for layer, block in enumerate(pico_parent.architecture.blocks):
+            some = names.split() if layer in layers else []
+            attention = [parse_variant("attention", name) for name in some if name[0] in "kna"]
+            ffn = [parse_variant("ffn", name) for name in some if name[0] in "wln"]
+            subblocks.append([(block.attention, *attention), (block.ffn, *ffn)])
         recipe = pico_run.recipe
-        settings = {
-            "library": recipe.library.model_copy(update=library or {}),
-            "execution": execution or recipe.execution,
+        sections = {
+            "library": recipe.library.model_copy(update=settings),
+            "execution": recipe.execution.model_copy(update={"memory": memory}),
             "precision": precision,
         }
-        recipe = recipe.model_copy(update=settings)
-        run = replace(pico_run, path=tmp_path, recipe=recipe)
+        run = replace(pico_run, path=tmp_path, recipe=recipe.model_copy(update=sections))
+        space = Space(tuple(LayerSpace(*each) for each in subblocks))
         return build_library(run, pico_parent, data, pico_statistics, space, coupled=coupled)
 
     return make
 
 
-def narrow(library: Library, attention: tuple[str, ...], ffn: tuple[str, ...]) -> Space:
-    """The parent's own and these, in every layer."""
-    own = library.parent.architecture.blocks
-    return Space(
-        tuple(
-            LayerSpace(
-                (block.attention, *(parse_variant("attention", name) for name in attention)),
-                (block.ffn, *(parse_variant("ffn", name) for name in ffn)),
-            )
-            for block in own
-        )
-    )
+def row_of(library: Library, row: LibraryRow) -> LibraryRow:
+    return library.index.row(row.layer, row.subblock, row.variant)
+
+
+def assert_same(found: Library, expected: Library) -> None:
+    """Every loss and weight of `found`, to the last bit."""
+    for row in found.index.rows:
+        other = row_of(expected, row)
+        assert replace(row, file="") == replace(other, file="")
+        if row.file:
+            assert_equal(read_tensors(found.root / row.file), read_tensors(expected.root / other.file))
 
 
 def assert_equal(found: State, expected: State) -> None:
     assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_library_gives_the_parents_own_weights_for_its_own_variants(
-    pico_parent: Parent, pico_library: Library
-) -> None:
-    block = pico_parent.architecture.blocks[1]
-    state = pico_library.block_state(1, block)
-    expected = pico_parent.layer_state(1)
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], expected[name]) for name in expected)
-
-
-def test_variants_have_their_own_sizes(pico_library: Library) -> None:
-    narrow = pico_library.state(0, GatedFFN(16))
-    assert narrow["mlp.gate_proj.weight"].shape == (16, 32)
-    assert narrow["mlp.down_proj.weight"].shape == (32, 16)
-    assert pico_library.state(0, GroupedQuery(2))["self_attn.k_proj.weight"].shape == (2 * 12, 32)
-
-
-def test_a_variant_trains_to_the_same_weights_alone_and_among_others(
-    build: Build, pico_space: Space, pico_library: Library
-) -> None:
-    alone = Space(
-        tuple(
-            LayerSpace(layer.attention[:2] if i == 2 else layer.attention[:1], layer.ffn[:1])
-            for i, layer in enumerate(pico_space.layers)
-        )
-    )
-    library = build(alone)
-    assert [row.variant for row in library.index.rows] == ["kv2"]
-    assert_equal(library.state(2, GroupedQuery(2)), pico_library.state(2, GroupedQuery(2)))
+def test_a_variant_trains_to_the_same_weights_alone_and_among_others(build: Build, pico_library: Library) -> None:
+    library = build("kv2", layers=range(2, 3))
+    assert [(row.layer, row.variant) for row in library.index.rows] == [(2, "kv2")]
+    assert_same(library, pico_library)
 
 
 def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Library) -> None:
-    space = narrow(pico_library, ("kv2", "linear"), ("w16",))
-    streamed = build(space, execution=ExecutionSettings(memory="1B"))
-    for row in streamed.index.rows:
-        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
-        assert (row.initial_loss, row.loss) == (expected.initial_loss, expected.loss)
-        variant = parse_variant(row.subblock, row.variant)  # type: ignore[arg-type]
-        assert_equal(streamed.state(row.layer, variant), pico_library.state(row.layer, variant))
+    streamed = build("kv2 w16 linear", memory=1)
+    assert len(streamed.index.rows) == 4 * 3
+    assert_same(streamed, pico_library)
     assert not list(streamed.root.rglob("activations"))
 
 
-def files_of(library: Library) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in (library.root / "variants").iterdir()}
-
-
 @pytest.mark.parametrize("coupled", [False, True])
-def test_nothing_is_trained_twice(build: Build, pico_library: Library, coupled: bool) -> None:
-    settings = {"tokens": 256}
-    first = build(narrow(pico_library, ("kv2",), ("w16",)), library=settings, coupled=coupled)
-    before = files_of(first)
-    second = build(narrow(pico_library, ("kv2",), ("w32", "w16")), library=settings, coupled=coupled)
-    after = files_of(second)
-    assert before.items() <= after.items()
+def test_nothing_is_trained_twice(build: Build, coupled: bool) -> None:
+    def files() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in (first.root / "variants").iterdir()}
+
+    first = build("kv2 w16", tokens=256, coupled=coupled)
+    before = files()
+    second = build("kv2 w32 w16", tokens=256, coupled=coupled)
+    assert before.items() <= files().items()
     assert set(first.index.rows) <= set(second.index.rows)
     new = 3 if coupled else 1  # w32, and with either attention
     assert len(second.index.rows) == len(first.index.rows) + 4 * new
 
 
-@pytest.mark.parametrize("memory", [None, "1B"])
+@pytest.mark.parametrize("memory", [None, 1])
 def test_a_library_killed_again_and_again_is_the_same(
-    memory: str | None,
-    build: Build,
-    cut_after: Callable[[int], TokenData],
-    pico_library: Library,
-    monkeypatch: pytest.MonkeyPatch,
+    memory: int | None, build: Build, pico_data: TokenData, pico_library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SaveTimer, "due", lambda _: True)
     monkeypatch.setattr("puzzle.training.steps_between_looks", lambda _: 1)
-    space, kills, library = narrow(pico_library, ("kv2",), ("w16",)), 0, None
+    kills, library = 0, None
     while library is None:
         try:
-            library = build(space, data=cut_after(15 + 5 * kills), execution=ExecutionSettings(memory=memory))
+            library = build("kv2 w16", data=CutData.of(pico_data, 15 + 5 * kills), memory=memory)
         except Killed:
             kills += 1
             assert kills < 99
     assert kills > 3
-    for row in library.index.rows:
-        assert replace(row, file="") == replace(pico_library.index.row(row.layer, row.subblock, row.variant), file="")
-        variant = parse_variant(row.subblock, row.variant)  # type: ignore[arg-type]
-        assert_equal(library.state(row.layer, variant), pico_library.state(row.layer, variant))
+    assert_same(library, pico_library)
     assert not list(library.root.rglob("training*"))
 
 
 def test_training_is_a_plain_loop_from_merged_heads(
-    build: Build, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, pico_library: Library
+    build: Build, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics
 ) -> None:
     """AdamW on the transformers' own modules, one variant alone."""
     steps, rate = 60, 1e-2  # with which it gets ahead of the closed form
-    settings = {"least_squares": False, "tokens": steps * 8 * 32, "learning_rate": rate}
-    library = build(narrow(pico_library, ("kv2",), ()), library=settings)
+    library = build("kv2", least_squares=False, tokens=steps * 8 * 32, learning_rate=rate)
     own = pico_statistics.parent_subblock(pico_parent, Start(), torch.device("cpu"), 0, "attention")
     parent = AutoModelForCausalLM.from_pretrained(pico_parent.path)
     config = copy.deepcopy(parent.config)
     config.num_key_value_heads = 2
-    student, state = LlamaForCausalLM(config), GroupedQuery(2).initialise(own)
+    student, state = LlamaForCausalLM(config), KV2.initialise(own)
     student.model.embed_tokens = parent.model.embed_tokens
     layer = student.model.layers[0]
     layer.load_state_dict(state, strict=False)
@@ -196,18 +161,17 @@ def test_training_is_a_plain_loop_from_merged_heads(
         optimizer.step()
     row = library.index.row(0, "attention", "kv2")
     assert row.loss < row.initial_loss
-    for name, value in library.state(0, GroupedQuery(2)).items():
+    for name, value in library.state(0, KV2).items():
         torch.testing.assert_close(value, layer.get_parameter(name).detach(), rtol=1e-3, atol=2e-5)
 
 
 def test_attention_never_ends_behind_its_closed_form(build: Build, pico_parent: Parent, pico_library: Library) -> None:
     """It trains from merged heads, but if nothing is learned, the best there is is their least-squares update."""
-    library = build(narrow(pico_library, ("kv2",), ()), library={"least_squares": False, "learning_rate": 1e-12})
-    for layer in range(4):
-        row, own = library.index.row(layer, "attention", "kv2"), pico_parent.layer_state(layer)
-        assert row.loss == row.initial_loss == pico_library.index.row(layer, "attention", "kv2").initial_loss
-        projection = library.state(layer, GroupedQuery(2))["self_attn.o_proj.weight"]
-        assert not torch.allclose(projection, own["self_attn.o_proj.weight"])
+    library = build("kv2", least_squares=False, learning_rate=1e-12)
+    for row in library.index.rows:
+        assert row.loss == row.initial_loss == row_of(pico_library, row).initial_loss
+        projection = library.state(row.layer, KV2)["self_attn.o_proj.weight"]
+        assert not torch.allclose(projection, pico_parent.layer_state(row.layer)["self_attn.o_proj.weight"])
 
 
 def test_what_diverges_stops_alone(
@@ -220,19 +184,18 @@ def test_what_diverges_stops_alone(
         return loss(self, seen) * (torch.nan if mine else 1.0)
 
     monkeypatch.setattr(Student, "loss", poisoned)
-    library = build(narrow(pico_library, ("kv2",), ("w16",)))
+    library = build("kv2 w16")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: BLD of layers 0-3: 1.ffn.w16 diverged and stopped; lower library.learning_rate"]
     for row in library.index.rows:
-        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
+        expected = row_of(pico_library, row)
         if (row.layer, row.variant) == (1, "w16"):
-            assert row.loss <= row.initial_loss == expected.initial_loss
-            assert expected.loss < row.loss
+            assert expected.loss < row.loss <= row.initial_loss == expected.initial_loss
         else:
             assert row.loss == expected.loss
 
 
-def test_training_does_not_wait_for_the_device_every_step(build: Build, pico_library: Library) -> None:
+def test_training_does_not_wait_for_the_device_every_step(build: Build) -> None:
     class Waits(TorchDispatchMode):
         count = 0
 
@@ -240,45 +203,37 @@ def test_training_does_not_wait_for_the_device_every_step(build: Build, pico_lib
             self.count += func is torch.ops.aten._local_scalar_dense.default
             return func(*args, **(kwargs or {}))
 
-    space, counts = narrow(pico_library, (), ("w16",)), []
+    counts = []
     for steps in (16, 48):
         with Waits() as waits:
-            build(space, library={"tokens": steps * 8 * 32, "least_squares": False})
+            build("w16", tokens=steps * 8 * 32, least_squares=False)
         counts.append(waits.count)
     assert counts[1] - counts[0] <= (48 - 16) // 4
 
 
 def test_bfloat16_is_for_products_alone(build: Build, pico_library: Library) -> None:
-    library = build(narrow(pico_library, ("kv2",), ("w16",)), precision="bfloat16")
+    library = build("kv2 w16", precision="bfloat16")
     for row in library.index.rows:
         assert row.loss < row.initial_loss
         assert {value.dtype for value in read_tensors(library.root / row.file).values()} == {torch.float32}
-        expected = pico_library.index.row(row.layer, row.subblock, row.variant)
-        assert row.loss != expected.loss
-        assert row.loss == pytest.approx(expected.loss, rel=0.05)
-
-
-def test_untrained_variants_stay_as_they_start(build: Build, pico_library: Library) -> None:
-    library = build(narrow(pico_library, ("kv2",), ("w16",)), library={"tokens": 0})
-    assert all(row.loss == row.initial_loss and row.trained_tokens == 0 for row in library.index.rows)
+        assert row.loss != row_of(pico_library, row).loss
+        assert row.loss == pytest.approx(row_of(pico_library, row).loss, rel=0.05)
 
 
 def test_papers_starts_are_worse_and_its_linear_maps_are_trained(build: Build, pico_library: Library) -> None:
-    paper = build(
-        narrow(pico_library, ("linear",), ("w16", "linear")), library={"start": "paper", "least_squares": False}
-    )
+    paper = build("linear w16", start="paper", least_squares=False)
     for row in paper.index.rows:
         assert row.trained_tokens
         assert row.loss < row.initial_loss
-        assert pico_library.index.row(row.layer, row.subblock, row.variant).initial_loss < row.initial_loss
+        assert row_of(pico_library, row).initial_loss < row.initial_loss
 
 
 def test_losses_on_the_blocks_output_are_of_another_scale(
     build: Build, pico_library: Library, pico_statistics: Statistics
 ) -> None:
-    """An FFN's error is the same, only its denominator differs."""
-    space = narrow(pico_library, ("kv2", "none"), ("w16", "none"))
-    blocks = build(space, library={"loss": "block", "tokens": 0})
+    """An FFN's error is the same, only its denominator differs; without training, variants stay as they start."""
+    blocks = build("kv2 none w16", loss="block", tokens=0)
+    assert all(row.loss == row.initial_loss and row.trained_tokens == 0 for row in blocks.index.rows)
     for layer in range(4):
         output_power = pico_statistics.subblock(layer, "ffn")["output_power"]
         ratio = float(output_power / pico_statistics.layer(layer)["block_power"])
@@ -287,18 +242,14 @@ def test_losses_on_the_blocks_output_are_of_another_scale(
             # Of held-out text, where both powers are a little different.
             assert blocks.index.row(layer, "ffn", name).loss == pytest.approx(ratio * own, rel=0.1)
         assert 0 < blocks.index.row(layer, "attention", "kv2").loss < blocks.index.row(layer, "attention", "none").loss
-    trained = build(space, library={"loss": "block"})
+    trained = build("kv2 none w16", loss="block")
     assert all(row.loss < row.initial_loss for row in trained.index.rows if row.trained_tokens)
 
 
-def test_coupled_blocks_are_better_than_their_subblocks(
-    build: Build, pico_library: Library, pico_parent: Parent, pico_data: TokenData
-) -> None:
-    space = narrow(pico_library, ("kv1",), ("w16",))
-    library = build(space, coupled=True)
+def test_coupled_blocks_are_better_than_their_subblocks(build: Build) -> None:
+    library = build("kv1 w16", coupled=True)
     blocks = [row for row in library.index.rows if row.subblock == "block"]
-    assert {row.variant for row in blocks} == {"kv4+w16", "kv1+w64", "kv1+w16"}
-    assert len(blocks) == 4 * 3
+    assert [row.variant for row in blocks] == ["kv4+w16", "kv1+w64", "kv1+w16"] * 4
     assert all(row.loss <= row.initial_loss for row in blocks)
     assert sum(row.loss < row.initial_loss for row in blocks) > 6
     block = BlockVariant.parse("kv1+w16")
@@ -307,15 +258,10 @@ def test_coupled_blocks_are_better_than_their_subblocks(
 
 
 def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:
-    wide, slim = pico_library.index.row(0, "ffn", "w32"), pico_library.index.row(0, "ffn", "w16")
-    rows = [replace(wide, loss=0.9), replace(slim, loss=0.5)]
-    nested = _nested(pico_run.path, pico_library.parent, rows)
+    wide, slim = (pico_library.index.row(0, "ffn", name) for name in ("w32", "w16"))
+    nested = _nested(pico_run.path, pico_library.parent, [replace(wide, loss=0.9), replace(slim, loss=0.5)])
     assert nested[0] == replace(wide, loss=0.5, file=slim.file, widened_from="w16")
-    assert nested[1] == rows[1]
     library = replace(pico_library, index=LibraryIndex(rows=tuple(nested)))
-    state = library.state(0, GatedFFN(32))
-    assert_equal(
-        {k: v[:16] for k, v in state.items() if "gate" in k},
-        {k: v for k, v in library.state(0, GatedFFN(16)).items() if "gate" in k},
-    )
-    assert state["mlp.down_proj.weight"].shape == (32, 32)
+    widened, narrow = library.state(0, W32), library.state(0, W16)
+    assert torch.equal(widened["mlp.gate_proj.weight"][:16], narrow["mlp.gate_proj.weight"])
+    assert widened["mlp.down_proj.weight"].shape == (32, 32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.library.conftest import Killed
+from tests.library.conftest import CutData, Killed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +16,7 @@ from puzzle.library import Statistics, calibrate
 from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors, write_tensors
+from puzzle.variants import State
 
 
 def test_moments_equal_a_plain_computation(
@@ -35,35 +36,48 @@ def test_moments_equal_a_plain_computation(
         model(sequences[:, :-1])
     flat = {name: value.flatten(0, 1) for name, value in seen.items()}
     n = len(flat["a"])
-    for subblock in ("attention", "ffn"):
-        h, y = flat[f"h_{subblock}"], flat[f"y_{subblock}"]
-        moments = pico_statistics.subblock(2, subblock)  # type: ignore[arg-type]
-        _close(moments["input_mean"], h.mean(0))
-        _close(moments["input_second_moment"], h.T @ h / n)
-        _close(moments["output_mean"], y.mean(0))
-        _close(moments["cross_moment"], y.T @ h / n)
-        _close(moments["output_power"], y.square().mean())
-    ffn = pico_statistics.subblock(2, "ffn")
-    _close(ffn["activation_mean_abs"], flat["a"].abs().mean(0))
-    _close(ffn["activation_second_moment"], flat["a"].T @ flat["a"] / n)
     weight = layer.self_attn.o_proj.weight.detach()
     groups = [(flat["heads"][:, g : g + 12] @ weight[:, g : g + 12].T).norm(dim=1).mean() for g in range(0, 48, 12)]
-    _close(pico_statistics.subblock(2, "attention")["group_contribution"], torch.stack(groups))
-    of_layer = pico_statistics.layer(2)
-    assert of_layer.keys() == {"influence", "block_power", "block_contribution_power"}
-    _close(of_layer["block_power"], flat["left"].square().mean())
-    _close(of_layer["block_contribution_power"], (flat["left"] - flat["entered"]).square().mean())
-    influence = 1 - torch.cosine_similarity(flat["entered"], flat["left"], dim=-1).mean()
-    assert abs(pico_statistics.influence(4)[2] - float(influence)) < 1e-5
+    expected = {
+        "attention": {"group_contribution": torch.stack(groups)},
+        "ffn": {
+            "activation_mean_abs": flat["a"].abs().mean(0),
+            "activation_second_moment": flat["a"].T @ flat["a"] / n,
+        },
+    }
+    for which, recorded in expected.items():
+        h, y = flat[f"h_{which}"], flat[f"y_{which}"]
+        moments = {
+            "input_mean": h.mean(0),
+            "input_second_moment": h.T @ h / n,
+            "output_mean": y.mean(0),
+            "cross_moment": y.T @ h / n,
+            "output_power": y.square().mean(),
+        }
+        _close(pico_statistics.subblock(2, which), moments | recorded)  # type: ignore[arg-type]
+    entered, left = flat["entered"], flat["left"]
+    influence = 1 - torch.cosine_similarity(entered, left, dim=-1).mean()
+    powers = {"block_power": left.square().mean(), "block_contribution_power": (left - entered).square().mean()}
+    _close(pico_statistics.layer(2), {"influence": influence, **powers})
+    assert pico_statistics.influence(4)[2] == pytest.approx(float(influence), abs=1e-5)
 
 
-def _close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+def _close(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name].double(), moment, rtol=1e-4, atol=1e-5)
 
 
-def calibrated(run: Run, folder: Path, parent: Parent, data: TokenData, memory: str | None) -> Statistics:
-    recipe = run.recipe.model_copy(update={"execution": ExecutionSettings(memory=memory)})
-    return calibrate(replace(run, path=folder, recipe=recipe), parent, data)
+@pytest.fixture
+def calibrated(pico_run: Run, pico_parent: Parent, pico_data: TokenData, tmp_path: Path) -> Callable[..., Statistics]:
+    """Moments in a run folder of its own, with this `execution.memory`; killed after so many batches of text."""
+
+    def gathered(memory: str | None = None, cut: int | None = None) -> Statistics:
+        recipe = pico_run.recipe.model_copy(update={"execution": ExecutionSettings(memory=memory)})
+        run = replace(pico_run, path=tmp_path, recipe=recipe)
+        return calibrate(run, pico_parent, pico_data if cut is None else CutData.of(pico_data, cut))
+
+    return gathered
 
 
 def assert_the_same(found: Statistics, expected: Statistics) -> None:
@@ -79,55 +93,42 @@ def assert_the_same(found: Statistics, expected: Statistics) -> None:
 
 @pytest.mark.parametrize("memory", ["1B", "150kB"])
 def test_a_streamed_parent_gives_the_same_moments(
-    pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_statistics: Statistics, tmp_path: Path, memory: str
+    calibrated: Callable[..., Statistics], pico_statistics: Statistics, memory: str
 ) -> None:
-    assert_the_same(calibrated(pico_run, tmp_path, pico_parent, pico_data, memory), pico_statistics)
+    assert_the_same(calibrated(memory), pico_statistics)
 
 
 @pytest.mark.parametrize(
     ("before", "batches", "after"), [(None, 4, None), ("1B", 52, "1B"), ("1B", 52, None), (None, 4, "1B")]
 )
 def test_calibration_goes_on_where_it_was_saved(
-    pico_run: Run,
-    pico_parent: Parent,
-    pico_data: TokenData,
+    calibrated: Callable[..., Statistics],
     pico_statistics: Statistics,
-    cut_after: Callable[[int], TokenData],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     before: str | None,
     batches: int,
     after: str | None,
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(SaveTimer, "due", lambda _: True)
-        with pytest.raises(Killed):
-            calibrated(pico_run, tmp_path, pico_parent, cut_after(batches), before)
-    assert_the_same(calibrated(pico_run, tmp_path, pico_parent, pico_data, after), pico_statistics)
+    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
+    with pytest.raises(Killed):
+        calibrated(before, batches)
+    assert_the_same(calibrated(after), pico_statistics)
 
 
 def test_what_was_saved_is_not_computed_again(
-    pico_run: Run,
-    pico_parent: Parent,
-    pico_data: TokenData,
+    calibrated: Callable[..., Statistics],
     pico_statistics: Statistics,
-    cut_after: Callable[[int], TokenData],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And it is all that the sums take: the memory that layers are grouped by."""
     monkeypatch.setattr(SaveTimer, "due", lambda _: True)
     with pytest.raises(Killed):
-        calibrated(pico_run, tmp_path, pico_parent, cut_after(4), None)
+        calibrated(cut=4)
     (file,) = tmp_path.rglob("partial.safetensors")
     sums = read_tensors(file)
     matrices_bytes = 4 * (32 * 32**2 + 4 * 64**2)
     assert matrices_bytes < sum(value.nbytes for value in sums.values()) < 1.1 * matrices_bytes
     write_tensors(file, sums | {"2..influence": sums["2..influence"] + 1000})
-    found = calibrated(pico_run, tmp_path, pico_parent, pico_data, None).influence(4)
-    assert [value > 0.1 + expected for value, expected in zip(found, pico_statistics.influence(4), strict=True)] == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    changes = zip(calibrated().influence(4), pico_statistics.influence(4), strict=True)
+    assert [found > 0.1 + expected for found, expected in changes] == [False, False, True, False]

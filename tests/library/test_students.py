@@ -1,15 +1,21 @@
-"""What students learn, one subblock or a whole block; and the narrowed space that whole blocks are for."""
+"""What students learn, one subblock or a whole block; their least-squares update; and the space for whole blocks."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
-from torch import nn
 
-from puzzle.library import Student, narrow_space
-from puzzle.streams import LayerPass
-from puzzle.variants import BlockVariant, LayerSpace, Space, State, parse_variant
+from puzzle.library import Statistics, Student, narrow_space
+from puzzle.library.students import update_projections
+from puzzle.parents import Parent
+from puzzle.runs import Run
+from puzzle.streams import LayerPass, Stream
+from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, parse_variant
+from puzzle.variants.least_squares import RIDGE
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -31,8 +37,7 @@ def student(seen: LayerPass, block: str, power: float = 0.7, **options: Any) -> 
     kept = {"self_attn": not parsed.attention.absent, "mlp": not parsed.ffn.absent}
     kept |= {"input_layernorm": kept["self_attn"], "post_attention_layernorm": kept["mlp"]}
     state = {name: value for name, value in seen.layer.state_dict().items() if kept[name.partition(".")[0]]}
-    config = pico_puzzle("kv4+w32").config
-    return Student(0, [parsed.attention, parsed.ffn], config, state, power, torch.device("cpu"), **options), state
+    return Student(0, parsed.subblocks, pico_puzzle("kv4+w32").config, state, power, CPU, **options), state
 
 
 def test_the_parents_own_block_has_no_loss(seen: LayerPass) -> None:
@@ -42,13 +47,11 @@ def test_the_parents_own_block_has_no_loss(seen: LayerPass) -> None:
 @pytest.mark.parametrize(("loss", "power"), [("subblock", 0.7), ("block", 3.0)])
 def test_the_loss_is_that_of_the_blocks_output(seen: LayerPass, loss: str, power: float) -> None:
     """Both kinds have the same error; they differ in what it is relative to."""
-    ffn_alone, _ = student(seen, "none+w32", power, loss=loss)
-    output_BTD = seen.inputs_BTD["attention"] + seen.layer.subblock_output(
-        "ffn", seen.inputs_BTD["attention"], **seen.context
-    )
+    ffn_alone, input_BTD = student(seen, "none+w32", power, loss=loss)[0], seen.inputs_BTD["attention"]
+    output_BTD = input_BTD + seen.layer.subblock_output("ffn", input_BTD, **seen.context)
     expected = (output_BTD - seen.output_BTD).square().mean() / power
     torch.testing.assert_close(ffn_alone.loss(seen), expected)
-    learnt_BTD = ffn_alone.target(seen) + (seen.inputs_BTD["attention"] if loss == "subblock" else 0)
+    learnt_BTD = ffn_alone.target(seen) + (input_BTD if loss == "subblock" else 0)
     torch.testing.assert_close(learnt_BTD, seen.output_BTD)
 
 
@@ -65,42 +68,68 @@ def test_both_subblocks_are_trained_in_copies(seen: LayerPass) -> None:
     assert all(torch.equal(value, kept[name] + 0.1) for name, value in whole.state().items())
 
 
-def test_a_subblocks_output_comes_from_its_projection(seen: LayerPass) -> None:
-    for which, variant in (("attention", "kv4"), ("ffn", "w32")):
-        state = {
-            k: v
-            for k, v in seen.layer.state_dict().items()
-            if k.startswith(("self_attn", "input_l")) == (which[0] == "a")
-        }
-        config = pico_puzzle("kv4+w32").config
-        one = Student(0, [parse_variant(which, variant)], config, state, 1.0, torch.device("cpu"))  # type: ignore[arg-type]
-        assert isinstance(one.projection, nn.Linear)
-        output_BTD = one.projection(one.projection_input(seen))
-        torch.testing.assert_close(output_BTD, seen.added_BTD[which])  # type: ignore[arg-type]
+@pytest.fixture
+def text(pico_run: Run, pico_parent: Parent) -> list[LayerPass]:
+    stream = Stream(pico_run, pico_parent, pico_run.path / "unused")
+    batches = [random_tokens(4, 24, seed) for seed in range(3)]
+    return [seen for batch in batches for seen in stream.through(range(4), stream.embed(batch))]
+
+
+@pytest.fixture
+def students(pico_parent: Parent, pico_statistics: Statistics) -> list[Student]:
+    own = pico_statistics.parent_subblock(pico_parent, Start(), CPU, 2, "attention")
+    variants = [parse_variant("attention", name) for name in ("kv2", "kv1")]
+    return [Student(2, [each], pico_parent.config, each.initialise(own), 1.0, CPU) for each in variants]
+
+
+def projection(student: Student) -> torch.Tensor:
+    return student.state()["self_attn.o_proj.weight"]
+
+
+def test_a_projection_whose_optimum_is_not_finite_stays(students: list[Student], text: list[LayerPass]) -> None:
+    with torch.no_grad():
+        students[0].parameters()["self_attn.v_proj.weight"].fill_(torch.nan)
+    before = [projection(student) for student in students]
+    update_projections(students, lambda: text, 10**9)
+    assert torch.equal(projection(students[0]), before[0])
+    assert not torch.equal(projection(students[1]), before[1])
+
+
+@pytest.mark.parametrize("memory_bytes", [1, 10**9], ids=["one at a time", "together"])
+def test_the_update_is_damped_least_squares(memory_bytes: int, students: list[Student], text: list[LayerPass]) -> None:
+    expected = []
+    seen = [each for each in text if each.index == 2]
+    for student in students:
+        with torch.no_grad():
+            inputs = [student.projection_input(each).flatten(0, 1) for each in seen]
+        a = torch.cat(inputs).double().numpy()
+        y = torch.cat([each.added_BTD["attention"].flatten(0, 1) for each in seen]).double().numpy()
+        before = projection(student).double().numpy()
+        rows = np.diag(np.sqrt(RIDGE * (a**2).sum(0)))
+        left = np.concatenate([a, rows])
+        expected.append(np.linalg.lstsq(left, np.concatenate([y, rows @ before.T]), rcond=None)[0].T)
+    update_projections(students, lambda: text, memory_bytes)
+    for student, weight in zip(students, expected, strict=True):
+        np.testing.assert_allclose(projection(student).numpy(), weight, rtol=1e-3, atol=1e-4)  # float32 products
 
 
 SOLUTIONS = [("kv4+w32", "kv4+none"), ("kv2+w32", "kv4+none"), ("kv2+w16", "kv4+w16"), ("none+w8", "kv4+w8")]
-
-
-def two_layers() -> Space:
-    attention = tuple(parse_variant("attention", name) for name in ("kv4", "kv2", "kv1", "none"))
-    ffn = tuple(parse_variant("ffn", name) for name in ("w64", "w32", "w16", "w8", "none"))
-    return Space((LayerSpace(attention, ffn),) * 2)
 
 
 @pytest.mark.parametrize(
     ("keep", "first", "second"),
     [
         # Where uses are equal, the first in the space is taken; the parent's own is there, used or not.
-        (1, ("kv4 kv2", "w64 w32"), ("kv4", "w64 none")),
-        (2, ("kv4 kv2", "w64 w32 w16"), ("kv4 kv2", "w64 w16 none")),
-        (3, ("kv4 kv2 none", "w64 w32 w16 w8"), ("kv4 kv2 kv1", "w64 w16 w8 none")),
-        (9, ("kv4 kv2 kv1 none", "w64 w32 w16 w8 none"), ("kv4 kv2 kv1 none", "w64 w32 w16 w8 none")),
+        (1, "kv4 kv2 w64 w32", "kv4 kv1 w64 w8 none"),
+        (2, "kv4 kv2 w64 w32 w16", "kv4 kv2 kv1 w64 w16 w8 none"),
+        (3, "kv4 kv2 none w64 w32 w16 w8", "kv4 kv2 kv1 w64 w16 w8 none"),
+        (9, "kv4 kv2 kv1 none w64 w32 w16 w8 none", "kv4 kv2 kv1 none w64 w32 w16 w8 none"),
     ],
 )
-def test_the_narrowed_space_keeps_what_is_used_most(keep: int, first: tuple[str, str], second: tuple[str, str]) -> None:
-    narrowed = narrow_space(two_layers(), SOLUTIONS, keep)
-    found = [
-        (" ".join(v.name for v in layer.attention), " ".join(v.name for v in layer.ffn)) for layer in narrowed.layers
-    ]
+def test_the_narrowed_space_keeps_what_is_used_most(keep: int, first: str, second: str) -> None:
+    attention = tuple(parse_variant("attention", name) for name in ("kv4", "kv2", "kv1", "none"))
+    ffn = tuple(parse_variant("ffn", name) for name in ("w64", "w32", "w16", "w8", "none"))
+    space = Space((LayerSpace(attention, ffn),) * 2)
+    narrowed = narrow_space(space, SOLUTIONS, keep, always=("kv4+w64", "kv1+w8"))
+    found = [" ".join(variant.name for variant in (*layer.attention, *layer.ffn)) for layer in narrowed.layers]
     assert found == [first, second]

@@ -1,6 +1,6 @@
-"""The child: assembled from the library, refined, saved as a checkpoint."""
+"""The child: put together from the library, refined, saved as a checkpoint."""
 
-from puzzle.child.realise import Child, assemble, realise, swapped_logits
-from puzzle.child.refine import refine
-
-__all__ = ["Child", "assemble", "realise", "refine", "swapped_logits"]
+from puzzle.child.realise import Child as Child
+from puzzle.child.realise import realise as realise
+from puzzle.child.realise import swapped_logits as swapped_logits
+from puzzle.child.refine import refine as refine

@@ -56,14 +56,6 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
     return child
 
 
-def assemble(parent: Parent, library: Library, architecture: Architecture) -> PuzzleForCausalLM:
-    """The child in memory, in float32 on the CPU."""
-    state = parent.embeddings_and_head()
-    for layer, block in enumerate(architecture.blocks):
-        state |= _named(layer, library.block_state(layer, block))
-    return _model(parent, architecture, state)
-
-
 def save_child(parent: Parent, architecture: Architecture, layer_state: Callable[[int], State], path: Path) -> None:
     """Write a child's checkpoint, and beside it `architecture.json`.
 
@@ -77,26 +69,17 @@ def save_child(parent: Parent, architecture: Architecture, layer_state: Callable
     parts = path.with_name("parts")
     shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir()
-    state: State = {}
-    for layer in (None, *range(len(architecture.blocks))):
-        part = parent.embeddings_and_head() if layer is None else _named(layer, layer_state(layer))
-        write_tensors(parts / f"{layer}.safetensors", part)
-        state |= read_tensors(parts / f"{layer}.safetensors")
-    shutil.rmtree(path, ignore_errors=True)
-    save_checkpoint(_model(parent, architecture, state), path, extra_files_from=parent.path)
-    del state
-    shutil.rmtree(parts)
-
-
-def _named(layer: int, state: State) -> State:
-    """A layer's tensors by their names in the model."""
-    return {f"model.layers.{layer}.{name}": tensor for name, tensor in state.items()}
-
-
-def _model(parent: Parent, architecture: Architecture, state: State) -> PuzzleForCausalLM:
+    write_tensors(parts / "outer.safetensors", parent.embeddings_and_head())
+    for layer in range(len(architecture.blocks)):
+        named = {f"model.layers.{layer}.{name}": tensor for name, tensor in layer_state(layer).items()}
+        write_tensors(parts / f"layer{layer:03d}.safetensors", named)
     model = empty_model(architecture.configure(parent.config))
+    state = {name: tensor for file in parts.iterdir() for name, tensor in read_tensors(file).items()}
     model.load_state_dict(state, strict=False, assign=True)
-    return finish(model, "cpu")
+    shutil.rmtree(path, ignore_errors=True)
+    save_checkpoint(finish(model, "cpu"), path, extra_files_from=parent.path)
+    del model, state
+    shutil.rmtree(parts)
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from puzzle.library.library import Library as Library
 from puzzle.library.library import Names as Names
 from puzzle.library.library import build_library as build_library
 from puzzle.library.library import final_states as final_states
-from puzzle.library.space import narrow_space as narrow_space
-from puzzle.library.space import promising_space as promising_space
+from puzzle.library.library import narrow_space as narrow_space
+from puzzle.library.library import promising_space as promising_space
 from puzzle.library.statistics import Statistics as Statistics
 from puzzle.library.statistics import calibrate as calibrate
 from puzzle.library.students import HeldOut as HeldOut

@@ -119,12 +119,12 @@ def _train_group(
     def update(some: Sequence[Student]) -> None:
         update_projections(some, lambda: chain.from_iterable(passes("calibration")), moment_bytes)
 
-    def keep_better(some: Sequence[Student]) -> set[str]:
-        """Take the losses and weights of students that are better than before; their names."""
-        losses = {name: found.loss for name, found in held_out(some, passes("validation")).items()}
-        better = [student for student in some if losses[student.name] < best[student.name][0]]
-        best.update((student.name, (losses[student.name], student.state())) for student in better)
-        return {student.name for student in better}
+    def keep_better(some: Sequence[Student]) -> None:
+        """Take the losses and weights of students that are better than before."""
+        found = held_out(some, passes("validation"))
+        for student in some:
+            if found[student.name].loss < best[student.name][0]:
+                best[student.name] = found[student.name].loss, student.state()
 
     merged = [s for s in students if s.subblock == "attention" and settings.start == "closed_form"]
     starts = [student.state() for student in merged]
@@ -143,11 +143,11 @@ def _train_group(
             done = fit(trained, text, steps=steps, learning_rate=rate, precision=precision, folder=folder, bar=bar)
         for name in done.diverged:
             run.log_warning(f"{label}: {name} diverged and stopped; lower library.learning_rate")
-        improved = keep_better(trained)
+        keep_better(trained)
         if settings.least_squares:
             update(trained)
-            improved |= keep_better(trained)
-        if rest := len(trained) - len(improved):
+            keep_better(trained)
+        if rest := sum(best[student.name][0] == losses[student.name].loss for student in trained):
             run.log(f"{label}: {rest} of {len(trained)} became no better and keep their start")
     for plan, student in zip(plans, students, strict=True):
         (loss, state), tokens = best[student.name], settings.tokens if student in trained else 0
