@@ -1,17 +1,13 @@
 """A run at pico size, and an engine whose times are planted."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from puzzle.costs import ENGINES, Model, Sample
-from puzzle.engines.environments import python_of
-from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig
+from puzzle.costs import ENGINES, Engine, Model, Sample
+from puzzle.costs.engine import shapes_of
 from puzzle.parents import Parent, open_parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run
@@ -26,22 +22,17 @@ def planted_ms(name: str, batch_size: int) -> float:
     return 0.0 if name == "none" else batch_size * (1.0 + sum(map(ord, name)) % 97 / 8)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Additive and exact, but for `slowdown`; a decode step takes a tenth of a prefill."""
 
-    slow_start: ClassVar[bool] = False
     environment: Mapping[str, str] = {"engine": "fake 1", "device": "abacus", "threads": "1"}
 
     def __init__(self, slowdown: Callable[[int], float] = lambda call: 1.0, fail_after: int | None = None) -> None:
         self.calls: list[tuple[tuple[BlockVariant, ...], int]] = []
         self._slowdown, self._fail_after = slowdown, fail_after
 
-    def conditions(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
-        assert isinstance(model, PuzzleConfig)
-        stack = Architecture.of(model).blocks
+        stack = Architecture.of(shapes_of(model)).blocks
         return [[self._sample(stack, batch_size) for _ in range(rounds)] for batch_size in batch_sizes]
 
     def _sample(self, stack: tuple[BlockVariant, ...], batch_size: int) -> Sample:
@@ -67,14 +58,6 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], FakeEngine]:
         return engine
 
     return put
-
-
-def installed(*names: str) -> None:
-    """Skip without this engine; fail instead where PUZZLE_REQUIRE_ENGINES is set."""
-    try:
-        python_of(*names)
-    except PuzzleError as error:
-        (pytest.fail if os.environ.get("PUZZLE_REQUIRE_ENGINES") else pytest.skip)(str(error))
 
 
 @pytest.fixture(scope="session")

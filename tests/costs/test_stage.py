@@ -14,53 +14,52 @@ from puzzle.runs import Run
 from puzzle.variants import Architecture, Space, derive_space
 
 Use = Callable[[FakeEngine], FakeEngine]
+Patch = pytest.MonkeyPatch
 ROUNDS, BATCHES = 3, 2
 STACKS = 4 + 4 + 4  # pads, empty layers, whole blocks, no last ffn; kv4 kv2 kv1 linear; w48 w24 w16 linear
+
+
+@pytest.fixture
+def later(run: Run, pico_checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
+    """Another run on the same machine."""
+    with opened(pico_checkpoint, tmp_path / "later") as opened_later:
+        yield opened_later
 
 
 def test_table_is_complete_and_predicts_any_architecture(run: Run, parent: Parent, space: Space, use: Use) -> None:
     use(FakeEngine())
     table = measure_costs(run, parent, space)
-
     assert len(table.rows) == BATCHES * (1 + len(space.layers) * (5 + 4 + 1))
-    assert table.environment == {"engine": "fake 1", "device": "abacus", "threads": "1"}
+    assert table.environment == FakeEngine.environment
     blocks = ["none+w24", "kv1+none", "linear+linear", "kv4+w48"]
     for batch_size in (2, 3):
         expected = FakeEngine().times(Architecture.parse(blocks).blocks, batch_size)
         predicted = table.totals(blocks, batch_size).cost
         assert (predicted.prefill_ms, predicted.decode_ms) == pytest.approx((expected.prefill_ms, expected.decode_ms))
-    of_parent = table.totals(parent.architecture.names, 2)
-    assert of_parent.cost.params == parent.num_params
-    assert of_parent.cost.weight_bytes == 4 * parent.num_params
+    of_parent = table.totals(parent.architecture.names, 2).cost
+    assert (of_parent.params, of_parent.weight_bytes) == (parent.num_params, 4 * parent.num_params)
     assert CostTable.from_json(table.to_json()) == table
-
-
-def test_a_finished_stage_is_read_back(run: Run, parent: Parent, space: Space, use: Use) -> None:
-    use(FakeEngine())
-    table = measure_costs(run, parent, space)
     second = use(FakeEngine())
     assert measure_costs(run, parent, space) == table
     assert second.calls == []
 
 
-def test_stacks_take_turns(run: Run, parent: Parent, space: Space, use: Use) -> None:
+class SlowStart(FakeEngine):
+    slow_start = True
+
+
+def test_stacks_take_turns_but_for_an_engine_that_is_slow_to_start(
+    run: Run, later: Run, parent: Parent, space: Space, use: Use
+) -> None:
     engine = use(FakeEngine())
     measure_costs(run, parent, space)
     one_round = engine.calls[: STACKS * BATCHES]
     assert len(set(one_round)) == STACKS * BATCHES
     assert engine.calls == one_round * ROUNDS
-
-
-def test_an_engine_that_is_slow_to_start_measures_all_rounds_at_once(
-    run: Run, parent: Parent, space: Space, use: Use
-) -> None:
-    class SlowStart(FakeEngine):
-        slow_start = True
-
-    engine = use(SlowStart())
-    measure_costs(run, parent, space)
-    assert engine.calls == [call for call in dict.fromkeys(engine.calls) for _ in range(ROUNDS)]
-    assert [batch_size for _, batch_size in engine.calls[: 2 * ROUNDS]] == [2, 2, 2, 3, 3, 3]
+    slow = use(SlowStart())
+    slow.environment = {"engine": "slow"}
+    measure_costs(later, parent, space)
+    assert slow.calls == [call for call in one_round for _ in range(ROUNDS)]
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -83,16 +82,6 @@ def test_a_restart_repeats_the_pads_alone(
     assert table.block(2, "kv2+w24", 3).prefill_ms == pytest.approx(planted_ms("kv2", 3) + planted_ms("w24", 3))
 
 
-def test_another_machine_measures_for_itself(run: Run, parent: Parent, space: Space, use: Use) -> None:
-    use(FakeEngine())
-    measure_costs(run, parent, space)
-    other = FakeEngine()
-    other.environment = {"engine": "fake 1", "device": "slide rule", "threads": "1"}
-    use(other)
-    assert measure_costs(run, parent, space).environment["device"] == "slide rule"
-    assert len(other.calls) == BATCHES * ROUNDS * STACKS
-
-
 def test_what_scatters_is_measured_more_often_and_reported(run: Run, parent: Parent, space: Space, use: Use) -> None:
     busy = use(FakeEngine(lambda call: 1.5 if call * 7919 % 1009 < 500 else 1.0))
     measure_costs(run, parent, space)
@@ -109,13 +98,6 @@ def test_what_slows_a_whole_round_is_no_cost(run: Run, parent: Parent, space: Sp
     expected = planted_ms("kv2", 2) + planted_ms("w24", 2)
     assert table.block(2, "kv2+w24", 2).prefill_ms == pytest.approx(1.5 * expected)  # the lower quartile of 1, 2, 3
     assert table.block(0, "kv2+w24", 2).decode_ms == pytest.approx(1.5 * expected / 10)
-
-
-@pytest.fixture
-def later(run: Run, pico_checkpoint: Path, tmp_path: Path) -> Iterator[Run]:
-    """Another run on the same machine."""
-    with opened(pico_checkpoint, tmp_path / "later") as opened_later:
-        yield opened_later
 
 
 def test_a_later_run_measures_the_pads_alone(run: Run, later: Run, parent: Parent, space: Space, use: Use) -> None:
@@ -137,30 +119,22 @@ def test_a_later_run_measures_what_is_new(run: Run, later: Run, parent: Parent, 
     assert table.block(2, "kv2+w16", 3).prefill_ms == pytest.approx(planted_ms("kv2", 3) + planted_ms("w16", 3))
 
 
-@pytest.mark.parametrize("changed", ["speed", "version"])
-def test_what_is_off_by_now_is_measured_anew(
-    run: Run, later: Run, parent: Parent, space: Space, use: Use, changed: str
+@pytest.mark.parametrize("changed", [None, {"engine": "fake 2"}, {"device": "slide rule"}])
+def test_what_is_off_by_now_or_of_another_machine_is_measured_anew(
+    run: Run, later: Run, parent: Parent, space: Space, use: Use, changed: dict[str, str] | None
 ) -> None:
     use(FakeEngine())
     measure_costs(run, parent, space)
-    engine = FakeEngine(lambda call: 1.1 if changed == "speed" else 1.0)
-    if changed == "version":
-        engine.environment = {**engine.environment, "engine": "fake 2"}
-    use(engine)
-    measure_costs(later, parent, space)
+    engine = use(FakeEngine(lambda call: 1.0 if changed else 1.1))
+    engine.environment = FakeEngine.environment | (changed or {})
+    assert measure_costs(later, parent, space).environment == engine.environment
     assert len(engine.calls) == BATCHES * ROUNDS * STACKS
-    assert ("the pads take +10.0% now; using 0" in log(later)) == (changed == "speed")
+    assert ("the pads take +10.0% now; using 0" in log(later)) == (changed is None)
 
 
 @pytest.mark.parametrize("why", ["asked", "home cannot be written"])
 def test_measurements_stay_in_the_run_folder(
-    why: str,
-    pico_checkpoint: Path,
-    parent: Parent,
-    space: Space,
-    use: Use,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    why: str, pico_checkpoint: Path, parent: Parent, space: Space, use: Use, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     home = tmp_path / "file"
     home.touch()  # no folder can be made in it, even by root

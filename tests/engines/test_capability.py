@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import pico_puzzle
+from tests.engines import matrix, readers
 from tests.engines.parity import kind_from_outside
 
 from puzzle.engines.capability import READERS, deployable, refusals, require
@@ -12,9 +13,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import derive_space
-
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+from puzzle.variants import BlockVariant, derive_space
 
 
 def config_of(*blocks: str, **overrides: object) -> PuzzleConfig:
@@ -44,7 +43,19 @@ def table() -> str:
 
 
 def test_the_table_in_the_documentation_is_this_one() -> None:
-    assert table() in PAGE.read_text(encoding="utf-8"), f"put into {PAGE}:\n{table()}"
+    assert table() in matrix.PAGE.read_text(), f"put into {matrix.PAGE}:\n{table()}"
+
+
+def test_every_row_of_the_table_is_measured() -> None:
+    with kind_from_outside():
+        blocks = [BlockVariant.parse(block) for block in matrix.ALTERNATIVES.values()]
+    assert {variant.cell for block in blocks for variant in block.subblocks} == set(READERS["hf"].runs)
+
+
+def test_the_matrix_of_the_docs_is_what_is_measured(llama_cpp: readers.Ask, vllm: readers.Ask, tmp_path: Path) -> None:
+    """Law 7: an exported child computes what it computes in torch. `python -m tests.engines.matrix` writes it anew."""
+    measured = matrix.measure(tmp_path)
+    assert matrix.render(measured) == matrix.block_of(matrix.PAGE.read_text()).group()
 
 
 def test_a_model_of_sizes_alone_runs_everywhere() -> None:

@@ -33,18 +33,16 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_compiled_engine_is_built_once_with_its_programs(calls: list[list[str]], tmp_path: Path) -> None:
+    """And again without one of them."""
     engines.install("llama-cpp")
     assert [command[1:3] for command in calls] == [["-m", "venv"], ["-m", "pip"], ["-c", "import llama_cpp"]]
     assert "--no-cache-dir" in calls[1]
     assert "--config-settings=cmake.define.LLAMA_BUILD_SERVER=ON" in calls[1]
-    assert engines.program_of("llama-cpp", "llama-server").read_text() == "llama-server"
+    server = engines.program_of("llama-cpp", "llama-server")
+    assert server.read_text() == "llama-server"
     engines.install("llama-cpp")
     assert calls[3][3:] == ["install", "llama-cpp-python==0.3.36"]
-
-
-def test_an_engine_built_without_programs_is_built_again(calls: list[list[str]], tmp_path: Path) -> None:
-    engines.install("llama-cpp")
-    (tmp_path / "llama-cpp/bin/llama-server").unlink()
+    server.unlink()
     with pytest.raises(PuzzleError, match="`puzzle engines install llama-cpp` builds it"):
         engines.program_of("llama-cpp", "llama-server")
     engines.install("llama-cpp")
@@ -80,7 +78,5 @@ def test_an_engine_beside_puzzle_is_found_where_it_has_no_environment_of_its_own
     (beside / "llama_cpp.py").touch()
     monkeypatch.syspath_prepend(str(beside))
     assert engines.python_of("llama-cpp") == Path(sys.executable)
-    with pytest.raises(PuzzleError, match="`puzzle engines install llama-cpp` builds it"):
-        engines.program_of("llama-cpp", "llama-server")
     engines.install("llama-cpp")
     assert engines.python_of("llama-cpp") == tmp_path / "llama-cpp/bin/python"

@@ -4,11 +4,10 @@ from itertools import product
 from pathlib import Path
 
 import gguf
-import pytest
 import torch
 from tests.conftest import EOS
 from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, logits_of, save
-from tests.engines.readers import LlamaCpp
+from tests.engines.readers import Ask
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from puzzle.export import GGUFType, export_gguf
@@ -35,71 +34,57 @@ SPLITS = {
 """By llama.cpp's name, how the parent's tokenizer splits text, and whether it takes whole words without merging."""
 
 
-def test_every_block_in_every_position(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+def test_every_block_in_every_position(llama_cpp: Ask, tmp_path: Path) -> None:
     blocks = map("+".join, product(("kv4", "kv2", "linear", "none"), ("w48", "w16", "none")))
-    expected, files = {}, []
-    for block, position in product(blocks, (0, 1, 3)):
-        stack = ["kv4+w48"] * 4
-        stack[position] = block
-        case = " ".join(stack)
-        if case not in expected:
-            model, child = save(tmp_path / case, *stack)
-            expected[case] = logits_of(model, TOKENS)
-            files.append(export_gguf(child, tmp_path / f"{case}.gguf", dtype="f32"))
-    answers = llama_cpp(files, TOKENS)
-    errors = {
-        case: difference(answer.logits_TV, logits)
-        for answer, (case, logits) in zip(answers, expected.items(), strict=True)
-    }
-    assert {case: error for case, error in errors.items() if not error < ROUNDING} == {}
+    full = ["kv4+w48"] * 4
+    stacks = {(*full[:position], block, *full[position + 1 :]) for block, position in product(blocks, (0, 1, 3))}
+    cases = {stack: save(tmp_path / " ".join(stack), *stack) for stack in stacks}
+    answers = llama_cpp(
+        [export_gguf(child, child.with_name("gguf"), dtype="f32") for _, child in cases.values()], TOKENS
+    )
+    for answer, (stack, (model, _)) in zip(answers, cases.items(), strict=True):
+        assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING, stack
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-            "rope_theta": 500000.0,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_rope_scaling(llama_cpp: LlamaCpp, tmp_path: Path, rope: dict[str, object]) -> None:
-    model, child = save(tmp_path / "scaled", "kv4+w48", "kv2+w16", "none+w48", rope_parameters=rope)
-    unscaled, _ = save(tmp_path / "unscaled", "kv4+w48", "kv2+w16", "none+w48")
-    [answer] = llama_cpp([export_gguf(child, tmp_path / "model.gguf", dtype="f32")], TOKENS)
-    expected = logits_of(model, TOKENS)
-    assert difference(answer.logits_TV, expected) < ROUNDING
-    assert difference(logits_of(unscaled, TOKENS), expected) > 100 * ROUNDING
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 500000.0,
+}
 
 
-def test_a_child_without_any_attention(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
-    model, child = save(tmp_path / "folder", "none+w48", "linear+w16", "none+none")
-    [answer] = llama_cpp([export_gguf(child, tmp_path / "model.gguf", dtype="f32")], TOKENS)
-    assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
+def test_scaled_rotary_embeddings_and_no_attention_at_all(llama_cpp: Ask, tmp_path: Path) -> None:
+    blocks, cases = ("kv4+w48", "kv2+w16", "none+w48"), []
+    for rope in (LINEAR, LLAMA_3 | {"original_max_position_embeddings": 32}):
+        cases.append(save(tmp_path / str(len(cases)), *blocks, rope_parameters=rope))
+        unscaled, _ = save(tmp_path / f"unscaled {len(cases)}", *blocks)
+        assert difference(logits_of(unscaled, TOKENS), logits_of(cases[-1][0], TOKENS)) > 100 * ROUNDING
+    cases.append(save(tmp_path / "no attention", "none+w48", "linear+w16", "none+none"))
+    answers = llama_cpp([export_gguf(child, child.with_name("gguf"), dtype="f32") for _, child in cases], TOKENS)
+    for answer, (model, _) in zip(answers, cases, strict=True):
+        assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_smaller_types_are_off_by_their_rounding(llama_cpp: LlamaCpp, tmp_path: Path, dtype: GGUFType) -> None:
+def test_smaller_types_are_off_by_their_rounding(llama_cpp: Ask, tmp_path: Path) -> None:
     """Of weights, as in torch; llama.cpp rounds what they are multiplied with as well."""
+    types: tuple[GGUFType, ...] = ("f16", "bf16", "q8_0")
     model, child = save(tmp_path / "folder", *MIXED[1])
-    [answer] = llama_cpp([export_gguf(child, tmp_path / "model.gguf", dtype=dtype)], TOKENS)
+    answers = llama_cpp([export_gguf(child, tmp_path / dtype, dtype=dtype) for dtype in types], TOKENS)
     expected = logits_of(model, TOKENS)
-    for matrix in (parameter.data for parameter in model.parameters() if parameter.ndim == 2):
-        name = "F16" if dtype == "q8_0" and matrix.shape[1] % 32 else dtype.upper()
-        kind = gguf.GGMLQuantizationType[name]
-        rounded = gguf.quants.dequantize(gguf.quants.quantize(matrix.contiguous().numpy(), kind), kind)
-        matrix.copy_(torch.from_numpy(rounded.copy()).view(matrix.shape))
-    rounding = difference(logits_of(model, TOKENS), expected)
-    assert 1e-6 < difference(answer.logits_TV, expected) < 3 * rounding
+    for dtype, answer in zip(types, answers, strict=True):
+        model, _ = save(tmp_path / f"rounded {dtype}", *MIXED[1])
+        for matrix in (parameter.data for parameter in model.parameters() if parameter.ndim == 2):
+            kind = gguf.GGMLQuantizationType["F16" if dtype == "q8_0" and matrix.shape[1] % 32 else dtype.upper()]
+            rounded = gguf.quants.dequantize(gguf.quants.quantize(matrix.contiguous().numpy(), kind), kind)
+            matrix.copy_(torch.from_numpy(rounded.copy()).view(matrix.shape))
+        rounding = difference(logits_of(model, TOKENS), expected)
+        assert 1e-6 < difference(answer.logits_TV, expected) < 3 * rounding
 
 
-def test_text_is_split_as_by_the_parents_tokenizer(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+def test_text_is_split_as_by_the_parents_tokenizer(llama_cpp: Ask, tmp_path: Path) -> None:
     text = "Numbers: 3 33 333 3333.3, I've WE'LL  two spaces\r\n\n and a line,\tété, 漢字,🚀!!!\n  ?<eos>  "
     expected, files = {}, []
     for name, (pre_tokenizer, ignore_merges) in SPLITS.items():

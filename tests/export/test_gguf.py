@@ -41,9 +41,8 @@ def test_metadata(save_child: SaveChild, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "error"), [("f32", 0.0), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1e-2)])
 def test_types(save_child: SaveChild, tmp_path: Path, dtype: Any, error: float) -> None:
     model, child = save_child("kv4+w48")
-    tensors = {
-        tensor.name: tensor for tensor in gguf.GGUFReader(export_gguf(child, tmp_path / "m", dtype=dtype)).tensors
-    }
+    file = export_gguf(child, tmp_path / "m", dtype=dtype)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     assert tensors["blk.0.ffn_gate.weight"].tensor_type.name == dtype.upper()
     # Its rows of 48 are no whole blocks of 32.
@@ -92,14 +91,11 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise(
 
 def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild, tmp_path: Path) -> None:
     _, child = save_child("kv4+w48")
-    begin = {"id": "<eos>", "type_id": 0}
-    template = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": begin}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}},
-    }
-    edit_json(child / "tokenizer.json", {"post_processor": template})
+    text, more = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    begin = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    tokens = {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}}
+    added = {"type": "TemplateProcessing", "single": [begin, text], "pair": [text, more], "special_tokens": tokens}
+    edit_json(child / "tokenizer.json", {"post_processor": added})
     edit_json(child / "tokenizer_config.json", {"bos_token": "<eos>"})
     found = fields(export_gguf(child, tmp_path / "m"))
     names = ("add_bos_token", "add_eos_token", "bos_token_id")

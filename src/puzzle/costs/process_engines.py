@@ -149,14 +149,11 @@ class VLLMEngine(ProcessEngine):
         variants = (variant for block in Architecture.of(config).blocks for variant in block.subblocks)
         cache_bytes = sum(variant.kv_bytes(config, tokens, dtype) for variant in variants)
         release_memory()
-        options = {
-            "dtype": self.scenario.dtype,
-            "cache_gib": _CACHE_GIB + math.ceil(cache_bytes / 2**30),
-            "memory_share": _MEMORY_SHARE * free_share(self._device),
-        }
+        settings = {"dtype": self.scenario.dtype, "gpu_memory_utilization": _MEMORY_SHARE * free_share(self._device)}
+        cache_gib = _CACHE_GIB + math.ceil(cache_bytes / 2**30)
         if isinstance(model, Path):
-            return self._ask(model, batch_sizes, rounds, load_format="auto", model_impl="auto", **options)
+            return self._ask(model, batch_sizes, rounds, cache_gib=cache_gib, settings=settings)
+        settings |= {"load_format": "dummy", "model_impl": "transformers"}
         with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
             save_configuration(model, Path(folder))
-            options |= {"load_format": "dummy", "model_impl": "transformers"}
-            return self._ask(Path(folder), batch_sizes, rounds, **options)
+            return self._ask(Path(folder), batch_sizes, rounds, cache_gib=cache_gib, settings=settings)

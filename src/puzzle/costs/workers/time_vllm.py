@@ -20,7 +20,7 @@ def measure(request: dict[str, Any]) -> list[list[tuple[float, float]]]:
     A prefill is a batch of requests for one token; a decode step what each further token adds.
 
     Args:
-        request: also has "load_format", "model_impl", "dtype", "cache_gib" (on a CPU) and "memory_share" (on a GPU).
+        request: also has "cache_gib", for a CPU, and further "settings" of the engine.
     """
     import torch
     from vllm import LLM, SamplingParams
@@ -46,16 +46,13 @@ def measure(request: dict[str, Any]) -> list[list[tuple[float, float]]]:
         llm = LLM(
             model=request["model"],
             trust_remote_code=True,
-            model_impl=request["model_impl"],
-            load_format=request["load_format"],
-            dtype=request["dtype"],
             max_model_len=prompt + generated,
             max_num_seqs=largest,
             max_num_batched_tokens=max(8192, prompt) if cuda else largest * prompt,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
             enforce_eager=not cuda,  # on a CPU compiling each of many stacks takes longer than all measurements
-            gpu_memory_utilization=request["memory_share"],
+            **request["settings"],
         )
         vocabulary, samples = llm.llm_engine.model_config.get_vocab_size(), []
         for batch_size in request["batch_sizes"]:
