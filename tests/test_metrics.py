@@ -1,18 +1,15 @@
 """Per-token metrics: against the same in float64 from whole logits, for tiny and for large differences."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from tests.conftest import pico_puzzle
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
-import puzzle.metrics
 from puzzle.metrics import TokenMetrics, chunks, compare
 from puzzle.modeling import PuzzleForCausalLM
 
-TOKENS, HIDDEN, VOCABULARY = 600, 32, 128
+TOKENS, HIDDEN, VOCABULARY = 9000, 32, 128  # more than one chunk
 
 
 def _hidden(seed: int) -> Tensor:
@@ -44,11 +41,7 @@ def model() -> PuzzleForCausalLM:
 
 
 @pytest.mark.parametrize("distance", [3e-4, 0.1, 3.0])
-@pytest.mark.parametrize("chunk_logits", [VOCABULARY * 50, 2**20], ids=["small chunks", "one chunk"])
-def test_metrics_are_their_definitions(
-    model: PuzzleForCausalLM, distance: float, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(puzzle.metrics, "_CHUNK_LOGITS", chunk_logits)
+def test_metrics_are_their_definitions(model: PuzzleForCausalLM, distance: float) -> None:
     hiddens_AND = _hidden(0) + distance * torch.stack([_hidden(1), _hidden(2), _hidden(3)])
     found = compare(model, model, _hidden(0), hiddens_AND, _targets())
     exact = _exact(model, model, _hidden(0), hiddens_AND)
@@ -58,12 +51,6 @@ def test_metrics_are_their_definitions(
     torch.testing.assert_close(found.cosine.double(), exact.cosine, rtol=1e-3, atol=1e-11)
     assert (found.top1.double() == exact.top1).all()
     assert (found.top1_agreement.double() == exact.top1_agreement).all()
-
-
-def test_the_smallest_of_these_differences_is_tiny_and_the_largest_is_large(model: PuzzleForCausalLM) -> None:
-    kl = [float(_exact(model, model, _hidden(0), _hidden(0) + d * _hidden(1)[None]).kl.mean()) for d in (3e-4, 3.0)]
-    assert kl[0] < 1e-6
-    assert kl[1] > 1
 
 
 def test_the_parent_itself_is_at_no_distance(model: PuzzleForCausalLM) -> None:
@@ -104,8 +91,5 @@ def test_the_divergence_of_a_tiny_change_is_not_that_of_rounded_logits(model: Pu
 def test_chunks_cover_every_token_once(vocabulary: int, longest: int) -> None:
     """Large vocabularies have chunks that share the reading of the head's weights."""
     parts = list(chunks(10_000, vocabulary))
-    assert parts[0].stop == longest
-    assert all(part.stop - part.start == longest for part in parts)
-    assert all(before.stop == after.start for before, after in pairwise(parts))
-    assert parts[0].start == 0
-    assert parts[-1].stop >= 10_000
+    assert [token for part in parts for token in range(10_000)[part]] == list(range(10_000))
+    assert parts[0] == slice(0, longest)

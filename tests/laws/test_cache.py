@@ -1,10 +1,13 @@
 """Law 6: generation with the KV cache equals generation without, also when layer 0 has no attention or a window."""
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from puzzle.modeling import PuzzleForCausalLM
 
@@ -17,12 +20,7 @@ NEW_TOKENS = 4
 def architectures() -> dict[str, tuple[str, ...]]:
     """Every variant first, in the middle and last, and models with little or no attention left."""
     blocks = [f"{attention}+w48" for attention in ATTENTION[1:]] + [f"kv4+{ffn}" for ffn in FFN[1:]] + ["none+none"]
-    found = {}
-    for block in blocks:
-        for position in range(3):
-            layers = [OWN, OWN, OWN]
-            layers[position] = block
-            found[f"{block} in layer {position}"] = tuple(layers)
+    found = {f"{block} in layer {i}": (*[OWN] * i, block, *[OWN] * (2 - i)) for block in blocks for i in range(3)}
     found["every kind at once"] = ("none+w16", "kv1+none", "linear+linear", "kv2+w48", "none+none")
     found["attention last only"] = ("none+none", "linear+w48", "kv2+w48")
     found["no attention, ffn"] = ("none+w48", "none+w16")
@@ -44,17 +42,9 @@ def windows(sinks: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-@pytest.fixture(params=architectures().values(), ids=architectures(), scope="module")
-def model(request: pytest.FixtureRequest) -> PuzzleForCausalLM:
-    return pico_puzzle(*request.param)
-
-
-SINKS = windows("s1") | windows("s3")
-
-
-@pytest.fixture(params=SINKS.values(), ids=SINKS, scope="module")
-def sink_model(request: pytest.FixtureRequest) -> PuzzleForCausalLM:
-    return pico_puzzle(*request.param)
+PLAIN, SINKS = architectures(), windows("s1") | windows("s3")
+plain = pytest.mark.parametrize("blocks", PLAIN.values(), ids=PLAIN)
+with_sinks = pytest.mark.parametrize("blocks", SINKS.values(), ids=SINKS)
 
 
 def padded() -> tuple[Tensor, Tensor]:
@@ -80,69 +70,57 @@ def generate(model: PuzzleForCausalLM, tokens_BT: Tensor, mask_BT: Tensor, **cac
     return output.sequences, torch.stack(output.logits, dim=1)
 
 
-@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-def test_generation_with_the_cache_equals_generation_without(
-    model: PuzzleForCausalLM, cache_implementation: str
-) -> None:
-    text, logits_BTV = generate(model, *padded(), use_cache=False)
-    cached_text, cached_logits_BTV = generate(model, *padded(), cache_implementation=cache_implementation)
-    assert torch.equal(cached_text, text)
-    torch.testing.assert_close(cached_logits_BTV, logits_BTV, rtol=1e-4, atol=1e-4)
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-@pytest.mark.parametrize("prompt", [2, 13])
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_generation_with_sinks(
-    sink_model: PuzzleForCausalLM, cache_implementation: str, prompt: int, chunk: int | None
-) -> None:
-    """The window is reached in the prompt, in one of its chunks, or while the answer grows."""
-    batch = random_tokens(2, prompt), torch.ones(2, prompt, dtype=torch.long)
-    text, logits_BTV = generate(sink_model, *batch, use_cache=False)
-    cached_text, cached_logits_BTV = generate(
-        sink_model, *batch, cache_implementation=cache_implementation, prefill_chunk_size=chunk
-    )
-    assert torch.equal(cached_text, text)
-    torch.testing.assert_close(cached_logits_BTV, logits_BTV, rtol=1e-4, atol=1e-4)
-
-
-CHUNKS = [(9,), (4, 5), (5, 1, 1, 1, 1), (1,) * 9]
-
-
-@pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_steps_without_position_ids_equal_one_forward(
-    model: PuzzleForCausalLM, chunks: tuple[int, ...], kind: str
-) -> None:
-    check_steps(model, chunks, kind)
-
-
-@pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "without a configuration"])
-def test_steps_with_sinks(sink_model: PuzzleForCausalLM, chunks: tuple[int, ...], kind: str) -> None:
-    check_steps(sink_model, chunks, kind)
+def check_generation(model: PuzzleForCausalLM, batch: tuple[Tensor, Tensor], **options: object) -> None:
+    text, logits_BTV = generate(model, *batch, use_cache=False)
+    for cache in ("dynamic", "static"):
+        cached_text, cached_logits_BTV = generate(model, *batch, cache_implementation=cache, **options)
+        assert torch.equal(cached_text, text)
+        close(cached_logits_BTV, logits_BTV)
 
 
 @torch.no_grad()
-def check_steps(model: PuzzleForCausalLM, chunks: tuple[int, ...], kind: str) -> None:
+def check_steps(model: PuzzleForCausalLM, *caches: Callable[[PuzzleForCausalLM], Cache]) -> None:
+    """Without position ids; the text in one chunk, in several, or token by token."""
     tokens_BT = random_tokens(2, 9)
-    cache = {
-        "dynamic": lambda: DynamicCache(config=model.config),
-        "static": lambda: StaticCache(config=model.config, max_cache_len=12),
-        "without a configuration": DynamicCache,
-    }[kind]()
-    steps = [model(part, past_key_values=cache, use_cache=True).logits for part in tokens_BT.split(chunks, dim=1)]
     expected_BTV = model(tokens_BT, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected_BTV, rtol=1e-4, atol=1e-4)
+    for new_cache, chunks in product(caches, [(9,), (4, 5), (5, 1, 1, 1, 1), (1,) * 9]):
+        cache = new_cache(model)
+        steps = [model(part, past_key_values=cache, use_cache=True).logits for part in tokens_BT.split(chunks, dim=1)]
+        close(torch.cat(steps, dim=1), expected_BTV)
 
 
-@torch.no_grad()
-def test_padding_on_the_left_changes_nothing(model: PuzzleForCausalLM) -> None:
-    tokens_BT, mask_BT = padded()
+def dynamic(model: PuzzleForCausalLM) -> Cache:
+    return DynamicCache(config=model.config)
+
+
+def static(model: PuzzleForCausalLM) -> Cache:
+    return StaticCache(config=model.config, max_cache_len=12)
+
+
+@plain
+def test_generation_and_steps_with_the_cache_equal_those_without(blocks: tuple[str, ...]) -> None:
+    """And padding on the left changes nothing."""
+    model, (tokens_BT, mask_BT) = pico_puzzle(*blocks), padded()
+    check_generation(model, (tokens_BT, mask_BT))
+    check_steps(model, dynamic, static)
     text, logits_BTV = generate(model, tokens_BT, mask_BT)
     alone_text, alone_logits_BTV = generate(model, tokens_BT[:1, 3:], mask_BT[:1, 3:])
     assert torch.equal(text[:1, 3:], alone_text)
-    torch.testing.assert_close(logits_BTV[:1], alone_logits_BTV, rtol=1e-4, atol=1e-4)
+    close(logits_BTV[:1], alone_logits_BTV)
+
+
+@with_sinks
+def test_generation_and_steps_with_sinks(blocks: tuple[str, ...]) -> None:
+    """The window is reached in the prompt, in one of its chunks, or while the answer grows."""
+    model = pico_puzzle(*blocks)
+    for prompt, chunk in product((2, 13), (None, 4)):
+        batch = random_tokens(2, prompt), torch.ones(2, prompt, dtype=torch.long)
+        check_generation(model, batch, prefill_chunk_size=chunk)
+    check_steps(model, dynamic, static, lambda _: DynamicCache())
 
 
 def test_the_cache_holds_what_each_layer_needs_and_no_more() -> None:
@@ -211,12 +189,12 @@ def test_padding_after_the_first_token_of_sinks(chunks: tuple[int, ...]) -> None
     mask_BT = torch.ones_like(tokens_BT)
     mask_BT[0, 7], mask_BT[1, 9:] = 0, 0
     expected_BTV = model(tokens_BT, attention_mask=mask_BT, use_cache=False).logits
-    torch.testing.assert_close(expected_BTV[1:, :9], model(tokens_BT[1:, :9]).logits, rtol=1e-4, atol=1e-4)
+    close(expected_BTV[1:, :9], model(tokens_BT[1:, :9]).logits)
     cache, steps = DynamicCache(config=model.config), []
     for part in tokens_BT.split(chunks, dim=1):
         seen = cache.get_seq_length() + part.shape[1]
         steps.append(model(part, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected_BTV, rtol=1e-4, atol=1e-4)
+    close(torch.cat(steps, dim=1), expected_BTV)
 
 
 def test_padding_on_the_left_of_sinks_is_refused() -> None:

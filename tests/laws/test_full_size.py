@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import pico_llama
-from torch import Tensor
 
 from puzzle.parents import open_parent
 from puzzle.variants import ParentSubblock, Start, Variant, split_state
@@ -38,12 +37,9 @@ def test_the_own_variant_starts_as_the_parents_subblock(
     assert torch.equal(*(layer.subblock_output(variant.subblock, hidden_BTD, **context) for layer in layers))
 
 
-def test_merging_into_as_many_heads_changes_nothing() -> None:
+def test_merging_into_as_many_heads_and_keeping_all_groups_change_nothing(tmp_path: Path) -> None:
     projection = torch.randn(48, 32)
     assert torch.equal(merge_heads(projection, 4, 4), projection)
-
-
-def test_keeping_all_groups_changes_nothing(tmp_path: Path) -> None:
     pico_llama(attention_bias=True).save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
     state = split_state(parent.layer_state(2), "attention")
@@ -56,8 +52,4 @@ def test_refitting_to_all_channels_changes_nothing() -> None:
     """Also where calibration saw nothing: damping draws to the parent's weights, not to zero."""
     weight = torch.randn(8, 6, dtype=torch.float64)
     for activations in (torch.randn(20, 6, dtype=torch.float64), torch.zeros(20, 6, dtype=torch.float64)):
-        assert torch.equal(refit(weight, _second_moment(activations), torch.arange(6)), weight)
-
-
-def _second_moment(activations: Tensor) -> Tensor:
-    return activations.T @ activations / len(activations)
+        assert torch.equal(refit(weight, activations.T @ activations / 20, torch.arange(6)), weight)

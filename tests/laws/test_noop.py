@@ -3,8 +3,6 @@
 import torch
 from tests.conftest import pico_puzzle, random_tokens
 
-from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
-
 KEPT = ("kv4+w48", "kv2win4s1+linear", "linear+w16", "kv2win3+w48")
 
 
@@ -16,7 +14,7 @@ def test_the_layer_returns_its_input() -> None:
     assert not list(layer.parameters())
 
 
-def test_one_half_leaves_only_the_other() -> None:
+def test_one_subblock_left_out_leaves_the_other() -> None:
     model = pico_puzzle("kv4+w48", "kv4+none", "none+w48")
     hidden_BTD = torch.randn(2, 5, 32)
     context = model.model.context(hidden_BTD)
@@ -31,18 +29,12 @@ def test_leaving_such_layers_out_changes_nothing() -> None:
     """Also first and last, where caches and norms are numbered from."""
     small = pico_puzzle(*KEPT)
     large = pico_puzzle("none+none", KEPT[0], "none+none", *KEPT[1:], "none+none")
-    _copy_kept_layers(small, large)
-    tokens_BT = random_tokens(2, 9)
-    assert torch.equal(large(tokens_BT).logits, small(tokens_BT).logits)
-    texts = [model.generate(tokens_BT, do_sample=False, max_new_tokens=4, pad_token_id=0) for model in (small, large)]
-    assert torch.equal(*texts)
-
-
-def _copy_kept_layers(small: PuzzleForCausalLM, large: PuzzleForCausalLM) -> None:
-    kept: list[PuzzleDecoderLayer] = [
-        layer for layer in large.model.layers if layer.has("attention") or layer.has("ffn")
-    ]
+    kept = [layer for layer in large.model.layers if layer.has("attention") or layer.has("ffn")]
     for source, target in zip(small.model.layers, kept, strict=True):
         target.load_state_dict(source.state_dict())
     large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     large.model.norm.load_state_dict(small.model.norm.state_dict())
+    tokens_BT = random_tokens(2, 9)
+    assert torch.equal(large(tokens_BT).logits, small(tokens_BT).logits)
+    texts = [model.generate(tokens_BT, do_sample=False, max_new_tokens=4, pad_token_id=0) for model in (small, large)]
+    assert torch.equal(*texts)

@@ -11,6 +11,12 @@ from transformers import LlamaForCausalLM
 from puzzle.modeling import save_checkpoint
 from puzzle.parents import open_parent
 
+
+def rope(kind: str, theta: float = 1e4, **fields: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 PARENTS: dict[str, dict[str, object]] = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -21,30 +27,11 @@ PARENTS: dict[str, dict[str, object]] = {
     "ffn bias": {"mlp_bias": True},
     "pad token": {"pad_token_id": 5},
     "other activation": {"hidden_act": "gelu_pytorch_tanh"},
-    "other base frequency": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    "linear scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-    "llama3 scaling": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 1e4,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    },
-    "yarn scaling": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    },
-    "dynamic scaling": {
-        "max_position_embeddings": 16,
-        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-    },
+    "other base frequency": rope("default", 5e5),
+    "linear scaling": rope("linear", factor=2.0),
+    "llama3 scaling": rope("llama3", **LLAMA3),
+    "yarn scaling": rope("yarn", factor=4.0, original_max_position_embeddings=32),
+    "dynamic scaling": {"max_position_embeddings": 16} | rope("dynamic", factor=2.0),
 }
 
 
@@ -94,11 +81,11 @@ def test_a_child_with_windows_as_the_parent(tmp_path: Path) -> None:
     tokens_BT = random_tokens(2, 12)
     model = parent.load()
     assert torch.equal(model(tokens_BT).logits, child(tokens_BT).logits)
-    hidden_BTD = model.model.embed_tokens(tokens_BT)
+    hidden_BTD = model.embed(tokens_BT)
     context = model.model.context(hidden_BTD)
     for layer in model.model.layers:
         hidden_BTD = layer(hidden_BTD, **context)
-    assert torch.equal(model.lm_head(model.model.norm(hidden_BTD)), child(tokens_BT).logits)
+    assert torch.equal(model.logits(hidden_BTD), child(tokens_BT).logits)
 
 
 def test_a_checkpoint_in_shards(tmp_path: Path) -> None:
@@ -136,8 +123,8 @@ def test_a_config_of_older_form(tmp_path: Path) -> None:
     pico_llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
-    scaling = dict(PARENTS["llama3 scaling"]["rope_parameters"])  # type: ignore[call-overload]
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling, "torch_dtype": "float32"}
+    scaling = {"rope_type": "llama3", **LLAMA3}
+    config |= {"rope_theta": 1e4, "rope_scaling": scaling, "torch_dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same(tmp_path)
     assert open_parent(str(tmp_path)).load().model.rotary_emb.rope_type == "llama3"

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, D hidden size.
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,22 +29,17 @@ from puzzle.streams import Activations, LayerPass, Stream, read_ahead
 from puzzle.variants import State
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefinedLayer:
-    """Held-out losses of one layer: E||x - x'||^2 / E||x - x0||^2, x0 the parent's input and x its output."""
-
-    layer: int
-    initial_loss: float
-    loss: float
-    """After training; never above `initial_loss`: the better weights are kept (law 4)."""
-
-
 def refine(run: Run, parent: Parent, child: Child, data: TokenData) -> Child:
-    """Train the child's blocks one after another, each on its inputs in the child; `layers.json` tells the losses.
+    """Train the child's blocks one after another, each on its inputs in the child.
+
+    `layers.json` tells each layer's loss on held-out text before and after, which is never above that before: the
+    better weights are kept (law 4). It is E||x - x'||^2 / E||x - x0||^2, with x0 the parent's input and x its output.
 
     With `refine.tokens` 0, and for a child that is the parent, it is the child itself.
     """
-    layers = _differing(parent, child)
+    pairs = enumerate(zip(child.architecture.blocks, parent.architecture.blocks, strict=True))
+    first = next((layer for layer, (block, own) in pairs if block != own), parent.num_layers)
+    layers = range(first, parent.num_layers)
     if run.recipe.refine.tokens == 0 or not layers:
         return child
     stage = run.open(REFINE, parent=parent, child=child, data=data)
@@ -53,20 +48,13 @@ def refine(run: Run, parent: Parent, child: Child, data: TokenData) -> Child:
         return refined
     refinement = _Refinement(run, parent, child, data, stage.path / "work", layers)
     rows = refinement.rows()
-    better = [row for row in rows if row.loss < row.initial_loss]
+    better = [row for row in rows if row["loss"] < row["initial_loss"]]
     run.log(f"refine: {len(better)} of {len(rows)} layers came closer to the parent's")
-    write_json(stage.path / "layers.json", [asdict(row) for row in rows])
+    write_json(stage.path / "layers.json", rows)
     save_child(parent, child.architecture, refinement.state, refined.path)
     stage.commit(layers=len(rows), improved=len(better))
     shutil.rmtree(stage.path / "work")
     return refined
-
-
-def _differing(parent: Parent, child: Child) -> range:
-    """The layers from the first that differs from the parent's."""
-    pairs = list(zip(child.architecture.blocks, parent.architecture.blocks, strict=True))
-    first = next((layer for layer, (block, own) in enumerate(pairs) if block != own), len(pairs))
-    return range(first, len(pairs))
 
 
 class _Refinement:
@@ -87,7 +75,7 @@ class _Refinement:
         self._stream = Stream(run, parent, folder / "parent", reserved_bytes=BLD_BYTES * params)
         self._activations = Activations(folder / "child")
 
-    def rows(self) -> list[RefinedLayer]:
+    def rows(self) -> list[dict[str, float]]:
         """Refine what is not yet; the losses of every layer."""
         self._stream.check_disk(self._texts, models=2)
         files = {layer: self._folder / f"layer{layer:03d}.json" for layer in self._layers}
@@ -95,15 +83,15 @@ class _Refinement:
         with progress("refine", self._steps * len(files), self._steps * done) as bar:
             for layer, file in files.items():
                 if not file.exists():
-                    write_json(file, asdict(self._refine(layer, bar)))
-        return [RefinedLayer(**read_json(file)) for file in files.values()]
+                    write_json(file, self._refine(layer, bar))
+        return [read_json(file) for file in files.values()]
 
     def state(self, layer: int) -> State:
         """A layer's weights: refined, if they are."""
         file = self._folder / f"layer{layer:03d}.safetensors"
         return read_tensors(file) if file.exists() else self._child.layer_state(layer)
 
-    def _refine(self, layer: int, bar: Progress) -> RefinedLayer:
+    def _refine(self, layer: int, bar: Progress) -> dict[str, float]:
         self._prepare(layer)
         student, training = self._student(layer, self._child.layer_state(layer)), self._folder / f"training{layer:03d}"
         passes, precision = partial(self._passes, layer), self._stream.model.dtype
@@ -120,7 +108,7 @@ class _Refinement:
             loss = measured().loss
             write_tensors(self._folder / f"layer{layer:03d}.safetensors", student.state() if loss < initial else start)
         shutil.rmtree(training, ignore_errors=True)
-        return RefinedLayer(layer=layer, initial_loss=initial, loss=min(loss, initial))
+        return {"layer": layer, "initial_loss": initial, "loss": min(loss, initial)}
 
     def _prepare(self, layer: int) -> None:
         """Have the inputs of `layer` in both models; the layers before it are refined."""

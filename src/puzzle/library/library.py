@@ -160,11 +160,9 @@ def build_library(
         for name in ("space", "coupled"):
             del identity["inputs"][name]
         make_plans = partial(student_plans, run, parent, statistics, space, subblocks, identity)
-        plans, params = make_plans(), Counter[int]()
-        for plan in plans:
-            params[plan.layer] += plan.num_params
-        task = partial(train_students, run, parent, data, make_plans)
-        for_layers(run, stage, task, [1.0 + params[layer] for layer in range(parent.num_layers)])
+        plans, layers = make_plans(), range(parent.num_layers)
+        costs = [1.0 + sum(plan.num_params for plan in plans if plan.layer == layer) for layer in layers]
+        for_layers(run, stage, partial(train_students, run, parent, data, make_plans), costs)
         rows = [row for plan in plans if (row := plan.result(run.path)) is not None]
         assert len(rows) == len(plans), "every student is trained"
         rows = _nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]

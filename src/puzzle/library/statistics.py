@@ -20,9 +20,7 @@ and per layer, x being its input and x' its output:
 
 The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use, and as many layers are in use together as fit the
 memory. Products are float32 and sums float64, from which means can be subtracted without loss; only the moment of
-activations, the largest by far and never centred, is summed in float32. Measured against float64 throughout (I = 384,
-three channels 100 times the rest, 2026-11-21): 4e-6 of sqrt(C_ii C_jj) off after 8192 batches, and a down projection
-solved from it (damping 1e-3) loses 4e-8 more.
+activations, the largest by far and never centred, is summed in float32 (what that loses: benchmarks/large_parent.md).
 """
 
 from collections import defaultdict
