@@ -139,7 +139,6 @@ def test_it_is_timed_chosen_distilled_and_reported(pipeline: Pipeline) -> None:
     rows = [row for row in pipeline.costs.rows if row.variant == "mean"]
     assert len(rows) == 4
     assert all(row.weight_bytes == 4 * 2 * 32 and row.kv_bytes_per_sequence == 0 for row in rows)
-    assert all(row.prefill_ms >= 0 and row.decode_ms >= 0 for row in rows)  # so little may be lost in the noise
     assert "kv4+mean" in pipeline.solution.blocks
     assert pipeline.child.architecture.names == pipeline.solution.blocks
     assert "mean" in pipeline.report.read_text()
