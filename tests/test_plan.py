@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.test_recipes import PARENTS
+from tests.test_recipes import parent_config
 
 import puzzle.pipeline
 from puzzle.checks import check_installed, check_recipe
@@ -215,7 +215,7 @@ def test_the_documented_plans_are_what_the_program_prints(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shapes(name: str) -> PuzzleConfig:
-        return PuzzleConfig(**PARENTS[name], head_dim=128, tie_word_embeddings=False)
+        return parent_config(name, head_dim=128, tie_word_embeddings=False)
 
     monkeypatch.setattr(puzzle.pipeline, "read_config", shapes)
     monkeypatch.chdir(ROOT)

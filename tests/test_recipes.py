@@ -1,6 +1,7 @@
 """The recipes that come with the project: valid, complete, and fitting the models they are for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,16 @@ PARENTS = {
 }
 
 
+def parent_config(name: str, **others: Any) -> PuzzleConfig:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(names, PARENTS[name], strict=True))
+    return PuzzleConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **sizes, **others)
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_fits_its_parent(file: Path) -> None:
     recipe = Recipe.read(file)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = PuzzleConfig(num_key_value_heads=8, **dict(zip(names, PARENTS[recipe.parent], strict=True)))
+    config = parent_config(recipe.parent)
     assert recipe.scenario.prompt_tokens + recipe.scenario.generated_tokens <= 131072
     assert recipe.data.sequence_length <= 131072
     space = recipe.space

@@ -154,9 +154,9 @@ def test_with_one_of_two_machines_lost_variants_and_scores_are_those_of_one_proc
 ) -> None:
     here, there = _fresh_copy(pico_run, tmp_path / "here"), _fresh_copy(pico_run, tmp_path / "there")
     command = [sys.executable, "-m", "puzzle", "score", str(there), "--on", "ray"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     with open_run(here) as run:
         run_stage(run, "score")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     # Both machines are in the library: the later layers' has its inputs, and none has finished anything.
     while not list(there.glob("stages/library-*/part002-004/activations/validation/[0-9][0-9][0-9]")):
         assert process.poll() is None

@@ -47,7 +47,7 @@ def test_a_parent_larger_than_memory_is_streamed(tmp_path: Path) -> None:
         vocab_size=257, hidden_size=768, intermediate_size=512, num_hidden_layers=18, initializer_range=0.05
     )
     # In parts as large parents are, for a file that is read counts as memory, all of it, while it is open.
-    model.to(torch.bfloat16).save_pretrained(parent, max_shard_size="10MB")
+    model.to(torch.bfloat16).save_pretrained(parent, max_shard_size="5MB")
     size = 2 * sum(file.stat().st_size for file in parent.glob("*.safetensors"))  # in float32
     assert size > ROOM_BYTES + 2**23
     save_byte_tokenizer(parent)
