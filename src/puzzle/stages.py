@@ -262,6 +262,7 @@ EVALUATE = Stage(
 UNIFORM = Stage(
     name="uniform",
     help="Find the uniform child that is as fast as the child.",
+    version=2,
     reads=("search",),
     inputs=("parent", "space", "scores", "costs", "influence", "child"),
 )

@@ -105,7 +105,8 @@ def uniform(tables: Tables) -> Solution | None:
     for count in range(min(len(dropped), len(every) - 1) + 1):
         some = dict(dropped[:count])
         kept = [layer for layer in range(len(every)) if layer not in some]
-        common = [name for name in every[kept[0]] if all(name in every[layer] for layer in kept)]
+        common = [block for block in every[kept[0]] if all(block in every[layer] for layer in kept)]
+        common = [block for block in common if block not in DROPPED]  # layers go one after another, not all at once
         groups = tuple(0 if layer in kept else 1 + [*some].index(layer) for layer in range(len(every)))
         rules = Allowed(groups, (tuple(common), *((block,) for block in some.values())))
         found = best(replace(tables, allowed=rules)) if common else None
