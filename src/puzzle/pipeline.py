@@ -139,7 +139,7 @@ class Pipeline:
 
     @cached_property
     def true_score(self) -> TrueScore:
-        """What whole architectures of the library are worth."""
+        """Scores whole architectures of the library, not block by block."""
         return TrueScore(self.run, self.parent, self.data, self.library)
 
     @cached_property

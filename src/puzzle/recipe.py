@@ -264,7 +264,7 @@ class DistilSettings(Section):
     documents: bool = True
     """Tokens of a packed sequence attend only to their own document."""
     teacher_cache: PositiveInt | None = None
-    """Train on so many of the parent's likeliest tokens from disk, without the parent in memory and without cosine."""
+    """Number of the parent's likeliest tokens kept on disk as the teacher, without parent in memory or cosine loss."""
     validation_tokens: PositiveCount = 32_768
     """Held-out text of each point of the curve; the child that was best on it is the result."""
 
@@ -372,7 +372,7 @@ class Recipe(Section):
 
 
 def validate(section: type[SectionT], values: dict[str, Any], name: str) -> SectionT:
-    """One section of a recipe alone; what is wrong with it in one line, as of a whole recipe."""
+    """Validate one section of a recipe alone; an error is one line, as for a whole recipe."""
     try:
         return section.model_validate(values)
     except ValidationError as error:

@@ -62,7 +62,7 @@ class Solution(Artefact):
     further: tuple[Serving, ...] = ()
     """The recipe's `scenarios`, in order."""
     notes: tuple[str, ...] = ()
-    """What a person should know of the target: bounds that ask for nothing, or give nothing."""
+    """Remarks on the target: bounds that every architecture meets, or that decide nothing."""
 
     @property
     def servings(self) -> tuple["Solution | Serving", ...]:
