@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -357,12 +356,6 @@ sys.exit(main(sys.argv[1:]))
     assert (stopped.returncode, line) == (130, "puzzle: stopped; the same command goes on where it stood\n")
     with open_run(tmp_path / "out"):
         pass
-
-
-def test_signals_are_left_as_they_were(pipeline: Pipeline) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    main(["run", "recipe.yaml"])
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_reader_that_had_enough_is_no_error() -> None:

@@ -146,9 +146,9 @@ def test_this_machines_plan_has_a_time_for_each_stage() -> None:
         ({"data": {"source": "text", "sequence_length": 513}}, "data.sequence_length: found 513; the parent reads at"),
         (
             {"scenario": {"prompt_tokens": 500, "generated_tokens": 13}},
-            "scenario.prompt_tokens, scenario.generated_tok",
+            "scenario: found 513 prompt_tokens and generated_tok",
         ),
-        ({"scenarios": [{"scenario": {"prompt_tokens": 600}, "target": {}}]}, "scenarios[0].scenario.prompt_tokens, "),
+        ({"scenarios": [{"scenario": {"prompt_tokens": 600}, "target": {}}]}, "scenarios[0].scenario: found "),
         ({"search": {"score": "task"}}, "search.score: found task, and score.task is not set"),
         (
             {"search": {"fix": {"0-4": "parent"}}},

@@ -1,12 +1,10 @@
 """What a late stage would refuse, refused before the first one begins."""
 
-from collections.abc import Sequence
-
 from puzzle.engines.capability import reader
 from puzzle.engines.environments import ENVIRONMENTS, python_of
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.recipe import Recipe, ScenarioSettings
+from puzzle.recipe import Recipe
 from puzzle.search import check_asked, check_spans
 
 
@@ -26,17 +24,17 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
         raise PuzzleError(
             f"data.sequence_length: found {recipe.data.sequence_length}; the parent reads at most {longest} tokens"
         )
-    for name, scenario in _scenarios(recipe):
+    for path, scenario, _ in recipe.served:
         if (tokens := scenario.prompt_tokens + scenario.generated_tokens) > longest:
             raise PuzzleError(
-                f"{name}.prompt_tokens, {name}.generated_tokens: found {tokens} together; the parent reads at most "
+                f"{path}scenario: found {tokens} prompt_tokens and generated_tokens together; the parent reads at most "
                 f"{longest} tokens"
             )
     if recipe.search.score == "task" and recipe.score.task is None:
         raise PuzzleError("search.score: found task, and score.task is not set; give its function as `module:function`")
     check_spans(recipe.search, config.num_layers)
     if searched:
-        check_asked([recipe.target, *(each.target for each in recipe.scenarios)], recipe.search)
+        check_asked([target for *_, target in recipe.served], recipe.search)
 
 
 def check_installed(recipe: Recipe, *, timed: bool = True) -> None:
@@ -48,11 +46,6 @@ def check_installed(recipe: Recipe, *, timed: bool = True) -> None:
     Raises:
         PuzzleError: it has not; names the setting, or says how to install the engine.
     """
-    for _, scenario in _scenarios(recipe):
+    for _, scenario, _ in recipe.served:
         if timed and scenario.engine in ENVIRONMENTS:
             python_of(*ENVIRONMENTS[scenario.engine])
-
-
-def _scenarios(recipe: Recipe) -> Sequence[tuple[str, ScenarioSettings]]:
-    further = ((f"scenarios[{place}].scenario", each.scenario) for place, each in enumerate(recipe.scenarios))
-    return [("scenario", recipe.scenario), *further]

@@ -6,8 +6,7 @@ import errno
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +14,6 @@ from puzzle.distributed.group import end, launched_rank, launched_size
 from puzzle.errors import PuzzleError
 from puzzle.stages import COMMANDS, REPORT
 
-_DISK_FULL = "No space left on device"
 _STAGES = {stage.name: stage.help for stage in COMMANDS}
 
 Command = Callable[[argparse.Namespace], None]
@@ -26,11 +24,6 @@ _COMMANDS: dict[str, tuple[Command, tuple[Argument, ...]]] = {}
 
 def _argument(*names: str, **options: Any) -> Argument:
     return names, options
-
-
-def _settings(flag: str, help_text: str) -> Argument:
-    """Assignments of settings, any number of them."""
-    return _argument(flag, action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def _command(*arguments: Argument, name: str = "") -> Callable[[Command], Command]:
@@ -57,19 +50,15 @@ def _number(kind: type[int] | type[float], above: float) -> Callable[[str], floa
     return parse
 
 
-def _cluster(text: str) -> str:
-    if text != "ray" and not text.startswith("ray://"):
-        raise argparse.ArgumentTypeError(f"found {text}; must be ray, or ray:// and the address of its head")
-    return text
-
-
+_SETTINGS: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
 _FOLDER = _argument("folder", type=Path, help="a run folder")
-_ON = _argument("--on", type=_cluster, metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
+_ON = _argument("--on", metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 when done, 2 after an error that a person can mend (one line), 130 when stopped."""
     arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean stop, as with Ctrl-C
     code = _execute(arguments)
     if launched_size() > 1:
         end(code)
@@ -78,11 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _execute(arguments: argparse.Namespace) -> int:
     try:
-        with _sigterm_as_interrupt():
-            if launched_size() > 1 and arguments.command != "distil":
-                raise PuzzleError(f"torchrun: {arguments.command} is for one process; only distil is for several")
-            arguments.function(arguments)
-            sys.stdout.flush()
+        if launched_size() > 1 and arguments.command != "distil":
+            raise PuzzleError(f"torchrun: {arguments.command} is for one process; only distil is for several")
+        arguments.function(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("stopped; the same command goes on where it stood", 130)
     except BrokenPipeError:  # the reader of a pipe had enough
@@ -99,19 +87,20 @@ def _execute(arguments: argparse.Namespace) -> int:
 @_command(
     _argument("recipe", type=Path, help="a YAML file; `puzzle init` writes one"),
     _argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name"),
-    _settings("--set", "another value, such as target.throughput=2x"),
+    _argument("--set", help="another value, such as target.throughput=2x", **_SETTINGS),
     _argument("--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last stage, such as refine"),
     _ON,
 )
 def run(arguments: argparse.Namespace) -> None:
     """Go the whole way from a recipe to a report, or go on where that stopped."""
     from puzzle.recipe import Recipe, parse_overrides
-    from puzzle.runs import create_folder, open_run
+    from puzzle.runs import create_folder, is_run_folder, open_run
 
     path: Path = arguments.recipe
     overrides = parse_overrides(arguments.set)
     recipe = Recipe.read(path, overrides)
-    out = arguments.out or _default_folder(path)
+    # By default the folder whose recipe this is.
+    out = arguments.out or (path.parent if is_run_folder(path.parent) else Path("runs") / path.stem)
     create_folder(out, recipe, None if overrides else path.read_text(encoding="utf-8"))
     with open_run(out, arguments.on) as opened:
         from puzzle.pipeline import plan, run_stage
@@ -135,7 +124,7 @@ def demo(arguments: argparse.Namespace) -> None:
 @_command(
     _argument("recipe", type=Path, help="a YAML file; of its parent, config.json is enough"),
     _argument("--devices", help="such as 8xh100-sxm, or 8x and a data sheet; default: this machine"),
-    _settings("--set", "another value, such as distil.batch_size=64"),
+    _argument("--set", help="another value, such as distil.batch_size=64", **_SETTINGS),
 )
 def plan(arguments: argparse.Namespace) -> None:
     """Show what a recipe takes, here or on many devices, before anything is computed or downloaded."""
@@ -186,8 +175,8 @@ def stage(arguments: argparse.Namespace) -> None:
 
 @_command(
     _argument("place", type=Path, metavar="FOLDER|FILE", help="a run folder, or a table file (JSON)"),
-    _settings("--target", "another bound, such as throughput=2x"),
-    _settings("--search", "of the recipe's search, such as gap=0"),
+    _argument("--target", help="another bound, such as throughput=2x", **_SETTINGS),
+    _argument("--search", help="of the recipe's search, such as gap=0", **_SETTINGS),
     _argument("--frontier", type=_number(int, 1), metavar="N", help="so many points of the exact frontier"),
     _argument("--pool", type=_number(int, 1), metavar="N", help="so many solutions that differ, the best first"),
     _argument("--baseline", metavar="NAME", help="random, greedy, max-parameters, uniform, depth"),
@@ -254,7 +243,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 @_command(
     _argument("checkpoints", type=Path, nargs="+", help="folders of checkpoints, timed in turns"),
-    _settings("--set", "of the recipe's scenario, such as engine=vllm, batch_sizes=[64] or prompt_tokens=1024"),
+    _argument(
+        "--set",
+        help="of the recipe's scenario, such as engine=vllm, batch_sizes=[64] or prompt_tokens=1024",
+        **_SETTINGS,
+    ),
 )
 def bench(arguments: argparse.Namespace) -> None:
     """Time a checkpoint, parent or child, the way in which every figure here was measured."""
@@ -298,12 +291,9 @@ def explain_recipe(arguments: argparse.Namespace) -> None:
 
 def version(arguments: argparse.Namespace) -> None:
     """Show the version."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    try:
-        print(f"puzzle {version('puzzle-llm')}")
-    except PackageNotFoundError:
-        raise PuzzleError("puzzle runs from its source without being installed; `pip install -e .` there") from None
+    print(f"puzzle {version('puzzle-llm')}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -332,27 +322,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _default_folder(recipe: Path) -> Path:
-    """Beside the recipe if that is a run folder's own, else runs/NAME."""
-    from puzzle.runs import is_run_folder
-
-    return recipe.parent if is_run_folder(recipe.parent) else Path("runs") / recipe.stem
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A clean stop, as with Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _fail(line: str, code: int) -> int:
     name = "puzzle" if launched_size() == 1 else f"puzzle, process {launched_rank()}"
     print(f"{name}: {line}", file=sys.stderr)
@@ -371,7 +340,7 @@ def _explain(error: BaseException) -> str | None:
 
         return explain(error, Recipe)
     text = str(error)
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL in text:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         place = getattr(error, "filename", None) or "while writing"
         return f"disk full: {place}; free some space and run the same command again; nothing computed is lost"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:

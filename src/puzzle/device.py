@@ -121,15 +121,16 @@ def claim_gpu(device: torch.device, number: int) -> None:
 
 
 def memory_bytes(device: torch.device, allowed: int | None = None) -> int:
-    """`execution.memory`, or 80 % of a GPU's free memory, or half of the computer's.
-
-    Args:
-        allowed: `execution.memory`.
-    """
+    """`allowed`, which is `execution.memory`; else 80 % of a GPU's free memory, or half of the computer's."""
     if allowed is not None:
         return allowed
     if not is_gpu(device):
-        return int(_CPU_SHARE * _available_bytes())
+        try:  # what Linux would give without swapping, file caches included
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        except (OSError, StopIteration):  # on other systems all there is
+            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(_CPU_SHARE * available)
     kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept_by_torch))
 
@@ -148,30 +149,21 @@ def release_memory() -> None:
 
 def free_share(device: torch.device) -> float:
     """Part of a GPU's memory that no process has taken; 1 on a CPU."""
-    if not is_gpu(device):
-        return 1.0
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device) if is_gpu(device) else (1, 1)
     return free / total
 
 
-def seconds(device: torch.device) -> float:
-    """The clock for work on this device, read when all work given to it is done; only differences mean anything.
+def times_ms(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
+    """How long each of several calls takes, in milliseconds: on a GPU between events, waiting once at the end.
 
     With one CPU thread it is the processor's time of this process, which leaves out what other programs take.
     """
     if not is_gpu(device):
-        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def times_ms(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
-    """How long each of several calls takes, in milliseconds: on a GPU between events, waiting once at the end."""
-    if not is_gpu(device):
-        marks = [seconds(device)]
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        marks = [clock()]
         for _ in range(repeats):
             work()
-            marks.append(seconds(device))
+            marks.append(clock())
         return [1e3 * (end - begin) for begin, end in pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
@@ -203,12 +195,3 @@ def logits_at_once(device: torch.device) -> int:
 def steps_between_looks(step_seconds: float) -> int:
     """Training steps until the next look at losses and at whether to save or stop, which waits for the device."""
     return max(1, min(_MAX_STEPS_BETWEEN_LOOKS, int(_SECONDS_BETWEEN_LOOKS / max(step_seconds, 1e-9))))
-
-
-def _available_bytes() -> int:
-    """What Linux would give without swapping, file caches included; on other systems, all there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

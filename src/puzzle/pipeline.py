@@ -112,15 +112,14 @@ class Pipeline:
         return score(self.run, self.parent, self.data, self.library, self.preferred_space)
 
     @cached_property
-    def costs(self) -> CostTable:
-        """Memory and time of every variant on the engine."""
-        return measure_costs(self.run, self.parent, self.space)
+    def all_costs(self) -> list[CostTable]:
+        """Memory and time of every variant on the engine, in each scenario that the child must serve."""
+        return [measure_costs(self.run, self.parent, self.space, scenario) for _, scenario, _ in self.run.recipe.served]
 
-    @cached_property
-    def further_costs(self) -> list[CostTable]:
-        """The same in the further scenarios that the child must serve."""
-        scenarios = [each.scenario for each in self.run.recipe.scenarios]
-        return [measure_costs(self.run, self.parent, self.space, scenario) for scenario in scenarios]
+    @property
+    def costs(self) -> CostTable:
+        """Those of the main scenario."""
+        return self.all_costs[0]
 
     @cached_property
     def tables(self) -> Tables:
@@ -224,7 +223,7 @@ class Pipeline:
             costs=self.costs,
             target=recipe.target,
             settings=recipe.search,
-            further=[*zip(self.further_costs, (each.target for each in recipe.scenarios), strict=True)],
+            further=[*zip(self.all_costs[1:], (each.target for each in recipe.scenarios), strict=True)],
             influence=lambda: self.influence,
         )
 
@@ -273,8 +272,8 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
 
 def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
     space = derive_space(config, **recipe.space.model_dump(exclude={"prune"}))
-    engines = (recipe.scenario.engine, *(each.scenario.engine for each in recipe.scenarios))
-    return deployable(space, config, [*recipe.deploy, *(TIMED_AS[engine] for engine in engines if engine in TIMED_AS)])
+    timed = [TIMED_AS[scenario.engine] for _, scenario, _ in recipe.served if scenario.engine in TIMED_AS]
+    return deployable(space, config, [*recipe.deploy, *timed])
 
 
 def run_stage(run: Run, name: str) -> Pipeline:

@@ -5,8 +5,7 @@ they tell minutes from days. docs/scaling.md derives the formulas.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -17,7 +16,7 @@ from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.recipe import Recipe
 from puzzle.stages import STAGES, Work
 from puzzle.units import format_bytes, format_seconds
-from puzzle.variants import SUBBLOCKS, LayerSpace, Space, Variant
+from puzzle.variants import Space
 
 _EFFICIENCY = 0.5
 """Share of the speed of a large matrix product that a model's layers reach (measured on a CPU, 2026-11)."""
@@ -25,90 +24,49 @@ _TRAINING_SHARE = 0.4
 """Share of a data sheet's peak rate that training reaches; a forward pass reaches the sheet's `compute_share`."""
 
 
-@dataclass(frozen=True)
 class Shapes:
-    """Counts that follow from the parent's configuration and the space."""
+    """Counts that follow from the recipe, the parent's configuration and the space; by layer in lists.
 
-    recipe: Recipe
-    config: PuzzleConfig
-    space: Space
+    Attributes:
+        num_params: of the parent, tied ones counted once. layer_params: of its own blocks.
+        trained_params: of the variants that BLD trains. library_params: of all variants beside the parent's.
+        alternatives: numbers of attention and of FFN variants beside the parent's.
+        num_stacks: distinct variants, each of which is measured once.
+        children: how many are made: the child, and the uniform one beside it.
+        moments: values that calibration sums up: four D x D a subblock, and what its parent variant records.
+        suffixes: operations a token of the parent's layers from each one on and of the head; the last is the head's.
+        forward: operations a token of the whole parent.
+        itemsize: bytes of an activation, and of a weight that is not trained.
+        streamed_bytes: of a parent whose layers are read as they are needed: two of them, embeddings and head.
+        layer_activations: bytes that the widest layer keeps of a sequence for its backward pass: 4 D values a token in
+            and between subblocks and norms, and what the subblocks keep.
+    """
 
-    @cached_property
-    def num_params(self) -> int:
-        """Of the parent, tied ones counted once."""
-        return sum(parameter.numel() for parameter in empty_model(self.config).parameters())
-
-    @cached_property
-    def layer_params(self) -> list[int]:
-        """Of the parent variants, by layer."""
-        return [layer.parent.num_params(self.config) for layer in self.space.layers]
-
-    @cached_property
-    def trained_params(self) -> list[int]:
-        """That BLD trains, by layer."""
-        trained = ([each for each in _others(layer) if not each.closed_form] for layer in self.space.layers)
-        return [sum(variant.num_params(self.config) for variant in variants) for variants in trained]
-
-    @property
-    def library_params(self) -> int:
-        return sum(variant.num_params(self.config) for layer in self.space.layers for variant in _others(layer))
-
-    @property
-    def moments(self) -> list[int]:
-        """Values that calibration sums up, by layer: four D x D a subblock, and what its parent variant records."""
-        return [
-            sum(4 * self.config.hidden_size**2 + own.recorded_values(self.config) for own in layer.parent.subblocks)
-            for layer in self.space.layers
-        ]
-
-    @property
-    def alternatives(self) -> list[tuple[int, int]]:
-        """Numbers of attention and FFN variants beside the parent's, by layer."""
-        return [(len(layer.attention) - 1, len(layer.ffn) - 1) for layer in self.space.layers]
-
-    @property
-    def num_stacks(self) -> int:
-        """Distinct variants, each of which is measured once."""
-        return len({variant for layer in self.space.layers for variant in (*layer.attention, *layer.ffn)})
-
-    @property
-    def children(self) -> int:
-        """How many are made: the child, and the uniform one beside it."""
-        return 2 if self.recipe.evaluate.uniform_baseline else 1
-
-    @cached_property
-    def suffixes(self) -> list[float]:
-        """Operations a token of the parent's layers from each one on and of the head; the last entry is the head's."""
-        length, found = self.recipe.data.sequence_length, [2.0 * self.config.vocab_size * self.config.hidden_size]
-        for layer in reversed(self.space.layers):
-            own = sum(each.operations(self.config, length, length) / length for each in layer.parent.subblocks)
-            found.append(found[-1] + own)
-        return found[::-1]
-
-    @property
-    def forward(self) -> float:
-        """Operations a token of the whole parent."""
-        return self.suffixes[0]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an activation, and of a weight that is not trained."""
-        return torch.finfo(getattr(torch, self.recipe.precision)).bits // 8
-
-    @property
-    def streamed_bytes(self) -> float:
-        """Memory of a parent whose layers are read as they are needed: two of them, embeddings and head."""
-        return self.itemsize * (2 * max(self.layer_params) + self.num_params - sum(self.layer_params))
-
-    @property
-    def layer_activations(self) -> float:
-        """Bytes that the widest layer keeps of a sequence for its backward pass: in and between subblocks and norms 4 D
-        values a token, and what the subblocks keep.
-        """
-        kept = [
-            sum(own.activation_values(self.config) for own in layer.parent.subblocks) for layer in self.space.layers
-        ]
-        return self.recipe.data.sequence_length * self.itemsize * (4.0 * self.config.hidden_size + max(kept))
+    def __init__(self, recipe: Recipe, config: PuzzleConfig, space: Space) -> None:
+        self.recipe, self.config, self.space = recipe, config, space
+        length, hidden, parents = (
+            recipe.data.sequence_length,
+            config.hidden_size,
+            [each.parent for each in space.layers],
+        )
+        others = [[*layer.attention[1:], *layer.ffn[1:]] for layer in space.layers]
+        self.num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
+        self.layer_params = [parent.num_params(config) for parent in parents]
+        self.trained_params = [sum(v.num_params(config) for v in some if not v.closed_form) for some in others]
+        self.library_params = sum(variant.num_params(config) for some in others for variant in some)
+        self.alternatives = [(len(layer.attention) - 1, len(layer.ffn) - 1) for layer in space.layers]
+        self.num_stacks = len({variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)})
+        self.children = 2 if recipe.evaluate.uniform_baseline else 1
+        self.moments = [sum(4 * hidden**2 + own.recorded_values(config) for own in each.subblocks) for each in parents]
+        operations = [sum(own.operations(config, length, length) for own in each.subblocks) for each in parents]
+        head = 2.0 * config.vocab_size * hidden
+        self.suffixes = [*accumulate((each / length for each in reversed(operations)), initial=head)][::-1]
+        self.forward = self.suffixes[0]
+        self.itemsize = torch.finfo(getattr(torch, recipe.precision)).bits // 8
+        outside = self.num_params - sum(self.layer_params)
+        self.streamed_bytes = self.itemsize * (2 * max(self.layer_params) + outside)
+        kept = max(sum(own.activation_values(config) for own in each.subblocks) for each in parents)
+        self.layer_activations = length * self.itemsize * (4.0 * hidden + kept)
 
 
 def plan(
@@ -173,8 +131,3 @@ def _seconds(work: Work, used: int, machine: Machine, precision: str) -> float:
 
     own = flops("float32" if work.kind == "float32" else precision, rates[work.kind])
     return most / own + work.forward / flops(precision, machine.compute_share)
-
-
-def _others(layer: LayerSpace) -> list[Variant]:
-    """What a layer may take beside the parent variants."""
-    return [variant for which in SUBBLOCKS for variant in layer.subblock(which)[1:]]

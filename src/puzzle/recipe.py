@@ -338,10 +338,15 @@ class Recipe(Section):
         """Whether whole architectures are compared: for the lowest sum of scores within bounds on costs, but not of a
         task of the user's own, which is not run on them.
         """
-        targets = [self.target, *(scenario.target for scenario in self.scenarios)]
-        bounded = any(value is not None for target in targets for name, value in target if name != "score")
-        own_task = self.search.score == "task"
-        return self.correct.tokens > 0 and self.search.objective == "score" and bounded and not own_task
+        bounded = any(value is not None for *_, target in self.served for name, value in target if name != "score")
+        wanted = self.correct.tokens > 0 and bounded
+        return wanted and self.search.objective == "score" and self.search.score != "task"
+
+    @property
+    def served(self) -> list[tuple[str, ScenarioSettings, TargetSettings]]:
+        """Every scenario, the main one first: the path before its settings, these, and its target."""
+        further = ((f"scenarios[{place}].", each.scenario, each.target) for place, each in enumerate(self.scenarios))
+        return [("", self.scenario, self.target), *further]
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":

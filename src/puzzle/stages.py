@@ -104,8 +104,8 @@ def _score_work(shapes: "Shapes") -> Work:
 
 
 def _cost_work(shapes: "Shapes") -> Work:
-    scenarios = [shapes.recipe.scenario, *(each.scenario for each in shapes.recipe.scenarios)]
-    batch_sizes = sum(len(each.batch_sizes) for each in scenarios if each.engine != "roofline")
+    scenarios = [scenario for _, scenario, _ in shapes.recipe.served if scenario.engine != "roofline"]
+    batch_sizes = sum(len(scenario.batch_sizes) for scenario in scenarios)
     return Work(seconds=_MEASUREMENT_S * shapes.num_stacks * batch_sizes * shapes.recipe.cost.repeats)
 
 

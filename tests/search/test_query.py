@@ -78,7 +78,7 @@ def test_a_run_hands_on_its_further_scenarios(tmp_path: Path) -> None:
     scores, costs = two_batches()
     with open_run(tmp_path / "run") as run:
         pipeline = Pipeline(run)
-        vars(pipeline).update(scores=scores, costs=costs, further_costs=[_long_prompts()])  # as if they were measured
+        vars(pipeline).update(scores=scores, all_costs=[costs, _long_prompts()])  # as if they were measured
         ask(pipeline.tables, out=tmp_path / "found.json")
     assert Solution.from_json((tmp_path / "found.json").read_text()).blocks == ("kv4+w64",)
 
