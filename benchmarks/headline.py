@@ -40,8 +40,8 @@ def main(folder: str, threads: str = "1") -> None:
     for name, time in times.items():
         cost = Cost(prefill_ms=time.prefill_ms, decode_ms=time.decode_ms)
         totals = Totals(batch_size=batch_size, generated_tokens=scenario.generated_tokens, cost=cost)
-        speeds[name] = totals.throughput_tok_s
-        print(f"| {name} | {totals.throughput_tok_s:,.0f} | {time.prefill_ms:.4g} | {time.decode_ms:.4g} |")
+        speeds[name] = totals.as_dict()["throughput_tok_s"]
+        print(f"| {name} | {speeds[name]:,.0f} | {time.prefill_ms:.4g} | {time.decode_ms:.4g} |")
     child = {"speed": speeds["child"] / speeds["parent"], "kept": rows["child"]["top1"] / rows["parent"]["top1"]}
     print(
         f"{scenario}, batch {batch_size}: {child['speed']:.2f}x at {child['kept']:.1%} of the parent's top-1 accuracy"

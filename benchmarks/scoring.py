@@ -165,7 +165,7 @@ def block_error(method: Pipeline, library: Library, layer: int, block: BlockVari
         if variant == own.subblock(variant.subblock):
             return 0.0
         power = float(method.statistics.subblock(layer, variant.subblock)["output_power"])
-        return library.index.row(layer, variant.subblock, variant.name).loss * power
+        return library.index.by_key[layer, variant.subblock, variant.name].loss * power
 
     return (error(block.attention) + error(block.ffn)) / float(method.statistics.layer(layer)["block_power"])
 

@@ -440,10 +440,10 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_demo_trains_no_parent_for_a_folder_that_it_cannot_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import puzzle.demo
-
-    monkeypatch.setattr(puzzle.demo, "demo_parent", None)
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "exists and is not a run folder" in complaint(capsys, "demo", "--out", str(tmp_path))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_recipe_is_checked_before_a_folder_is_made(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from puzzle.units import BYTES, COUNT, MILLISECONDS, NUMBER, SPEED, Unit
 
 if TYPE_CHECKING:
-    from puzzle.artefacts.costs import Totals
+    from puzzle.artefacts import Totals
 
 TIME_TOLERANCE = 1e-8
 """Relative violation at which a bound still counts as met: far below measurement noise, far above rounding of floats.

@@ -66,7 +66,7 @@ def build(
 
 
 def row_of(library: Library, row: LibraryRow) -> LibraryRow:
-    return library.index.row(row.layer, row.subblock, row.variant)
+    return library.index.by_key[row.layer, row.subblock, row.variant]
 
 
 def assert_same(found: Library, expected: Library) -> None:
@@ -159,7 +159,7 @@ def test_training_is_a_plain_loop_from_merged_heads(
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps=steps, warmup=0.05)
         optimizer.step()
-    row = library.index.row(0, "attention", "kv2")
+    row = library.index.by_key[0, "attention", "kv2"]
     assert row.loss < row.initial_loss
     for name, value in library.state(0, KV2).items():
         torch.testing.assert_close(value, layer.get_parameter(name).detach(), rtol=1e-3, atol=2e-5)
@@ -238,10 +238,11 @@ def test_losses_on_the_blocks_output_are_of_another_scale(
         output_power = pico_statistics.subblock(layer, "ffn")["output_power"]
         ratio = float(output_power / pico_statistics.layer(layer)["block_power"])
         for name in ("w16", "none"):
-            own = pico_library.index.row(layer, "ffn", name).initial_loss
+            own = pico_library.index.by_key[layer, "ffn", name].initial_loss
             # Of held-out text, where both powers are a little different.
-            assert blocks.index.row(layer, "ffn", name).loss == pytest.approx(ratio * own, rel=0.1)
-        assert 0 < blocks.index.row(layer, "attention", "kv2").loss < blocks.index.row(layer, "attention", "none").loss
+            assert blocks.index.by_key[layer, "ffn", name].loss == pytest.approx(ratio * own, rel=0.1)
+        halved, none = (blocks.index.by_key[layer, "attention", name].loss for name in ("kv2", "none"))
+        assert 0 < halved < none
     trained = build("kv2 none w16", loss="block")
     assert all(row.loss < row.initial_loss for row in trained.index.rows if row.trained_tokens)
 
@@ -258,7 +259,7 @@ def test_coupled_blocks_are_better_than_their_subblocks(build: Build) -> None:
 
 
 def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:
-    wide, slim = (pico_library.index.row(0, "ffn", name) for name in ("w32", "w16"))
+    wide, slim = (pico_library.index.by_key[0, "ffn", name] for name in ("w32", "w16"))
     nested = _nested(pico_run.path, pico_library.parent, [replace(wide, loss=0.9), replace(slim, loss=0.5)])
     assert nested[0] == replace(wide, loss=0.5, file=slim.file, widened_from="w16")
     library = replace(pico_library, index=LibraryIndex(rows=tuple(nested)))

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from puzzle.artefacts import Cost, CostRow, Scenario
-from puzzle.artefacts.costs import Part
+from puzzle.artefacts import Cost, CostRow, Part, Scenario
 from puzzle.costs.engine import Sample
 from puzzle.costs.timing import typical, without_drift
 from puzzle.modeling import PuzzleConfig, empty_model

@@ -60,7 +60,7 @@ class Library:
         subblock = variant.subblock
         if variant == self.parent.architecture.blocks[layer].subblock(subblock):
             return split_state(self.parent.layer_state(layer), subblock)
-        row = self.index.row(layer, subblock, variant.name)
+        row = self.index.by_key[layer, subblock, variant.name]
         state = read_tensors(self.root / row.file) if row.file else {}
         if not row.widened_from:
             return state
@@ -70,14 +70,14 @@ class Library:
 
     def block_state(self, layer: int, block: BlockVariant) -> State:
         """The weights of a block: those it was trained with as a whole, else its subblocks'."""
-        row = self.index.find(layer, "block", block.name)
+        row = self.index.by_key.get((layer, "block", block.name))
         if row is not None:
             return read_tensors(self.root / row.file)
         return self.state(layer, block.attention) | self.state(layer, block.ffn)
 
     def sources(self, layer: int, block: BlockVariant) -> list[list[str]]:
         """What the subblocks of a block are made of: their files, and the variants that are widened."""
-        rows = [self.index.find(layer, variant.subblock, variant.name) for variant in block.subblocks]
+        rows = [self.index.by_key.get((layer, variant.subblock, variant.name)) for variant in block.subblocks]
         return [[row.file, row.widened_from] for row in rows if row is not None]
 
 
@@ -95,7 +95,7 @@ class LayerBlocks:
         modules: dict[tuple[Variant, BlockVariant | None], PuzzleDecoderLayer] = {}
         self._modules: dict[BlockVariant, list[PuzzleDecoderLayer]] = {}
         for block in blocks:
-            whole = None if library.index.find(layer, "block", block.name) is None else block
+            whole = None if library.index.by_key.get((layer, "block", block.name)) is None else block
             for variant in block.subblocks:
                 if (variant, whole) not in modules:
                     state = library.state(layer, variant) if whole is None else library.block_state(layer, block)

@@ -57,7 +57,7 @@ class ReportData:
     @property
     def parent_blocks(self) -> list[str]:
         """The parent's own block of each layer."""
-        return [self.scores.parent_row(layer).block for layer in range(self.scores.num_layers)]
+        return self.scores.parent_blocks
 
 
 def versions() -> dict[str, str]:

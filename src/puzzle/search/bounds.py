@@ -16,9 +16,8 @@ def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
     these if there are several. So `2x` of throughput and `50%` of memory speak of the same parent, served as
     well as the scenario lets it be.
     """
-    blocks = [scores.parent_row(layer).block for layer in range(scores.num_layers)]
-    totals = [costs.totals(blocks, batch_size) for batch_size in sorted(costs.batch_sizes)]
-    return max(totals, key=lambda each: each.throughput_tok_s).as_dict()
+    totals = [costs.totals(scores.parent_blocks, batch_size).as_dict() for batch_size in sorted(costs.batch_sizes)]
+    return max(totals, key=lambda each: each["throughput_tok_s"])
 
 
 def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: float = 0.0) -> Bounds:

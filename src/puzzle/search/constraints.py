@@ -76,7 +76,7 @@ def _matching(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         missing = []
         for layer in layers:
-            names = {name for name in blocks[layer] if _means(pattern, name, scores.parent_row(layer).block)}
+            names = {name for name in blocks[layer] if _means(pattern, name, scores.parent_blocks[layer])}
             sides = {name.split("+").index(pattern) for name in names if pattern in name.split("+") and pattern != name}
             if everywhere and len(sides) > 1:
                 raise PuzzleError(

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
-from puzzle.artefacts.costs import Part
+from puzzle.artefacts import CostRow, CostTable, Part, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
 from puzzle.errors import PuzzleError
 from puzzle.recipe import PositiveInt, SearchSettings, Section, Text, validate
 from puzzle.search.tables import Tables
@@ -124,7 +123,7 @@ def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl")
     head = {
         "format": FORMAT,
         "scenario": vars(costs.scenario) | {"batch_sizes": list(costs.batch_sizes)},
-        "parent": [scores.parent_row(layer).block for layer in range(scores.num_layers)],
+        "parent": scores.parent_blocks,
         "fixed": [costs_of(row) for row in costs.rows if row.part == "fixed"],
     }
     blocks = [

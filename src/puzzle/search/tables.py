@@ -79,7 +79,7 @@ class Tables:
     @cached_property
     def parent(self) -> list[str]:
         """The parent's own block of each layer."""
-        return [self.scores.parent_row(layer).block for layer in range(self.scores.num_layers)]
+        return self.scores.parent_blocks
 
     @cached_property
     def demands(self) -> tuple[Demand, ...]:
