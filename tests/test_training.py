@@ -17,10 +17,6 @@ from puzzle.training import Part, Trained, adamw, schedule, train
 STEPS, RATE, WARMUP, MAX_NORM = 12, 0.05, 0.25, 0.5
 
 
-class Bar(Progress):
-    def advance(self, count: float = 1, **numbers: float) -> None: ...
-
-
 class Task:
     """Two small models that share nothing but the data, a step's data being drawn from its number."""
 
@@ -64,7 +60,7 @@ def run(
         warmup=WARMUP,
         max_grad_norm=MAX_NORM,
         folder=folder,
-        bar=Bar(),
+        bar=Progress("train", STEPS),
         validate=lambda step: {"step": step, "validation_kl": task.held_out()},
         num_points=4,
     )

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from puzzle.device import disk_bytes, memory_bytes
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.parents import Parent
@@ -157,13 +158,13 @@ class Stream:
         self, run: Run, source: Parent, folder: Path, reserved_bytes: int = 0, dtype: torch.dtype | None = None
     ) -> None:
         self._run, self._source, self.activations = run, source, Activations(folder)
-        room = run.memory_bytes - reserved_bytes  # asked before any weights are loaded
+        room = memory_bytes(run.device, run.recipe.execution.memory)  # asked before any weights are loaded
         dtype = dtype or getattr(torch, run.recipe.precision)
         params = [block.num_params(source.config) for block in source.architecture.blocks]
         self.layer_bytes = [dtype.itemsize * count for count in params]
         self.outer_bytes = dtype.itemsize * (source.num_params - sum(params))
         """Of embeddings, final norm and head, which are always held."""
-        self._room = room - self.outer_bytes
+        self._room = room - reserved_bytes - self.outer_bytes
         self.resident = sum(self.layer_bytes) <= self._room
         self.model = source.load(dtype=dtype, device=run.device, layers=None if self.resident else ())
         self.layers = cast(Sequence[PuzzleDecoderLayer], self.model.model.layers)
@@ -319,8 +320,9 @@ class Stream:
         tokens = [sum(tokens_BT.numel() for tokens_BT in batches()) for batches in texts.values()]
         token_bytes = self._source.config.hidden_size * self.model.dtype.itemsize
         needed = models * (sum(tokens) + max(tokens)) * token_bytes + self.activations.num_bytes(without=texts)
-        allowed = self._run.disk_bytes
-        if self._run.recipe.execution.disk is None:  # what is free does not hold what is here already
+        execution = self._run.recipe.execution
+        allowed = disk_bytes(self._run.path, execution.disk)
+        if execution.disk is None:  # what is free does not hold what is here already
             allowed += self.activations.num_bytes()
         if needed > allowed:
             raise PuzzleError(

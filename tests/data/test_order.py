@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.data import RANGES, RangeCounts, TokenData, order
+from puzzle.data import RANGES, TokenData, order
 
 seeds = st.integers(-(2**63), 2**63)
 
@@ -29,8 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
     path = tmp_path_factory.mktemp("tokens")
     tokens = np.arange(7, dtype="<u4")[:, None] * np.ones((1, 5), dtype="<u4")
     tokens.tofile(path / "training.bin")
-    counts = {name: RangeCounts(0, 0, 0) for name in RANGES} | {"training": RangeCounts(7, 35, 7)}
-    return TokenData(path, "address", 4, counts)
+    return TokenData(path, "address", 4, dict.fromkeys(RANGES, 0) | {"training": 7})
 
 
 def taken(batches: list[torch.Tensor]) -> list[int]:

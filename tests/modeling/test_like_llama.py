@@ -1,8 +1,12 @@
 """A homogeneous Puzzle model behaves as LlamaForCausalLM does, in everything that callers of transformers use."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.conftest import pico_llama, pico_puzzle, random_tokens
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, LlamaForCausalLM
 
 from puzzle.modeling import PuzzleForCausalLM
@@ -87,23 +91,33 @@ def test_no_cache_in_training_unless_asked() -> None:
     assert model(TOKENS_BT, use_cache=True).past_key_values is None
 
 
+class Calls(TorchFunctionMode):
+    """The functions of torch that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("blocks", [("kv4+w48",) * 4, MIXED])
-def test_the_attention_implementation_can_be_set(blocks: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_implementation_can_be_set(blocks: tuple[str, ...]) -> None:
     """On a model that is built already, with every layer following, and masks made for it."""
     model = pico_puzzle(*blocks)
     assert model.config._attn_implementation == "sdpa"
     expected_BTV = model(TOKENS_BT).logits
-    calls: list[str] = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    counted = lambda *args, **kwargs: calls.append("sdpa") or sdpa(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(TOKENS_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
-    assert not calls
+    with Calls() as calls:
+        torch.testing.assert_close(model(TOKENS_BT).logits, expected_BTV, rtol=1e-4, atol=1e-4)
+    assert scaled_dot_product_attention not in calls.seen
     model.set_attn_implementation("sdpa")
-    assert torch.equal(model(TOKENS_BT).logits, expected_BTV)
-    assert len(calls) == model.config.num_hidden_layers
+    with Calls() as calls:
+        assert torch.equal(model(TOKENS_BT).logits, expected_BTV)
+    assert calls.seen.count(scaled_dot_product_attention) == model.config.num_hidden_layers
 
 
 @CHECKPOINTING

@@ -123,11 +123,8 @@ def test_no_folder(source: str) -> None:
     assert f"{source} is not a folder; give one of" in refusal(source)
 
 
-@pytest.mark.parametrize("name", ["nobody/nothing", "not a model!"])
-def test_what_the_hub_does_not_give(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert f"{name} is neither a folder nor a model that the hub gives" in refusal(name)
+def test_what_the_hub_does_not_give() -> None:
+    assert "not a model! is neither a folder nor a model that the hub gives" in refusal("not a model!")
 
 
 def test_nothing_in_a_parent_is_run(folder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Progress: a line now and then with the time left, or a bar."""
 
-import io
+import os
+import pty
 import time
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -39,13 +41,14 @@ def test_nothing_to_do_is_all_done(clock: list[float], capsys: pytest.CaptureFix
 
 
 def test_a_terminal_gets_a_bar_and_bars_may_nest(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with progress("library", 4) as outer, progress("layer", 2) as inner:
-        inner.advance()
-        outer.advance(2, loss=0.25)
-    shown = terminal.getvalue()
+    read, written = pty.openpty()
+    with os.fdopen(written, "w") as terminal, redirect_stdout(terminal):
+        with progress("library", 4) as outer, progress("layer", 2) as inner:
+            inner.advance()
+            outer.advance(2, loss=0.25)
+        terminal.flush()
+        shown = os.read(read, 2**16).decode()
+    os.close(read)
     for text in ("library", "layer", "50%", "loss 0.25"):
         assert text in shown

@@ -1,6 +1,6 @@
 """Text in, packed token blocks out; resumable and deterministic."""
 
 from puzzle.data.pack import prepare_data
-from puzzle.data.tokens import RANGES, RangeCounts, RangeName, TokenData, order
+from puzzle.data.tokens import RANGES, RangeName, TokenData, order
 
-__all__ = ["RANGES", "RangeCounts", "RangeName", "TokenData", "order", "prepare_data"]
+__all__ = ["RANGES", "RangeName", "TokenData", "order", "prepare_data"]

@@ -7,9 +7,10 @@ so that a run that is cut off at any moment goes on with the next batch and ends
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,41 +18,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.data.read import Document, Source, open_sources
-from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeCounts, RangeName, TokenData
+from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeName, TokenData
 from puzzle.errors import PuzzleError, one_line
+from puzzle.modeling import TOKENIZER_FILES
 from puzzle.parents import Parent
 from puzzle.recipe import DataSettings
-from puzzle.runs import Run, digest, progress, read_json, write_json
+from puzzle.runs import Run, digest, file_digest, progress, read_json, write_json
 from puzzle.stages import DATA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_CHARACTERS = 2**20  # at worst, a token a character, 300 MB in the tokenizer
-_TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
-)
 
 
 def prepare_data(run: Run, parent: Parent) -> TokenData:
     """The recipe's text as packed tokens of the parent's tokenizer; made if it is not there, opened if it is."""
     settings = run.recipe.data
     sources = open_sources(settings, run.path / "sources.json")
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in parent.path.glob(pattern) if file.is_file()})
-    tokenizer_address = digest([[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files])
+    files = sorted({file for pattern in TOKENIZER_FILES for file in parent.path.glob(pattern) if file.is_file()})
+    tokenizer = digest([[file.name, file_digest(file, {})] for file in files])
     identities = digest([source.identity for source in sources])  # where the text lies does not matter
-    stage = run.open(DATA, tokenizer=tokenizer_address, sources=identities)
+    stage = run.open(DATA, tokenizer=tokenizer, sources=identities)
     if not stage.done:
         end = _pack(sources, parent, settings, stage.path)
         counts = {name: _cut(stage.path, end, name, settings) for name in RANGES}
-        sequences = ", ".join(f"{name} {count.sequences}" for name, count in counts.items())
-        tokens = sum(count.tokens for count in counts.values())
+        tokens = sum(counts.values()) * (settings.sequence_length + 1)
+        sequences = ", ".join(f"{name} {count}" for name, count in counts.items())
         run.log(f"data: {sum(end.documents.values())} documents, {tokens} tokens; sequences: {sequences}")
-        ranges = {name: asdict(count) for name, count in counts.items()}
-        stage.commit(sequence_length=settings.sequence_length, ranges=ranges)
-    counts = {name: RangeCounts(**count) for name, count in stage.facts["ranges"].items()}
-    return TokenData(stage.path, stage.address, stage.facts["sequence_length"], counts)
+        stage.commit(documents=end.documents, sequences=counts)
+    return TokenData(stage.path, stage.address, settings.sequence_length, stage.facts["sequences"])
 
 
 @dataclass(frozen=True)
@@ -76,19 +72,23 @@ def _pack(sources: Sequence[Source], parent: Parent, settings: DataSettings, fol
     position = _Position(**read_json(record)) if record.exists() else _Position()
     written, limit = sum(position.tokens.values()), settings.max_tokens
     total, done = (limit, written) if limit else (sum(source.size() for source in sources), position.size)
-    shares = {name: getattr(settings, name) for name in RANGES if name != "training"}
-    bounds = dict(zip(shares, accumulate(shares.values()), strict=True))  # training takes what the others leave
+    # Training takes what the others leave.
+    names: list[RangeName] = [*(name for name in RANGES if name != "training"), "training"]
+    bounds = [*accumulate(getattr(settings, name) for name in names[:-1])]
     with progress("tokenising", total, done) as bar:
-        for batch, after in _batches(sources, tokenizer, position):
+        for texts, after in _batches(sources, tokenizer, position):
             if limit and written >= limit:
                 break
-            ids = _encode(batch, tokenizer, parent.config.vocab_size)
+            ids = _encode(texts, tokenizer, parent.config.vocab_size)
             ends = written + np.cumsum([len(each) for each in ids])
             count = 1 + int(np.searchsorted(ends, limit or math.inf))  # with the document that reaches the limit
+            # A document's range is given by a hash of its text in [0, 1): the same text is never in two ranges.
+            hashes = [hashlib.sha256(text.encode()).digest()[:8] for text, _ in texts[:count]]
+            shares = [int.from_bytes(each, "big") / 2**64 for each in hashes]
+            places = np.searchsorted(bounds, shares, side="right")
             documents, tokens = dict(position.documents), dict(position.tokens)
-            places = [_range_of(text, bounds) for text, _ in batch[:count]]
-            for name in RANGES:
-                chosen = [each for each, place in zip(ids, places, strict=False) if place == name]
+            for index, name in enumerate(names):
+                chosen = [each for each, place in zip(ids, places, strict=False) if place == index]
                 inner = tokens[name] + np.cumsum([len(each) for each in chosen], dtype=np.int64)
                 _write(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * tokens[name], b"".join(map(bytes, chosen)))
                 _write(folder / f"{name}.ends.bin", inner.itemsize * documents[name], inner.tobytes())
@@ -155,39 +155,30 @@ def _encode(
     texts: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", vocab_size: int
 ) -> list[NDArray[np.uint32]]:
     """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it."""
-    encoded: dict[int, list[int]] = {}
-    for is_chat in (False, True):
-        if chosen := {i: text for i, (text, kind) in enumerate(texts) if kind == is_chat}:
-            options = {"add_special_tokens": not is_chat, "return_attention_mask": False, "verbose": False}
-            encoded |= zip(chosen, tokenizer([*chosen.values()], **options)["input_ids"], strict=True)
+    encoded: list[list[int]] = []
+    for is_chat, same in groupby(texts, itemgetter(1)):
+        options = {"add_special_tokens": not is_chat, "return_attention_mask": False, "verbose": False}
+        encoded += tokenizer([text for text, _ in same], **options)["input_ids"]
     eos = tokenizer.eos_token_id
-    found = [ids if ids[-1:] == [eos] else [*ids, eos] for _, ids in sorted(encoded.items())]
+    found = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
     if (highest := max(map(max, found))) >= vocab_size:
         has = f"its tokenizer gives token {highest}, its config.json has vocab_size {vocab_size}"
         raise PuzzleError(f"parent: {has}; use the tokenizer that belongs to the checkpoint")
     return [np.array(ids, dtype=TOKEN_DTYPE) for ids in found]
 
 
-def _range_of(text: str, bounds: Mapping[RangeName, float]) -> RangeName:
-    """The range of a document, by a hash of its text in [0, 1): the same text is never in two ranges."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return next((name for name, bound in bounds.items() if place < bound), "training")
-
-
-def _cut(folder: Path, end: _Position, name: RangeName, settings: DataSettings) -> RangeCounts:
-    """Cut a range's file to whole sequences; refuse a text that leaves none."""
+def _cut(folder: Path, end: _Position, name: RangeName, settings: DataSettings) -> int:
+    """Cut a range's file to whole sequences, and count them; refuse a text that leaves none."""
     length, num_documents = settings.sequence_length + 1, sum(end.documents.values())
     if num_documents == 0:
         raise PuzzleError(f"data.source: {', '.join(settings.source)} holds no text; its documents are all empty")
     sequences = end.tokens[name] // length
     if sequences == 0:
-        share = dict(settings).get(name, 1 - sum(getattr(settings, other) for other in RANGES if other != "training"))
         cure = "lower the other shares" if name == "training" else f"raise data.{name}"
         cure += ", raise data.max_tokens" if settings.max_tokens else ""
         raise PuzzleError(
-            f"data: {name} gets {end.documents[name]} of {num_documents} documents (its share is {share:.0%}), which "
-            f"is not one sequence of {length} tokens; {cure}, lower data.sequence_length, or give more documents "
-            "(files, rows)"
+            f"data: {name} gets {end.documents[name]} of {num_documents} documents, which is not one sequence of "
+            f"{length} tokens; {cure}, lower data.sequence_length, or give more documents (files, rows)"
         )
     _write(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * sequences * length, b"")
-    return RangeCounts(end.documents[name], sequences * length, sequences)
+    return sequences

@@ -1,20 +1,19 @@
 """Documents out of text files, jsonl, parquet and datasets of the hub; each source is read from any document on."""
 
 import codecs
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from puzzle.errors import PuzzleError, one_line
 from puzzle.recipe import DataSettings
-from puzzle.runs import read_json, write_json
+from puzzle.runs import file_digest, remembered
 
 _TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".org"),
@@ -25,11 +24,9 @@ _SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".parquet")
 """Of the files that are read, in lower case."""
 _CUT_BYTES = 256 * 2**10
 _HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
-_NOT_UTF8 = "not UTF-8"
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text, or a conversation that the chat template turns into text."""
 
     content: str | list[dict[str, Any]]
@@ -56,23 +53,17 @@ def open_sources(settings: DataSettings, memory: Path) -> list[Source]:
     """Find the sources in the recipe's order, folders in the order of their file names; hash what is new.
 
     Args:
-        memory: file that keeps the files' hashes by size and time of change, and the commits of datasets, so that a
-            later push to a dataset does not change a run that has begun.
+        memory: file that keeps the files' hashes, and the commits of datasets, so that a later push to a dataset does
+            not change a run that has begun.
 
     Raises:
-        PuzzleError: there is no such source, or nothing in it can be read, or text files are not UTF-8: all by name.
+        PuzzleError: there is no such source, or nothing in it can be read.
     """
-    before: dict[str, str] = read_json(memory) if memory.exists() else {}
-    known = dict(before)
-    sources = [source for name in settings.source for source in _open(name, settings, known)]
-    if broken := [key.rsplit(" ", 2)[0] for key, found in known.items() if found == _NOT_UTF8]:
-        raise PuzzleError(f"data.source: not UTF-8 text: {', '.join(broken)}; convert or move away")
-    if known != before:
-        write_json(memory, known)
-    return sources
+    with remembered(memory) as known:
+        return [source for name in settings.source for source in _open(name, settings, known)]
 
 
-def _open(name: str, settings: DataSettings, known: MutableMapping[str, str]) -> Iterator[Source]:
+def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[Source]:
     root = Path(name).expanduser()
     if root.exists():
         inside = [path.relative_to(root) for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
@@ -90,29 +81,12 @@ def _open(name: str, settings: DataSettings, known: MutableMapping[str, str]) ->
         yield _dataset(match, settings, known)
 
 
-def _file(path: Path, name: Path, column: str, known: MutableMapping[str, str]) -> Source:
+def _file(path: Path, name: Path, column: str, known: dict[str, str]) -> Source:
     try:
-        stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        if key not in known:
-            known[key] = _hash(path)
+        size, found = path.stat().st_size, file_digest(path, known)
     except OSError as error:
         raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
-    return Source([name.as_posix(), known[key]], lambda: stat.st_size, partial(_read_file, path, column))
-
-
-def _hash(path: Path) -> str:
-    """The file's SHA-256; `_NOT_UTF8` of other text, which is better said now than after hours of tokenising."""
-    sha, decoder, is_text = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")(), path.suffix.lower() in _TEXT
-    with path.open("rb") as file:
-        try:
-            while data := file.read(2**20):
-                sha.update(data)
-                decoder.decode(data if is_text else b"")
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return _NOT_UTF8
-    return sha.hexdigest()
+    return Source([name.as_posix(), found], lambda: size, partial(_read_file, path, column))
 
 
 def _read_file(path: Path, column: str, start: int) -> Iterator[Document]:
@@ -130,11 +104,15 @@ def _read_text(path: Path) -> Iterator[Document]:
     size = path.stat().st_size
     piece = max(1, ceil(size / max(1, ceil(size / _CUT_BYTES))))
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a character that a cut splits goes to the next piece
-    with path.open("rb") as file:
-        while data := file.read(piece):
-            if len(data) == piece:
-                data += file.readline(piece)  # bounded, for a file that is one endless line
-            yield Document(decoder.decode(data), str(path), len(data))
+    try:
+        with path.open("rb") as file:
+            while data := file.read(piece):
+                if len(data) == piece:
+                    data += file.readline(piece)  # bounded, for a file that is one endless line
+                yield Document(decoder.decode(data), str(path), len(data))
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise PuzzleError(f"data.source: {path} is not UTF-8 text ({error}); convert it or move it away") from None
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
@@ -152,7 +130,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
             yield Document(_content(row, column, place), place, len(line))
 
 
-def _dataset(match: re.Match[str], settings: DataSettings, known: MutableMapping[str, str]) -> Source:
+def _dataset(match: re.Match[str], settings: DataSettings, known: dict[str, str]) -> Source:
     """One split of a dataset of the hub, at the commit at which it was first opened."""
     name, revision = match["name"], match["revision"] or "main"
     config, split, column = match["config"] or None, match["split"] or "train", settings.column
@@ -179,7 +157,6 @@ def _dataset(match: re.Match[str], settings: DataSettings, known: MutableMapping
 
 
 def _load(name: str, *arguments: str | None, **options: Any) -> Any:
-    """`datasets.load_dataset` with these arguments."""
     import datasets  # takes seconds
 
     try:

@@ -2,7 +2,7 @@
 
     calibration.bin, training.bin, ...   little-endian uint32 of shape [sequences, T + 1], one file a range
     calibration.ends.bin, ...            int64 [documents], where each document ends in the range, in tokens
-    manifest.json                        every range with its documents, tokens and sequences
+    manifest.json                        every range's number of documents and of sequences
 
 T is the recipe's `data.sequence_length`: a sequence of T + 1 tokens gives T inputs and T targets.
 """
@@ -27,15 +27,6 @@ TOKEN_DTYPE = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
-class RangeCounts:
-    """What a range holds; tokens at its end that fill no sequence are not counted."""
-
-    documents: int
-    tokens: int
-    sequences: int
-
-
-@dataclass(frozen=True)
 class TokenData:
     """The packed tokens of every range, memory-mapped."""
 
@@ -43,11 +34,12 @@ class TokenData:
     address: str
     sequence_length: int
     """T, tokens of input a sequence."""
-    counts: Mapping[RangeName, RangeCounts]
+    counts: Mapping[RangeName, int]
+    """Sequences of each range; tokens at its end that fill none are left out."""
 
     def num_sequences(self, range: RangeName, tokens: int | None = None) -> int:
         """All of a range; with `tokens`, its first ceil(tokens / T) sequences, or all there are."""
-        count = self.counts[range].sequences
+        count = self.counts[range]
         return count if tokens is None else min(-(-tokens // self.sequence_length), count)
 
     def sequences(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:

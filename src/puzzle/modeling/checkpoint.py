@@ -21,18 +21,12 @@ _AUTO_MAP = {
     "AutoModel": "modeling_puzzle.PuzzleModel",
     "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
 }
-_EXTRA_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",  # sentencepiece
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",  # the parent's terms hold for the child's weights
-    "NOTICE*",
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
 )
+# The parent's terms hold for the child's weights.
+_EXTRA_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:

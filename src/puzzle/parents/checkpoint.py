@@ -1,6 +1,5 @@
 """A folder of safetensors files: which tensor is where, of what shape, and its values. Nothing is ever unpickled."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from puzzle.errors import PuzzleError, one_line
-from puzzle.runs import digest, read_json, write_json
+from puzzle.runs import digest, file_digest, remembered
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
@@ -47,7 +46,11 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
-        for file, wanted in groupby(sorted(names, key=self._file), self._file):
+
+        def file_of(name: str) -> Path:
+            return self.entries[name].file
+
+        for file, wanted in groupby(sorted(names, key=file_of), file_of):
             with safe_open(file, framework="pt") as handle:
                 for name in wanted:
                     tensor = handle.get_tensor(name)
@@ -56,27 +59,15 @@ class Checkpoint:
                     self._finite.add(name)
                     yield name, tensor
 
-    def _file(self, name: str) -> Path:
-        return self.entries[name].file
-
     def address(self, digests: Path | None) -> str:
         """Hash of the configuration and the weights.
 
         Args:
-            digests: file in which the weights' hashes are remembered by size and time of change.
+            digests: file in which the hashes are remembered by size and time of change.
         """
-        known: dict[str, str] = read_json(digests) if digests is not None and digests.exists() else {}
-        hashes = [hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()]
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            stat = file.stat()
-            key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-            if key not in known:
-                with file.open("rb") as handle:
-                    known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
-            hashes.append(known[key])
-        if digests is not None:
-            write_json(digests, known)
-        return digest(hashes)
+        with remembered(digests) as known:
+            files = sorted({entry.file for entry in self.entries.values()})
+            return digest([file_digest(file, known) for file in (self.path / "config.json", *files)])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,9 +1,11 @@
 """A parent: a checkpoint found, checked, and read as a Puzzle model whose blocks are its own."""
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +72,7 @@ class Parent:
         """
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
-        names = self._outside_layers + [name for layer in held for name in self._layer_names(layer)]
+        names = [name for layer in (None, *held) for name in self._names[layer]]
         state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
         file = self.path / "generation_config.json"
@@ -85,28 +87,24 @@ class Parent:
         self, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """One layer's tensors by their names within the layer; no others are read."""
-        tensors = self.checkpoint.read(self._layer_names(layer))
+        tensors = self.checkpoint.read(self._names[layer])
         return {name.split(".", 3)[3]: tensor.to(device, dtype) for name, tensor in tensors}
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
-        return {name: tensor.float() for name, tensor in self.checkpoint.read(self._outside_layers)}
+        return {name: tensor.float() for name, tensor in self.checkpoint.read(self._names[None])}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by its name in the model, as it is stored, one at a time."""
-        return self.checkpoint.read(self._names)
+        return self.checkpoint.read(chain.from_iterable(self._names.values()))
 
     @cached_property
-    def _names(self) -> list[str]:
-        """Every parameter once, a tied one under the name that checkpoints keep."""
-        return [name for name, _ in empty_model(self.config).named_parameters()]
-
-    @property
-    def _outside_layers(self) -> list[str]:
-        return [name for name in self._names if not name.startswith("model.layers.")]
-
-    def _layer_names(self, layer: int) -> list[str]:
-        return [name for name in self._names if name.startswith(f"model.layers.{layer}.")]
+    def _names(self) -> dict[int | None, list[str]]:
+        """Every parameter once, a tied one under the name that checkpoints keep; those outside of layers by None."""
+        names: dict[int | None, list[str]] = defaultdict(list)
+        for name, _ in empty_model(self.config).named_parameters():
+            names[int(name.split(".")[2]) if name.startswith("model.layers.") else None].append(name)
+        return names
 
 
 def open_parent(source: str, digests: Path | None = None, address: str | None = None) -> Parent:
@@ -166,7 +164,10 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
                 raise PuzzleError(f"parent: {file} has a quantization_config; get a checkpoint that is not quantised")
             config = PuzzleConfig(**fields, base_model_type=config.model_type)
         if checkpoint is not None:
-            config.tie_word_embeddings = config.tie_word_embeddings and not _stores_another_head(checkpoint)
+            names = {"model.embed_tokens.weight", "lm_head.weight"}
+            if config.tie_word_embeddings and names <= checkpoint.entries.keys():
+                # Where both are stored and differ, transformers does not tie them either.
+                config.tie_word_embeddings = torch.equal(*(tensor for _, tensor in checkpoint.read(names)))
             parameters = dict(empty_model(config).named_parameters())
     except PuzzleError:
         raise
@@ -179,9 +180,3 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
         for name, parameter in parameters.items():
             checkpoint.check(name, parameter.shape)
     return config
-
-
-def _stores_another_head(checkpoint: Checkpoint) -> bool:
-    """Whether head and embeddings are both stored and differ; transformers then does not tie them either."""
-    names = {"model.embed_tokens.weight", "lm_head.weight"}
-    return names <= checkpoint.entries.keys() and not torch.equal(*(tensor for _, tensor in checkpoint.read(names)))

@@ -51,7 +51,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a run folder; a PuzzleError if it is missing or damaged."""
     return read_parsed(path, json.loads)
 
 

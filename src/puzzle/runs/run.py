@@ -11,14 +11,11 @@ DIR/architecture.json, summary.json, report.html, log.txt
 """
 
 import fcntl
-import hashlib
-import json
 import os
-import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
 from puzzle.runs.files import read_json, remove_temporary, write_json, write_text
+from puzzle.runs.hashes import digest
 from puzzle.stages import Stage
 
 if TYPE_CHECKING:
     import torch
 
-_MARK = "puzzle.json"
-_LOCK = ".lock"
-_FORMAT = 1
+_MARK, _LOCK = "puzzle.json", ".lock"
+_FORMAT = '{"format":1}'
 
 
 @dataclass(frozen=True)
@@ -43,35 +40,32 @@ class StageFolder:
     path: Path
     name: str
     address: str
-    _spent_s: float = field(default=0.0, compare=False)
-    """By attempts before this one."""
-    _opened_s: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def done(self) -> bool:
         return (self.path / "manifest.json").exists()
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """Of a finished stage: `seconds` over all attempts, when it was `finished`, and its `facts`.
-
-        An attempt that was killed counts until the last file it wrote; what came after was lost and done again.
-        """
-        manifest: dict[str, Any] = read_json(self.path / "manifest.json")
-        return manifest
-
-    @property
     def facts(self) -> dict[str, Any]:
-        """What the stage wrote into its manifest."""
-        facts: dict[str, Any] = self.manifest["facts"]
+        """What the finished stage wrote into its manifest."""
+        facts: dict[str, Any] = read_json(self.path / "manifest.json")["facts"]
         return facts
 
+    def start_clock(self) -> None:
+        """Note that an attempt begins now. Those before it count until the last file they wrote."""
+        clock, spent_s = self.path / "clock.json", 0.0
+        if clock.exists():
+            earlier = read_json(clock)
+            spent_s = earlier["spent_s"] + max(0.0, last_written(self.path) - earlier["began"])
+        write_json(clock, {"began": time.time(), "spent_s": spent_s})
+
     def commit(self, **facts: Any) -> None:
-        """Mark the stage as finished; every file of it must be on disk."""
+        """Mark the stage as finished, with its seconds over all attempts; every file of it must be on disk."""
+        clock = read_json(self.path / "clock.json")
         manifest = {
             "stage": self.name,
             "address": self.address,
-            "seconds": round(self._spent_s + time.monotonic() - self._opened_s, 3),
+            "seconds": round(clock["spent_s"] + time.time() - clock["began"], 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "facts": facts,
         }
@@ -106,9 +100,9 @@ class Run:
             "settings": {path: setting(self.recipe, path) for path in stage.reads},
             "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
         }
-        name, address = stage.name, digest(identity)
-        folder = StageFolder(self.path / "stages" / f"{name}-{address[:12]}", name, address)
-        if self.only is not None and name not in self.only and not folder.done:
+        address = digest(identity)
+        folder = StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address)
+        if self.only is not None and stage.name not in self.only and not folder.done:
             raise PuzzleError(
                 f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} "
                 f"alone; run `puzzle refine {self.path}` first, without torchrun"
@@ -118,7 +112,7 @@ class Run:
             if not (folder.path / "stage.json").exists():
                 write_json(folder.path / "stage.json", identity)
             if not folder.done:
-                folder = replace(folder, _spent_s=_start_clock(folder.path))
+                folder.start_clock()
         if folder not in self.used:
             self.used.append(folder)
             if self.leads:
@@ -130,7 +124,8 @@ class Run:
         spent: dict[str, float] = {}
         for folder in self.used:
             if folder.done:
-                spent[folder.name] = spent.get(folder.name, 0.0) + folder.manifest["seconds"]
+                seconds = read_json(folder.path / "manifest.json")["seconds"]
+                spent[folder.name] = spent.get(folder.name, 0.0) + seconds
         return spent
 
     @property
@@ -147,27 +142,12 @@ class Run:
 
             torch.set_num_threads(self.recipe.execution.threads)
 
-    @property
-    def memory_bytes(self) -> int:
-        """`execution.memory`, or a share of the device's free memory."""
-        from puzzle.device import memory_bytes
-
-        return memory_bytes(self.device, self.recipe.execution.memory)
-
-    @property
-    def disk_bytes(self) -> int:
-        """`execution.disk`, or half of what is free where the run folder is."""
-        from puzzle.device import disk_bytes
-
-        return disk_bytes(self.path, self.recipe.execution.disk)
-
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""
-        if not self.leads:
-            return
-        print(line, flush=True)
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        if self.leads:
+            print(line, flush=True)
+            with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def log_warning(self, line: str) -> None:
         self.log(f"warning: {line}")
@@ -191,7 +171,7 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
     check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        write_json(path / _MARK, {"format": _FORMAT})
+        write_text(path / _MARK, _FORMAT + "\n")
         write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
 
 
@@ -199,7 +179,8 @@ def check_new(path: Path) -> None:
     """Refuse what cannot become a run folder and is none of a format that this version reads."""
     if is_run_folder(path):
         check_folder(path)
-    elif path.exists() and (not path.is_dir() or not _is_blank(path)):
+    # Hidden files alone are what a start leaves that was cut off at once.
+    elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
         raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
 
 
@@ -216,13 +197,10 @@ def check_folder(path: Path) -> None:
     """Refuse what is not a run folder, or one of a format this version cannot read."""
     if not is_run_folder(path):
         raise PuzzleError(f"{path} is not a run folder of puzzle; make one with `puzzle run RECIPE --out {path}`")
-    mark = json.dumps({"format": _FORMAT})
-    try:
-        found = json.loads((path / _MARK).read_text(encoding="utf-8"))["format"]
-    except (ValueError, KeyError, TypeError):
-        raise PuzzleError(f"{path / _MARK} is damaged; write {mark} into it, or name another folder") from None
+    found = "".join((path / _MARK).read_text(encoding="utf-8").split())
     if found != _FORMAT:
-        raise PuzzleError(f"{path} has run-folder format {found}, this version reads {_FORMAT}; name a new folder")
+        use = f"name another folder, or write {_FORMAT} into it if it is damaged"
+        raise PuzzleError(f"{path / _MARK}: found {found!r}, this version reads {_FORMAT}; {use}")
 
 
 def process_in(path: Path) -> int | None:
@@ -256,26 +234,6 @@ def _locked(path: Path) -> Iterator[None]:
             lock.truncate(0)
 
 
-def _is_blank(path: Path) -> bool:
-    """Nothing there but what a start that was cut off at once leaves."""
-    return all(entry.name == _LOCK or entry.name.startswith(f".{_MARK}.") for entry in path.iterdir())
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON: the same on every machine, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _start_clock(path: Path) -> float:
-    """Note that an attempt begins now; the seconds of the attempts before it."""
-    clock, spent_s = path / "clock.json", 0.0
-    if clock.exists():
-        earlier = read_json(clock)
-        spent_s = earlier["spent_s"] + max(0.0, last_written(path) - earlier["began"])
-    write_json(clock, {"began": time.time(), "spent_s": spent_s})
-    return spent_s
-
-
 def last_written(path: Path) -> float:
     """When the newest file below `path` was written."""
     return max((facts.st_mtime for _, facts in files(path)), default=0.0)
@@ -284,9 +242,6 @@ def last_written(path: Path) -> float:
 def files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Every file below `path` but hidden ones, which are being written; others may come and go meanwhile."""
     for file in path.rglob("[!.]*"):
-        try:
-            facts = file.stat()
-        except FileNotFoundError:
-            continue
-        if stat.S_ISREG(facts.st_mode):
-            yield file, facts
+        with suppress(FileNotFoundError):
+            if file.is_file():
+                yield file, file.stat()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puzzle.artefacts import WholeScore
 from puzzle.data import TokenData
-from puzzle.device import tokens_at_once
+from puzzle.device import memory_bytes, tokens_at_once
 from puzzle.errors import PuzzleError
 from puzzle.library import Library, Names, final_states
 from puzzle.modeling import PuzzleForCausalLM
@@ -55,7 +55,8 @@ class TrueScore:
         # Half of the memory holds their states, entering a layer and leaving it.
         tokens = self._sequences[:, 1:].numel()
         state_bytes = 2 * tokens * self._model.config.hidden_size * self._model.dtype.itemsize
-        at_once = min(_AT_ONCE, max(1, self._run.memory_bytes // 2 // state_bytes))
+        half_bytes = memory_bytes(self._run.device, self._run.recipe.execution.memory) // 2
+        at_once = min(_AT_ONCE, max(1, half_bytes // state_bytes))
         with progress("whole architectures", len(missing)) as bar:
             for start in range(0, len(missing), at_once):
                 some = missing[start : start + at_once]
