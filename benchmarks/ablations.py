@@ -65,7 +65,7 @@ def child(pipeline: Pipeline, costs: CostTable, speed: str) -> dict[str, float]:
     realised = realise(run, pipeline.parent, pipeline.library, solution.blocks)
     made = refine(run, pipeline.parent, realised, pipeline.data)
     quality = evaluate(run, pipeline.parent, made, pipeline.data, "child")
-    return {"sum of scores": solution.score, "kl": quality.kl, "loss": quality.test_loss}
+    return {"sum of scores": solution.score, "kl": quality["kl"], "loss": quality["test_loss"]}
 
 
 if __name__ == "__main__":

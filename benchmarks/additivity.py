@@ -12,7 +12,6 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ def main(
         measure_in_turns(engine, configs, samples, int(rounds), lambda: True, "time stacks")
     measured = {model: each for (model, _), each in samples.items()}
     with KEPT.open("a") as file:
-        kept = [{model: asdict(each[index]) for model, each in measured.items()} for index in range(int(rounds))]
+        kept = [{model: each[index]._asdict() for model, each in measured.items()} for index in range(int(rounds))]
         file.write(json.dumps({"setting": said, "rounds": kept}) + "\n")
     rows = tuple(cost_rows(config, space, scenario, size, measured))
     table = CostTable(scenario=scenario, batch_sizes=(size,), rows=rows)

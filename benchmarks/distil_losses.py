@@ -16,7 +16,7 @@ from ablations import BASE
 from setting import CHILD, opened, recipe
 
 import puzzle.training
-from puzzle import Child, Pipeline, Quality, distil, realise
+from puzzle import Child, Pipeline, distil, realise
 from puzzle.evaluate import evaluate
 
 TOKENS = 65_536
@@ -62,8 +62,7 @@ def trained(method: Pipeline, child: Child, weights: tuple[float, float, float],
 
 
 def quality(method: Pipeline, child: Child) -> dict[str, float]:
-    found: Quality = evaluate(method.run, method.parent, child, method.data, "child")
-    return {"kl": found.kl, "test_loss": found.test_loss, "top1": found.top1}
+    return evaluate(method.run, method.parent, child, method.data, "child")
 
 
 def spread(rows: list[dict[str, float]], name: str, scale: float = 1.0) -> str:

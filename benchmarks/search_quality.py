@@ -106,7 +106,7 @@ def quality(pipeline: Pipeline, blocks: tuple[str, ...], gkd: int) -> dict[str, 
         run = replace(run, recipe=run.recipe.model_copy(update={"distil": changed}))
         child = distil(run, pipeline.parent, child, pipeline.data)
     found = evaluate(run, pipeline.parent, child, pipeline.data, "child")
-    return {"kl": found.kl, "loss": found.test_loss}
+    return {"kl": found["kl"], "loss": found["test_loss"]}
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def test_this_machines_plan_has_a_time_for_each_stage() -> None:
             "search.fix: 0-4 are no layers of this model, which has layers 0 to 3",
         ),
         ({"search": {"equal": ["2-9"]}}, "search.equal: 2-9 are no layers"),
-        ({"deploy": ["foo"]}, "deploy: found 'foo'; use hf, "),
         ({"target": {}}, "target: nothing is set"),
         ({"target": {"score": 0.1}}, "target.score: alone it is met best by the parent"),
     ],

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # isort: off
     from puzzle.data import TokenData as TokenData, prepare_data as prepare_data
     from puzzle.distill import distil as distil
     from puzzle.errors import PuzzleError as PuzzleError
-    from puzzle.evaluate import Quality as Quality, measure_speed as measure_speed
+    from puzzle.evaluate import measure_speed as measure_speed
     from puzzle.export import export_hf as export_hf
     from puzzle.library import Library as Library, build_library as build_library, calibrate as calibrate
     from puzzle.modeling import PuzzleConfig as PuzzleConfig, PuzzleForCausalLM as PuzzleForCausalLM

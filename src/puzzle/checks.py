@@ -1,7 +1,6 @@
 """What a late stage would refuse, refused before the first one begins."""
 
-from puzzle.engines.capability import reader
-from puzzle.engines.environments import ENVIRONMENTS, python_of
+from puzzle.engines.environments import MODULES, python_of
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.recipe import Recipe
@@ -17,8 +16,6 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
     Raises:
         PuzzleError: something does; names the setting.
     """
-    for name in recipe.deploy:
-        reader(name)
     longest = config.max_position_embeddings
     if recipe.data.sequence_length > longest:
         raise PuzzleError(
@@ -47,5 +44,5 @@ def check_installed(recipe: Recipe, *, timed: bool = True) -> None:
         PuzzleError: it has not; names the setting, or says how to install the engine.
     """
     for _, scenario, _ in recipe.served:
-        if timed and scenario.engine in ENVIRONMENTS:
-            python_of(*ENVIRONMENTS[scenario.engine])
+        if timed and scenario.engine in MODULES:
+            python_of(scenario.engine)

@@ -224,20 +224,19 @@ def search(arguments: argparse.Namespace) -> None:
 
 @_command(
     _FOLDER,
-    _argument("--to", default="hf", help="hf, deci, gguf or llama; default: hf"),
-    _argument("--dtype", default="f16", help="of gguf: f32, f16, bf16 or q8_0; default: f16"),
+    _argument("--to", default="hf", choices=["hf", "deci", "gguf", "llama"], help="default: hf"),
+    _argument("--dtype", default="f16", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf; default: f16"),
 )
 def export(arguments: argparse.Namespace) -> None:
     """Write the child as a checkpoint for other programs."""
-    from puzzle.export import check_format, convert
+    from puzzle.export import convert
     from puzzle.runs import open_run
 
-    check_format(arguments.to, arguments.dtype)
     with open_run(arguments.folder) as opened:
         from puzzle.pipeline import run_stage
 
         child = run_stage(opened, "export").exported
-        written = convert(child, arguments.to, dtype=arguments.dtype)
+        written = convert(child, arguments.to, arguments.dtype)
     print(written)
 
 

@@ -8,7 +8,7 @@ Every property of `Pipeline` is a stage: done when it is first asked for, read b
 settings nor its inputs have changed.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -189,7 +189,7 @@ class Pipeline:
         for name, model in models.items():
             child = model if isinstance(model, Child) else None
             quality = evaluate(self.run, self.parent, child, self.data, name)
-            rows[name] = table_row(asdict(quality), predicted[name], measured[name])
+            rows[name] = table_row(quality, predicted[name], measured[name])
         return rows
 
     @cached_property

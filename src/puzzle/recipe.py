@@ -313,7 +313,7 @@ class Recipe(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Data type in which models run in calibration, BLD, scoring, GKD and evaluation."""
     space: SpaceSettings = SpaceSettings()
-    deploy: list[Text] = []
+    deploy: list[Literal["hf", "vllm", "deci", "gguf"]] = []
     """Engines and formats that must run the child, such as `vllm` or `gguf` (docs/engines.md). They restrict the space,
     as engines that are timed do."""
     calibration: CalibrationSettings = CalibrationSettings()

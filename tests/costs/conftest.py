@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from puzzle.artefacts import Scenario
 from puzzle.costs import ENGINES, Engine, Model, Sample
 from puzzle.costs.engine import shapes_of
 from puzzle.parents import Parent, open_parent
@@ -25,6 +26,7 @@ def planted_ms(name: str, batch_size: int) -> float:
 class FakeEngine(Engine):
     """Additive and exact, but for `slowdown`; a decode step takes a tenth of a prefill."""
 
+    version = "fake 1"
     environment: Mapping[str, str] = {"engine": "fake 1", "device": "abacus", "threads": "1"}
 
     def __init__(self, slowdown: Callable[[int], float] = lambda call: 1.0, fail_after: int | None = None) -> None:
@@ -41,12 +43,12 @@ class FakeEngine(Engine):
         factor = self._slowdown(len(self.calls))
         self.calls.append((stack, batch_size))
         times = self.times(stack, batch_size)
-        return Sample(prefill_ms=factor * times.prefill_ms, decode_ms=factor * times.decode_ms)
+        return Sample(factor * times.prefill_ms, factor * times.decode_ms)
 
     def times(self, stack: Sequence[BlockVariant], batch_size: int) -> Sample:
         subblocks_ms = sum(planted_ms(variant.name, batch_size) for block in stack for variant in block.subblocks)
         prefill_ms = FIXED_MS + EMPTY_LAYER_MS * len(stack) + subblocks_ms
-        return Sample(prefill_ms=prefill_ms, decode_ms=prefill_ms / 10)
+        return Sample(prefill_ms, prefill_ms / 10)
 
 
 @pytest.fixture
@@ -54,7 +56,11 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], FakeEngine]:
     """Lets the engine `torch` be another one."""
 
     def put(engine: FakeEngine) -> FakeEngine:
-        monkeypatch.setitem(ENGINES, "torch", lambda scenario: engine)
+        def on(scenario: Scenario) -> FakeEngine:
+            engine.scenario = scenario
+            return engine
+
+        monkeypatch.setitem(ENGINES, "torch", on)
         return engine
 
     return put

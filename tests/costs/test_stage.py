@@ -106,7 +106,7 @@ def test_a_later_run_measures_the_pads_alone(run: Run, later: Run, parent: Paren
     engine = use(FakeEngine(lambda call: 1.02))
     measure_costs(later, parent, space)
     assert len(engine.calls) == BATCHES * ROUNDS
-    said = rf"batch 2: {STACKS - 1} of {STACKS - 1} stacks .* measured from .* at a load of up to .* take \+2.0% now"
+    said = rf"batch 2: of {STACKS - 1} stacks {STACKS - 1} are in .*; the pads take \+2.0% now; using {STACKS - 1}, "
     assert re.search(said, log(later))
 
 

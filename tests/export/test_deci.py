@@ -1,6 +1,7 @@
 """DeciLM checkpoints: what vLLM's reader parses, computed again from the files alone."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from puzzle.errors import PuzzleError
-from puzzle.export import convert, export_deci
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, save_checkpoint
+from puzzle.export import convert, export_deci, export_gguf, export_stock
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
@@ -64,12 +65,10 @@ def test_the_files_hold_the_whole_child(save_child: SaveChild, tmp_path: Path, s
     torch.testing.assert_close(as_puzzle(folder)(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_files_with_weights_are_those_of_the_child_in_its_dtype(
-    save_child: SaveChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("puzzle.modeling.checkpoint.MAX_SHARD_BYTES", 10_000)
+def test_files_with_weights_are_those_of_the_child_in_its_dtype(save_child: SaveChild, tmp_path: Path) -> None:
     model, child = save_child("none+w48", "none+none", "kv4+w48", "kv1+w20")
-    save_checkpoint(model.bfloat16(), child, None)
+    model.bfloat16().save_pretrained(child, max_shard_size=10_000)
+    (child / "model.safetensors").unlink()
     folder = export_deci(child, tmp_path / "out")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == len(list(folder.glob("*.safetensors"))) > 2
@@ -94,36 +93,48 @@ def test_what_goes_with_it(save_child: SaveChild, tmp_path: Path) -> None:
     assert written["block_configs"] == again["block_configs"]
 
 
-@pytest.mark.parametrize("to", ["deci", "llama", "gguf"])
-def test_nothing_is_written_of_what_is_refused(save_child: SaveChild, tmp_path: Path, to: str) -> None:
+WRITERS = pytest.mark.parametrize("write", [export_deci, export_stock, export_gguf])
+
+
+@WRITERS
+def test_nothing_is_written_of_what_is_refused(
+    save_child: SaveChild, tmp_path: Path, write: Callable[[Path, Path], Path]
+) -> None:
     _, child = save_child("kv4+w256", "kv4+rank4")
     with pytest.raises(PuzzleError, match="layer 1"):
-        convert(child, to, tmp_path / "out")
+        write(child, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_formats_and_folders_that_are_no_child(save_child: SaveChild, tmp_path: Path) -> None:
+def test_folders_that_are_no_child(save_child: SaveChild, tmp_path: Path) -> None:
     _, child = save_child("kv4+w48")
-    with pytest.raises(PuzzleError, match="'onnx' is unknown"):
-        convert(child, "onnx")
     with pytest.raises(PuzzleError, match=r"config\.json cannot be read"):
-        convert(tmp_path, "deci")
+        export_deci(tmp_path, tmp_path / "out")
     with pytest.raises(PuzzleError, match="holds a llama model"):
-        convert(convert(child, "llama"), "deci")
+        export_deci(export_stock(child, tmp_path / "llama"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("to", ["deci", "llama", "gguf"])
-def test_only_checkpoints_are_replaced_and_never_the_child(save_child: SaveChild, tmp_path: Path, to: str) -> None:
+@WRITERS
+def test_only_checkpoints_are_replaced_and_never_the_child(
+    save_child: SaveChild, tmp_path: Path, write: Callable[[Path, Path], Path]
+) -> None:
     _, child = save_child("kv4+w48")
     before = sorted(file.name for file in child.iterdir())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     for target in (child, tmp_path, tmp_path / "mine"):
         with pytest.raises(PuzzleError, match="export"):
-            convert(child, to, target)
+            write(child, target)
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert sorted(file.name for file in child.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("hf", "child"), ("deci", "child-deci"), ("llama", "child-llama"), ("gguf", "child-f16.gguf")]
+)
+def test_formats_stand_beside_the_child_and_are_written_anew(save_child: SaveChild, to: str, name: str) -> None:
+    _, child = save_child("kv4+w48")
     for _ in range(2):
-        written = convert(child, to)
+        written = convert(child, to, "f16")
+        assert written == child.with_name(name)
         assert written.exists()
-        assert written.parent == child.parent

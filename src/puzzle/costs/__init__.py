@@ -12,5 +12,6 @@ from puzzle.costs.table import subblock_memory as subblock_memory
 from puzzle.costs.timing import ENGINES as ENGINES
 from puzzle.costs.timing import ratio_standard_error as ratio_standard_error
 from puzzle.costs.timing import relative_standard_error as relative_standard_error
+from puzzle.costs.timing import requests_ms as requests_ms
 from puzzle.costs.timing import summarise as summarise
 from puzzle.costs.timing import time_models as time_models

@@ -3,9 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -18,8 +18,7 @@ Model = PuzzleConfig | Path
 """Shapes alone, to be timed with arbitrary weights; or a checkpoint on disk."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(NamedTuple):
     """One measurement of one model: a prefill of the whole prompt, and a decode step at the middle context length."""
 
     prefill_ms: float
@@ -42,8 +41,14 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def version(self) -> str:
+        """Its name and versions."""
+
+    @cached_property
     def environment(self) -> Mapping[str, str]:
-        """Versions, device name, threads: what a figure must be quoted with."""
+        """What a figure must be quoted with."""
+        device = torch.device(self.scenario.device)
+        return {"engine": self.version, "device": device_name(device), "threads": str(torch.get_num_threads())}
 
     def conditions(self) -> AbstractContextManager[None]:
         """What must hold around all measurements that are compared, such as a running process."""
@@ -61,8 +66,3 @@ class Engine(ABC):
 def shapes_of(model: Model) -> PuzzleConfig:
     """A model's configuration."""
     return model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What an `environment` says of it."""
-    return {"device": device_name(device), "threads": str(torch.get_num_threads())}

@@ -8,6 +8,7 @@ all-reduce over all devices (Pope et al. 2023, section 3). Caches, launches and 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,8 @@ class Machine(BaseModel):
 class RooflineEngine(Engine):
     """Stacks of the parent's shapes on the machine that `scenario.device` names, such as `h100-sxm` or `8xh100-sxm`."""
 
+    version = "roofline, calculated"
+
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)
         self._machine, self._devices = read_machine(scenario.device)
@@ -55,23 +58,17 @@ class RooflineEngine(Engine):
             known = ", ".join(self._machine.peak_tflops)
             raise PuzzleError(f"scenario.dtype: {scenario.device} has no rate for {scenario.dtype}; use one of {known}")
 
-    @property
+    @cached_property
     def environment(self) -> Mapping[str, str]:
         sheet = ", ".join(f"{name} {value}" for name, value in self._machine.model_dump().items())
-        return {"engine": "roofline, calculated", "device": self.scenario.device, "data sheet": sheet}
+        return {"engine": self.version, "device": self.scenario.device, "data sheet": sheet}
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Calculate a prefill, and a decode step in the middle of the answer, from a model's shapes."""
         config, prompt = shapes_of(model), self.scenario.prompt_tokens
         middle = prompt + self.scenario.generated_tokens // 2
-        samples = [
-            Sample(
-                prefill_ms=self._step_ms(config, batch_size, new=prompt, context=prompt),
-                decode_ms=self._step_ms(config, batch_size, new=1, context=middle),
-            )
-            for batch_size in batch_sizes
-        ]
-        return [[sample] * rounds for sample in samples]
+        steps = ((prompt, prompt), (1, middle))
+        return [[Sample(*(self._step_ms(config, size, *step) for step in steps))] * rounds for size in batch_sizes]
 
     def _step_ms(self, config: PuzzleConfig, batch_size: int, new: int, context: int) -> float:
         """One step of `new` tokens a sequence, after which the cache holds `context`."""
@@ -108,8 +105,8 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
     count, machine = re.findall(r"^(?:([1-9][0-9]*)x)?(.+)", name)[0]
     known = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
     try:
-        sheets = known if machine in known else yaml.safe_load(Path(machine).read_text(encoding="utf-8"))
-        (sheet,) = [known[machine]] if sheets is known else sheets.values()
+        other = {} if machine in known else yaml.safe_load(Path(machine).read_text(encoding="utf-8"))
+        (sheet,) = other.values() or [known[machine]]
         return Machine.model_validate(sheet), int(count or 1)
     except OSError:
         raise PuzzleError(

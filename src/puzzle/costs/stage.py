@@ -7,18 +7,14 @@ the engine's versions and device. So parents of one shape share them, whatever t
 
 import os
 import statistics
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from puzzle.artefacts import Artefact, CostRow, CostTable, Scenario
+from puzzle.artefacts import CostRow, CostTable, Scenario
 from puzzle.cache import cache_folder
 from puzzle.costs.engine import Engine, Sample
 from puzzle.costs.table import PADS, cost_rows, stacks_of
@@ -28,13 +24,15 @@ from puzzle.costs.timing import (
     Task,
     measure_in_turns,
     relative_standard_error,
+    requests_ms,
     typical,
     without_drift,
 )
+from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
-from puzzle.runs import Run, digest, read_parsed, write_text
+from puzzle.runs import Run, digest, read_json, read_parsed, write_json, write_text
 from puzzle.stages import COST
 from puzzle.variants import Architecture, Space
 
@@ -67,12 +65,10 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     file = stage.path / "costs.json"
     if stage.done:
         return read_parsed(file, CostTable.from_json)
-    batch_sizes = tuple(dict.fromkeys(settings.batch_sizes))
-    folder = _folder(stage.path / "measurements", shared=run.recipe.cost.reuse)
-    blocks = stacks_of(space, parent.config)
+    blocks, batch_sizes = stacks_of(space, parent.config), tuple(dict.fromkeys(settings.batch_sizes))
     stacks = {name: Architecture(stack).configure(parent.config) for name, stack in blocks.items()}
     with engine.conditions():
-        samples = _Stacks(run, engine, scenario, stacks, folder).measure(batch_sizes)
+        samples = _measure(run, engine, stacks, batch_sizes, stage.path / "measurements")
     rows: list[CostRow] = []
     for batch_size in batch_sizes:
         of_stacks = {name: samples[name, batch_size] for name in stacks}
@@ -95,122 +91,83 @@ def scenario_of(settings: ScenarioSettings, device: torch.device) -> Scenario:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Kept(Artefact):
-    """What is known of a stack at one batch size, and under which conditions it was measured."""
+def _measure(
+    run: Run, engine: Engine, stacks: Mapping[str, PuzzleConfig], batch_sizes: Sequence[int], own_folder: Path
+) -> Samples:
+    """As many rounds of every stack: `cost.repeats`, up to `MOST` times as many where times scatter.
 
-    stack: dict[str, Any]
-    samples: tuple[Sample, ...]
-    """One a round."""
-    pads_ms: float
-    """Request time of the pads then; if they take as long now, so does the stack."""
-    measured: str
-    """Date and time."""
-    load: float
-    """Programs that wanted a processor, on average over a minute."""
+    Kept measurements are taken where there are, the others measured in turns.
+    """
+    scenario, rounds, folder = engine.scenario, run.recipe.cost.repeats, _folder(own_folder, run.recipe.cost.reuse)
+    samples: Samples = {(name, batch_size): [] for name in stacks for batch_size in batch_sizes}
+    setting = [asdict(scenario), dict(engine.environment)]
+    files = {
+        (name, batch_size): folder / f"{digest([*setting, _shapes(stacks[name]), batch_size])}.json"
+        for name, batch_size in samples
+        if name != PADS
+    }
 
+    def keep(task: Task) -> None:
+        """With the request time of the pads: if they take as long in another run, so does the stack."""
+        if task in files:
+            pads_ms = typical(requests_ms(samples[PADS, task[1]], scenario))
+            with suppress(OSError):  # nothing in the folder is needed
+                write_json(files[task], {"pads_ms": pads_ms, "samples": samples[task]})
 
-@dataclass(frozen=True)
-class _Stacks:
-    """The stacks by name: kept measurements where there are, the others measured in turns."""
+    def error() -> float:
+        """The typical stack's relative standard error, without what slowed a whole round."""
+        times_ms = without_drift([requests_ms(each, scenario) for each in _equally_many(samples).values()])
+        return statistics.median(map(relative_standard_error, times_ms))
 
-    run: Run
-    engine: Engine
-    scenario: Scenario
-    stacks: Mapping[str, PuzzleConfig]
-    folder: Path
-
-    def measure(self, batch_sizes: Sequence[int]) -> Samples:
-        """As many rounds of every stack: `cost.repeats`, up to `MOST` times as many where times scatter."""
-        rounds = self.run.recipe.cost.repeats
-        samples: Samples = {(name, batch_size): [] for name in self.stacks for batch_size in batch_sizes}
-        for batch_size in batch_sizes:
-            self._use_kept(samples, batch_size, rounds)
-
-        def error() -> float:
-            """The typical stack's relative standard error, without what slowed a whole round."""
-            least = min(map(len, samples.values()))
-            times_ms = without_drift([self._requests_ms(each[:least]) for each in samples.values()])
-            return statistics.median(map(relative_standard_error, times_ms))
-
-        keep = partial(self._keep, samples)
-        measure_in_turns(self.engine, self.stacks, samples, rounds, lambda: error() <= _PRECISION, "costs", keep)
-        if (left := error()) > _PRECISION:
-            self.run.log_warning(
-                f"costs: times scatter, the typical stack's is known to {2 * left:.0%} only; close other programs, "
-                "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
-            )
-        least = min(map(len, samples.values()))
-        return {task: each[:least] for task, each in samples.items()}
-
-    def _use_kept(self, samples: Samples, batch_size: int, rounds: int) -> None:
-        """Take kept samples into `samples` if the pads, which are always measured, take as long as they did then."""
-        found = {name: self._kept((name, batch_size)) for name in self.stacks}
-        kept = {name: each for name, each in found.items() if each is not None}
+    for batch_size in batch_sizes:
+        kept = {task: each for task in files if task[1] == batch_size for each in _read(files[task])}
         if not kept:
-            return
+            continue
         pads: Samples = {(PADS, batch_size): samples[PADS, batch_size]}
-        measure_in_turns(self.engine, self.stacks, pads, rounds, lambda: True, "costs of the pads")
-        now_ms = self._requests_ms(pads[PADS, batch_size])
-        changes = {name: typical(now_ms) / each.pads_ms - 1 for name, each in kept.items()}
+        measure_in_turns(engine, stacks, pads, rounds, lambda: True, "costs of the pads")
+        now_ms = requests_ms(samples[PADS, batch_size], scenario)
         allowed = max(_OFF, 2 * relative_standard_error(now_ms))
-        used = [name for name, change in changes.items() if abs(change) <= allowed]
-        for name in used:
-            samples[name, batch_size] += kept[name].samples
-        dates, load = sorted(each.measured for each in kept.values()), max(each.load for each in kept.values())
-        self.run.log(
-            f"costs at batch {batch_size}: {len(kept)} of {len(self.stacks) - 1} stacks are in {self.folder}, "
-            f"measured from {dates[0]} to {dates[-1]} at a load of up to {load:g}; the pads take "
+        changes = {task: typical(now_ms) / pads_ms - 1 for task, (pads_ms, _) in kept.items()}
+        used = [task for task, change in changes.items() if abs(change) <= allowed]
+        for task in used:
+            samples[task] += kept[task][1]
+        run.log(
+            f"costs at batch {batch_size}: of {len(stacks) - 1} stacks {len(kept)} are in {folder}; the pads take "
             f"{max(changes.values(), key=abs):+.1%} now; using {len(used)}, measuring the others"
         )
-
-    def _kept(self, task: Task) -> _Kept | None:
-        """What was measured earlier; None where nothing was, or the file is damaged."""
-        try:
-            return _Kept.from_json(self._file(task).read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def _keep(self, samples: Samples, task: Task) -> None:
-        name, batch_size = task
-        if name == PADS:
-            return
-        kept = _Kept(
-            stack={**self._setting, "blocks": self.stacks[name].blocks, "batch_size": batch_size},
-            samples=tuple(samples[task]),
-            pads_ms=typical(self._requests_ms(samples[PADS, batch_size])),
-            measured=time.strftime("%Y-%m-%d %H:%M"),
-            load=round(os.getloadavg()[0], 1),
+    measure_in_turns(engine, stacks, samples, rounds, lambda: error() <= _PRECISION, "costs", keep)
+    if (left := error()) > _PRECISION:
+        run.log_warning(
+            f"costs: times scatter, the typical stack's is known to {2 * left:.0%} only; close other programs, "
+            "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
         )
-        with suppress(OSError):  # nothing in the folder is needed
-            write_text(self._file(task), kept.to_json())
-
-    def _file(self, task: Task) -> Path:
-        name, batch_size = task
-        identity = {**self._setting, "shapes": _shapes(self.stacks[name]), "batch_size": batch_size}
-        return self.folder / f"{digest(identity)}.json"
-
-    @property
-    def _setting(self) -> dict[str, Any]:
-        return {"scenario": asdict(self.scenario), "environment": dict(self.engine.environment)}
-
-    def _requests_ms(self, samples: Sequence[Sample]) -> list[float]:
-        return [sample.request_ms(self.scenario.generated_tokens) for sample in samples]
+    return _equally_many(samples)
 
 
 def _folder(own: Path, shared: bool) -> Path:
     """For measurements: in the user's cache, or `own` if that is not wanted, or cannot be written."""
-    if shared:
-        with suppress(OSError, RuntimeError):  # a home that is read-only, or that nobody knows
-            folder = cache_folder() / "costs"
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
+    with suppress(OSError, RuntimeError):  # a home that is read-only, or that nobody knows
+        folder = cache_folder() / "costs" if shared else own
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
     own.mkdir(exist_ok=True)
     return own
 
 
+def _read(file: Path) -> Iterator[tuple[float, list[Sample]]]:
+    """The pads' time and the samples of a file; nothing where there is none, or it is damaged."""
+    with suppress(PuzzleError, KeyError, TypeError):
+        kept = read_json(file)
+        yield kept["pads_ms"], [Sample(*each) for each in kept["samples"]]
+
+
+def _equally_many(samples: Samples) -> Samples:
+    """As many of every stack as there are of each."""
+    least = min(map(len, samples.values()))
+    return {task: each[:least] for task, each in samples.items()}
+
+
 def _shapes(config: PuzzleConfig) -> str:
     """The digest of a configuration without what says nothing of shapes."""
-    no_shapes = ("_name_or_path", "transformers_version")
-    return digest({name: value for name, value in config.to_dict().items() if name not in no_shapes})
+    return digest(config.to_dict() | {"_name_or_path": "", "transformers_version": ""})

@@ -39,10 +39,8 @@ def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
         _WHOLE: (pad, *[pad] * COPIES, pad),
         _LAST: (pad, BlockVariant.alone(pad.attention)),
     }
-    for variant in _variants(space):
-        if not variant.absent:
-            stacks[_name(variant)] = (pad, *[BlockVariant.alone(variant)] * COPIES, pad)
-    return stacks
+    alone = {_name(each): BlockVariant.alone(each) for each in _variants(space) if not each.absent}
+    return stacks | {name: (pad, *[block] * COPIES, pad) for name, block in alone.items()}
 
 
 def cost_rows(
@@ -55,13 +53,13 @@ def cost_rows(
     """
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
     sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in _variants(space)}
-    times = {}
-    for quantity in ("prefill_ms", "decode_ms"):
-        rounds_ms = {stack: [getattr(each, quantity) for each in rounds] for stack, rounds in samples.items()}
-        times[quantity] = _part_times(space, config, rounds_ms)
+    prefill_ms, decode_ms = (
+        _part_times(space, config, {stack: [each[place] for each in rounds] for stack, rounds in samples.items()})
+        for place in (0, 1)
+    )
 
     def row(layer: int, part: Part, variant: str, size: Cost, timed_as: str) -> CostRow:
-        costs = vars(size) | {quantity: parts_ms[timed_as] for quantity, parts_ms in times.items()}
+        costs = vars(size) | {"prefill_ms": prefill_ms[timed_as], "decode_ms": decode_ms[timed_as]}
         return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **costs)
 
     yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
@@ -77,21 +75,21 @@ def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequ
 
     At least 0, where noise says otherwise.
     """
-    typical_ms = map(typical, without_drift(list(rounds_ms.values())))
-    stack_ms = dict(zip(rounds_ms, typical_ms, strict=True))
+    stack_ms = dict(zip(rounds_ms, map(typical, without_drift([*rounds_ms.values()])), strict=True))
     empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[PADS]) / EMPTY_LAYERS
-    slopes_ms = {stack: (time_ms - stack_ms[PADS]) / COPIES - empty_layer_ms for stack, time_ms in stack_ms.items()}
+    parts_ms = {stack: (time_ms - stack_ms[PADS]) / COPIES - empty_layer_ms for stack, time_ms in stack_ms.items()}
     pad, variants = _pad(space, config), _variants(space)
-    parts_ms = {_name(variant): 0.0 if variant.absent else slopes_ms[_name(variant)] for variant in variants}
     attention_ms, ffn_ms = parts_ms[_name(pad.attention)], parts_ms[_name(pad.ffn)]
     # At least 0: a block that takes more has found less in the cache.
-    saved_ms = max(0.0, attention_ms + ffn_ms - slopes_ms[_WHOLE])
+    saved_ms = max(0.0, attention_ms + ffn_ms - parts_ms[_WHOLE])
     last_ffn_ms = max(0.0, stack_ms[PADS] - stack_ms[_LAST] + saved_ms)
     for variant in variants:
+        part_ms = 0.0 if variant.absent else parts_ms[_name(variant)]
         if variant.subblock == "ffn":
-            parts_ms[f"last {_name(variant)}"] = parts_ms[_name(variant)] * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
+            parts_ms[f"last {_name(variant)}"] = part_ms * (last_ffn_ms / ffn_ms if ffn_ms else 1.0)
         elif not variant.absent:
-            parts_ms[_name(variant)] -= saved_ms
+            part_ms -= saved_ms
+        parts_ms[_name(variant)] = part_ms
     pads_ms = 2 * (attention_ms + ffn_ms - saved_ms) - ffn_ms + last_ffn_ms
     parts_ms["fixed"] = stack_ms[PADS] - pads_ms + (len(space.layers) - 2) * empty_layer_ms
     return {part: max(part_ms, 0.0) for part, part_ms in parts_ms.items()}

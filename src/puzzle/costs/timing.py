@@ -1,7 +1,7 @@
 """Models timed in turns until their times are known well enough, and the statistics of repeated times."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -42,6 +42,7 @@ def time_models(
         rounds: at least; up to `MOST` times as many.
         enough: whether the samples so far suffice; by default if `ratio_standard_error` is at most 1.5 %.
     """
+    named = {str(index): model for index, (model, _) in enumerate(models)}
     samples: Samples = {(str(index), batch_size): [] for index, (_, batch_size) in enumerate(models)}
 
     def sure() -> bool:
@@ -50,7 +51,6 @@ def time_models(
 
     engine = ENGINES[scenario.engine](scenario)
     with engine.conditions():
-        named = {str(index): model for index, (model, _) in enumerate(models)}
         measure_in_turns(engine, named, samples, rounds, sure, "time models")
     return list(samples.values())
 
@@ -84,19 +84,21 @@ def measure_in_turns(
                 bar.advance(len(batch_sizes))
 
 
-def summarise(samples: Sequence[Sample]) -> Sample:
-    """The typical times of one model from its samples, one a round."""
-    return Sample(
-        prefill_ms=typical([sample.prefill_ms for sample in samples]),
-        decode_ms=typical([sample.decode_ms for sample in samples]),
-    )
+def requests_ms(samples: Iterable[Sample], scenario: Scenario) -> list[float]:
+    """The time of a whole request in each round."""
+    return [sample.request_ms(scenario.generated_tokens) for sample in samples]
 
 
-def ratio_standard_error(samples: Sequence[Sequence[Sample]], scenario: Scenario) -> float:
+def ratio_standard_error(samples: Iterable[Sequence[Sample]], scenario: Scenario) -> float:
     """The largest relative standard error of the models' request times over the first one's in the same round."""
-    first, *others = ([each.request_ms(scenario.generated_tokens) for each in rounds] for rounds in samples)
+    first, *others = (requests_ms(rounds, scenario) for rounds in samples)
     ratios = ([own / one for own, one in zip(times_ms, first, strict=True)] for times_ms in others)
     return max(map(relative_standard_error, ratios), default=relative_standard_error(first))
+
+
+def summarise(samples: Iterable[Sample]) -> Sample:
+    """The typical times of one model from its samples, one a round."""
+    return Sample(*map(typical, zip(*samples, strict=True)))
 
 
 def typical(values: Sequence[float]) -> float:

@@ -9,9 +9,8 @@ Shapes: B batch, T tokens.
 
 import ctypes
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ import transformers
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.engine import Engine, Model, Sample, machine
+from puzzle.costs.engine import Engine, Model, Sample
 from puzzle.device import device_name, is_gpu, times_ms
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
@@ -40,11 +39,6 @@ def keeps_memory(device: torch.device) -> bool:
     return not is_gpu(device) and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
-def allocator_name(device: torch.device) -> str:
-    """What an engine's `environment` calls it."""
-    return "glibc, freed memory kept" if keeps_memory(device) else "as it comes"
-
-
 class TorchEngine(Engine):
     """Shapes with random weights, and checkpoints with their own."""
 
@@ -55,10 +49,9 @@ class TorchEngine(Engine):
         self._loaded: dict[Path, PuzzleForCausalLM] = {}
         self._warm: set[object] = set()
 
-    @cached_property
-    def environment(self) -> Mapping[str, str]:
-        engine = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        return {"engine": engine, **machine(self._device), "allocator": allocator_name(self._device)}
+    @property
+    def version(self) -> str:
+        return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
@@ -134,4 +127,4 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
             f"scenario.batch_sizes: {batch_size} x {scenario.total_tokens} tokens do not fit into the memory of "
             f"{device_name(device)}; use smaller batch sizes or shorter texts"
         ) from None
-    return Sample(prefill_ms=prefill_ms, decode_ms=statistics.median(steps_ms[WARM_UP_STEPS:]))
+    return Sample(prefill_ms, statistics.median(steps_ms[WARM_UP_STEPS:]))

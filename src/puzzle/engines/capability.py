@@ -30,6 +30,12 @@ class Reader:
         """Why subblocks of this cell cannot run; None: they can."""
         return None if cell in self.runs else self.refuses.get(cell, "this format cannot express it")
 
+    def refused_windows(self, attentions: Iterable[Variant]) -> list[str]:
+        """Why windows of these sizes cannot run together: one reason, or none."""
+        sizes = sorted({window for variant in attentions if (window := variant.entry().get("window"))})
+        one = self.one_window and len(sizes) > 1
+        return [f"windows of {', '.join(map(str, sizes))} tokens: {self.engine} runs one size"] if one else []
+
 
 _SIZES = {"fewer KV heads": "", "narrower FFN": ""}
 # What runs wherever the code in the checkpoint does.
@@ -69,34 +75,25 @@ TIMED_AS: Mapping[str, str] = {"vllm": "vllm", "llama.cpp": "gguf"}
 """By a scenario's engine, the reader that is timed: the space is restricted to what it can run."""
 
 
-def reader(name: str) -> Reader:
-    """The reader of this name; a `PuzzleError` that lists them if there is none."""
-    if name not in READERS:
-        raise PuzzleError(f"deploy: found {name!r}; use {', '.join(READERS)}")
-    return READERS[name]
-
-
 def refusals(config: PuzzleConfig, name: str) -> list[str]:
     """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
-    chosen, blocks = reader(name), Architecture.of(config).blocks
+    reader, blocks = READERS[name], Architecture.of(config).blocks
     values = {
         "family": config.base_model_type,
         "hidden_act": config.hidden_act,
         "rope_type": (config.rope_parameters or {}).get("rope_type", "default"),
     }
     found = [
-        f"{what} {values[what]}: {chosen.engine} runs {', '.join(allowed)}"
-        for what, allowed in chosen.limits.items()
+        f"{what} {values[what]}: {reader.engine} runs {', '.join(allowed)}"
+        for what, allowed in reader.limits.items()
         if values[what] not in allowed
     ]
-    windows = _windows(block.attention for block in blocks)
-    if chosen.one_window and len(windows) > 1:
-        found.append(f"windows of {', '.join(map(str, windows))} tokens: {chosen.engine} runs one size")
+    found += reader.refused_windows(block.attention for block in blocks)
     return found + [
         f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reason}"
         for layer, block in enumerate(blocks)
         for variant in block.subblocks
-        if (reason := chosen.refusal(variant.cell)) is not None
+        if (reason := reader.refusal(variant.cell)) is not None
     ]
 
 
@@ -111,23 +108,17 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
     """`space` without the variants that one of these readers cannot run.
 
     Raises:
-        PuzzleError: a reader is unknown, cannot run the parent itself, or needs windows of one size.
+        PuzzleError: a reader cannot run the parent itself, or needs windows of one size.
     """
+    readers = [READERS[name] for name in names]
     for name in names:
         require(config, name)
 
     def kept(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-        return tuple(each for each in variants if all(reader(name).refusal(each.cell) is None for name in names))
+        return tuple(each for each in variants if all(reader.refusal(each.cell) is None for reader in readers))
 
-    deployed = Space(tuple(LayerSpace(kept(layer.attention), kept(layer.ffn)) for layer in space.layers))
-    windows = _windows(variant for layer in deployed.layers for variant in layer.attention)
-    for name in names:
-        if reader(name).one_window and len(windows) > 1:
-            sizes = ", ".join(map(str, windows))
-            raise PuzzleError(f"deploy: {name} needs windows of one size; space.attention has them of {sizes}")
-    return deployed
-
-
-def _windows(variants: Iterable[Variant]) -> list[int]:
-    """Their sizes, in order."""
-    return sorted({window for variant in variants if (window := variant.entry().get("window"))})
+    space = Space(tuple(LayerSpace(kept(layer.attention), kept(layer.ffn)) for layer in space.layers))
+    for reader in readers:
+        for found in reader.refused_windows(variant for layer in space.layers for variant in layer.attention):
+            raise PuzzleError(f"space.attention: {found}")
+    return space

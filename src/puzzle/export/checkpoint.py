@@ -1,10 +1,11 @@
 """A child as another checkpoint, of DeciLM or a plain Llama, written without loading the model, whole or not at all."""
 
-import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ _NOT_LLAMAS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the child in DeciLM's words (`Variant.deci`); None: they cannot express it."""
+    """A layer of the child in DeciLM's words (`Variant.deci`)."""
 
     index: int
-    """In the child."""
     block: BlockVariant
-    attention: dict[str, Any] | None
-    ffn: dict[str, Any] | None
+    attention: dict[str, Any]
+    """Empty, like `ffn`, where these cannot express it."""
+    ffn: dict[str, Any]
 
 
 def open_child(path: Path) -> Parent:
@@ -60,7 +61,7 @@ def open_child(path: Path) -> Parent:
 def layers_of(config: PuzzleConfig) -> list[Layer]:
     """The layers but for empty ones, which are the identity: formats other than `hf` leave them out."""
     layers = [
-        Layer(index, block, block.attention.deci(config), block.ffn.deci(config))
+        Layer(index, block, block.attention.deci(config) or {}, block.ffn.deci(config) or {})
         for index, block in enumerate(Architecture.of(config).blocks)
     ]
     return [layer for layer in layers if (layer.attention, layer.ffn) != (_NO_OP, _NO_OP)]
@@ -68,10 +69,8 @@ def layers_of(config: PuzzleConfig) -> list[Layer]:
 
 def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Tensor]:
     """The weights of a variant that adds nothing, by their names in the layer: zeros, and norms of ones; float32."""
-    return {
-        tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0)
-        for tensor, shape in parse_variant(subblock, name).shapes(config).items()
-    }
+    shapes = parse_variant(subblock, name).shapes(config)
+    return {tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0) for tensor, shape in shapes.items()}
 
 
 def export_deci(source: Path, target: Path) -> Path:
@@ -85,14 +84,10 @@ def export_deci(source: Path, target: Path) -> Path:
     """
     child = open_child(source)
     require(child.config, "deci")
-    layers = layers_of(child.config)
+    layers, added = layers_of(child.config), dict[str, Tensor]()
     if not layers:
         raise PuzzleError("export to deci: all layers are empty; there is nothing to serve")
-    blocks = [
-        {"attention": _DECI_DEFAULTS | (layer.attention or {}), "ffn": _DECI_DEFAULTS | (layer.ffn or {})}
-        for layer in layers
-    ]
-    added: dict[str, Tensor] = {}
+    blocks = [{"attention": _DECI_DEFAULTS | each.attention, "ffn": _DECI_DEFAULTS | each.ffn} for each in layers]
     if layers[0].attention == _NO_OP:
         blocks[0]["attention"] = _DECI_DEFAULTS | {"n_heads_in_group": child.config.num_attention_heads}
         one_head = silent("attention", "kv1", child.config)
@@ -115,22 +110,19 @@ def export_stock(source: Path, target: Path) -> Path:
     Raises:
         PuzzleError: its layers differ.
     """
-
-    def no_llama(reason: str) -> PuzzleError:
-        return PuzzleError(f"export to llama: {reason}; export to hf, deci or gguf, which allow layers to differ")
-
     child = open_child(source)
     config, layers = child.config, layers_of(child.config)
-    if config.base_model_type != "llama":
-        raise no_llama(f"a parent of the family {config.base_model_type}")
-    if not layers:
-        raise no_llama("all layers are empty")
+    problems = [f"a parent of the family {config.base_model_type}"] if config.base_model_type != "llama" else []
+    problems += [] if layers else ["all layers are empty"]
     for layer in layers:
-        sizes = {**(layer.attention or {}), **(layer.ffn or {})}
+        sizes = layer.attention | layer.ffn
         if sizes.keys() != {"n_heads_in_group", "intermediate_size"}:
-            raise no_llama(f"layer {layer.index} has {layer.block}")
-        if (layer.attention, layer.ffn) != (layers[0].attention, layers[0].ffn):
-            raise no_llama(f"layers {layers[0].index} and {layer.index} differ")
+            problems.append(f"layer {layer.index} has {layer.block}")
+        elif layer.block != layers[0].block:
+            problems.append(f"layers {layers[0].index} and {layer.index} differ")
+    if problems:
+        use = "export to hf, deci or gguf, which allow layers to differ"
+        raise PuzzleError(f"export to llama: {problems[0]}; {use}")
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_LLAMAS}
     fields |= {
         "num_hidden_layers": len(layers),
@@ -139,6 +131,20 @@ def export_stock(source: Path, target: Path) -> Path:
     }
     llama = LlamaConfig(**fields).to_dict() | {"architectures": ["LlamaForCausalLM"]}
     return _write_checkpoint(child, target, llama, layers, {}, [])
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` at the end of the block; after an error `target` stays."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_checkpoint(
@@ -152,50 +158,36 @@ def _write_checkpoint(
     """Write the child's weights, tokenizer and licence with another config.json into the folder `target`.
 
     A file with weights is written for each of the child's, so that no more than one is in memory. `target` is replaced
-    at the end, if it is a checkpoint; after an error it is as it was.
+    at the end, if it is a checkpoint.
 
     Args:
         layers: numbered anew in this order.
         added: tensors that the child does not have.
         code: files that the checkpoint carries.
     """
-    if child.path.resolve().is_relative_to(target.resolve()):
-        raise PuzzleError(f"export: {target} is where the child itself is; name another folder")
-    if target.exists() and not (target / "config.json").exists():
-        raise PuzzleError(f"export: {target} is there already and is no checkpoint; name another folder")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    is_other = target.exists() and not (target / "config.json").exists()
+    if is_other or child.path.resolve().is_relative_to(target.resolve()):
+        raise PuzzleError(f"export: {target} is the child itself, or no checkpoint; name another folder")
+    numbers = {str(layer.index): str(new) for new, layer in enumerate(layers)}
+    entries, weight_map, total_bytes = child.checkpoint.entries, dict[str, str](), 0
+    with replaced(target) as folder:
         left_out = {file for pattern in _NOT_COPIED for file in child.path.glob(pattern)}
         for file in {*child.path.iterdir()} - left_out | {*code}:
             if file.is_file() and not file.name.startswith("."):
-                shutil.copyfile(file, partial / file.name)
-        write_json(partial / "config.json", config)
-        _write_weights(child, partial, {layer.index: new for new, layer in enumerate(layers)}, added)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(file, folder / file.name)
+        write_json(folder / "config.json", config)
+        for path, names in groupby(
+            sorted(entries, key=lambda name: entries[name].file), lambda name: entries[name].file
+        ):
+            tensors = {
+                re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: numbers[layer[0]], name): tensor
+                for name, tensor in child.checkpoint.read(names)
+            }
+            tensors |= {} if weight_map else added
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if len({*weight_map.values()}) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
     return target
-
-
-def _write_weights(child: Parent, folder: Path, numbers: Mapping[int, int], added: Mapping[str, Tensor]) -> None:
-    """The child's tensors, those of its layers numbered anew, and what is added in the first file."""
-    names: dict[str, list[str]] = {}
-    for name, entry in child.checkpoint.entries.items():
-        names.setdefault(entry.file.name, []).append(name)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-    for file, stored in names.items():
-        tensors = {
-            re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: str(numbers[int(layer[0])]), name): tensor
-            for name, tensor in child.checkpoint.read(stored)
-        }
-        tensors |= {} if weight_map else added
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)

@@ -1,7 +1,7 @@
 """An architecture timed on the engine beside a reference, in turns, until it is clear whether it meets a target."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from puzzle.artefacts import Bounds, CostTable, Totals
@@ -116,7 +116,7 @@ def time_bounds(bounds: Bounds) -> Bounds:
 def _utilisation(target: TargetSettings, predicted: Sequence[Totals], times: Sequence[Sample]) -> float:
     """Of the tightest bound, with sizes as counted and these times."""
     reference, model = (
-        replace(totals, cost=replace(totals.cost, **asdict(each))).as_dict()
+        replace(totals, cost=replace(totals.cost, **each._asdict())).as_dict()
         for totals, each in zip(predicted, times, strict=True)
     )
     bounds = time_bounds(resolve_bounds(target, reference))

@@ -1,0 +1,120 @@
+"""A model beside its parent: quality on test text, and speed on the engine (docs/numbers.md)."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from puzzle.artefacts import CostTable, Scenario
+from puzzle.child import Child
+from puzzle.costs import Sample, relative_standard_error, requests_ms, scenario_of, summarise, time_models
+from puzzle.data import TokenData
+from puzzle.device import choose_device
+from puzzle.errors import PuzzleError
+from puzzle.metrics import compare
+from puzzle.parents import Parent, open_parent
+from puzzle.quantities import QUANTITIES
+from puzzle.recipe import ScenarioSettings, parse_overrides, validate
+from puzzle.runs import Run, is_run_folder, progress
+from puzzle.stages import EVALUATE, SPEED
+from puzzle.streams import Stream
+
+_BATCH_SIZE = 8
+_QUALITIES = {"test_loss": "lm_loss", "top1": "top1", "kl": "kl", "top1_agreement": "top1_agreement"}
+"""By their names in the result table, those in `TokenMetrics`, which says what they are."""
+
+
+def evaluate(run: Run, parent: Parent, child: Child | None, data: TokenData, label: str) -> dict[str, float]:
+    """Means over the test text of `child`, or of the parent itself where that is None: `test_loss`, `top1`, `kl`,
+    `top1_agreement`. Neither needs to fit in memory.
+    """
+    stage = run.open(EVALUATE, parent=parent, model=child or parent, data=data)
+    if not stage.done:
+        stage.commit(**_measure(run, parent, child, data, label, stage.path))
+    return dict(stage.facts)
+
+
+@torch.no_grad()
+def _measure(
+    run: Run, parent: Parent, child: Child | None, data: TokenData, label: str, folder: Path
+) -> dict[str, float]:
+    """The model's own head on its own hidden states: norms and heads of parent and child differ after GKD."""
+    sources = [parent] if child is None else [parent, child.source()]
+    other_bytes = getattr(torch, run.recipe.precision).itemsize * parent.num_params * (len(sources) - 1)
+    streams = [Stream(run, each, folder / f"activations{place}", other_bytes) for place, each in enumerate(sources)]
+    tokens = data.num_sequences("test", run.recipe.evaluate.tokens) * data.sequence_length
+    inputs = partial(data.inputs, "test", _BATCH_SIZE, tokens)
+    sums = torch.zeros(len(_QUALITIES), dtype=torch.float64, device=run.device)
+    finals = zip(*(stream.finals("test", inputs) for stream in streams), strict=True)
+    with progress(f"evaluate the {label}", tokens) as bar:
+        for sequences, states_BTD in zip(data.batches("test", _BATCH_SIZE, tokens), finals, strict=True):
+            parent_ND, model_ND = states_BTD[0].flatten(0, 1), states_BTD[-1].flatten(0, 1)
+            targets_N = sequences[:, 1:].flatten().to(run.device)
+            metrics = compare(streams[0].model, streams[-1].model, parent_ND, model_ND.unsqueeze(0), targets_N)
+            sums += torch.stack([getattr(metrics, name).double().sum() for name in _QUALITIES.values()])
+            bar.advance(len(targets_N))
+    for stream in streams:
+        stream.close()
+    means = dict(zip(_QUALITIES, (sums / tokens).tolist(), strict=True))
+    if not all(map(math.isfinite, means.values())):
+        raise PuzzleError(f"evaluate: the {label} is not finite on test text ({means}); lower distil.learning_rate")
+    return means
+
+
+def measure_speed(
+    run: Run, models: Mapping[str, Parent | Child], costs: CostTable, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """Prefill, decode and throughput of every model, measured in turns in one go, by the names of `Totals.as_dict`.
+
+    Models of the same blocks are timed once: weights do not change the time (docs/numbers.md).
+    """
+    architectures = {name: model.architecture for name, model in models.items()}
+    timed = {architecture: name for name, architecture in architectures.items()}
+    stage = run.open(
+        SPEED,
+        scenario=str(costs.scenario),
+        environment=costs.environment,
+        batch_size=batch_size,
+        models={name: models[name].address for name in sorted(models)},
+    )
+    if not stage.done:
+        tasks = [(models[name].path, batch_size) for name in timed.values()]
+        measured = time_models(tasks, costs.scenario, run.recipe.cost.repeats)
+        rows = {blocks: _row(each, costs.scenario, batch_size) for blocks, each in zip(timed, measured, strict=True)}
+        stage.commit(rows={name: rows[blocks] for name, blocks in architectures.items()})
+    facts: dict[str, dict[str, float]] = stage.facts["rows"]
+    return facts
+
+
+def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[str]:
+    """A line for each checkpoint and batch size, measured as every figure here, and one that says on what.
+
+    Args:
+        assignments: settings of the recipe's scenario, such as `engine=vllm`.
+    """
+    given = parse_overrides(list(assignments), example="engine=vllm")
+    settings = validate(ScenarioSettings, {key.removeprefix("scenario."): given[key] for key in given}, "scenario")
+    for path in checkpoints:
+        if is_run_folder(path):
+            raise PuzzleError(f"{path} is a run folder; give its child, {path / 'child'}")
+    scenario = scenario_of(settings, choose_device("auto"))
+    models = {path: open_parent(str(path)).path for path in checkpoints}
+    yield str(scenario)
+    for batch_size in settings.batch_sizes:
+        measured = time_models([(path, batch_size) for path in models.values()], scenario, rounds=3)
+        for name, samples in zip(models, measured, strict=True):
+            row = _row(samples, scenario, batch_size)
+            yield (
+                f"{name}, batch {batch_size}: {row['throughput_tok_s']:,.0f} generated tok/s "
+                f"(+- {relative_standard_error(requests_ms(samples, scenario)):.1%}, {len(samples)} rounds), "
+                f"prefill {row['prefill_ms']:.4g} ms, decode step {row['decode_ms']:.4g} ms"
+            )
+
+
+def _row(samples: Sequence[Sample], scenario: Scenario, batch_size: int) -> dict[str, float]:
+    typical = summarise(samples)
+    request_ms = typical.request_ms(scenario.generated_tokens)
+    throughput = QUANTITIES["throughput_tok_s"].convert(request_ms, batch_size, scenario.generated_tokens)
+    return typical._asdict() | {"request_ms": request_ms, "throughput_tok_s": throughput}
