@@ -8,8 +8,9 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -85,6 +86,11 @@ class PuzzleSinkCacheLayer(DynamicLayer):
         self.sinks, self.recent = sinks, window - 1
         self.cumulative_length = 0
 
+    @property
+    def dropped(self) -> int:
+        """How many tokens, all of them between the sinks and the window."""
+        return max(0, self.cumulative_length - self.sinks - self.recent)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys and values that these tokens attend to: all that were held, then their own; the too old are dropped."""
         if not self.is_initialized:
@@ -102,16 +108,13 @@ class PuzzleSinkCacheLayer(DynamicLayer):
         return torch.cat([states_BHTD[:, :, : self.sinks], states_BHTD[:, :, dropped_until:]], dim=-2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return min(self.cumulative_length, self.sinks + self.recent) + query_length, 0
+        return self.cumulative_length - self.dropped + query_length, 0
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove and self.cumulative_length > self.sinks + self.recent:
-            raise RuntimeError("a cache layer with sinks cannot be cropped once it has dropped a token")
-        super().crop(tokens_to_remove)
-        self.cumulative_length = super().get_seq_length()
+        raise RuntimeError("a cache layer with sinks cannot be cropped: what it dropped does not come back")
 
 
 class PuzzleMasks:
@@ -157,19 +160,17 @@ class PuzzleMasks:
 
     def _make_with_sinks(self, window: int, sinks: int, cache_index: int) -> Any:
         """The mask over the keys that there are, of which some between sinks and window may have been dropped."""
-        if self._config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
-            found, use = (
-                self._config._attn_implementation,
-                "use sdpa, eager or flex_attention, or variants without sinks",
-            )
+        if (found := self._config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
+            use = "use sdpa, eager or flex_attention, or variants without sinks"
             raise ValueError(f"attn_implementation: {found!r} knows no attention sinks; {use}")
         padding = self._padding
         if padding is not None and not padding[:, 0].all():
-            raise ValueError(
-                "attention_mask: padding on the left would take the place of the first tokens, which attention sinks "
-                "keep; pad on the right, or generate one sequence at a time"
-            )
-        keys, dropped = self._keys(cache_index)
+            found = "padding on the left would take the place of the first tokens, which attention sinks keep"
+            raise ValueError(f"attention_mask: {found}; pad on the right, or generate one sequence at a time")
+        keys, dropped = self._tokens, 0
+        if self._cache is not None:
+            keys, _ = self._cache.get_mask_sizes(self._tokens, cache_index)
+            dropped = sum(getattr(layer, "dropped", 0) for layer in self._cache.layers[cache_index : cache_index + 1])
         if padding is not None and dropped:
             padding = torch.cat([padding[:, :sinks], padding[:, sinks + dropped :]], dim=1)
 
@@ -186,21 +187,12 @@ class PuzzleMasks:
             **self._arguments,
         )
 
-    def _keys(self, cache_index: int) -> tuple[int, int]:
-        """How many keys a layer attends to, and how many tokens before them its cache has dropped."""
-        if self._cache is None:
-            return self._tokens, 0
-        keys, _ = self._cache.get_mask_sizes(self._tokens, cache_index)
-        held = self._cache.layers[cache_index] if cache_index < len(self._cache.layers) else None
-        seen = held.get_seq_length() + self._tokens if isinstance(held, PuzzleSinkCacheLayer) else keys
-        return keys, seen - keys
-
 
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each subblock present, replaced or left out as `block` says.
 
-    `cache_index` numbers the layers that have a KV cache. `window` is the number of tokens that attention sees, the
-    token itself included, None for all; `sinks` that of the sequence's first tokens that it sees besides.
+    `cache_index` is the number of layers before it that have a KV cache. `window` is the number of tokens that attention
+    sees, the token itself included, None for all; `sinks` that of the sequence's first tokens that it sees besides.
     """
 
     def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:
@@ -223,9 +215,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         """The norm before a subblock; None where it is left out."""
         return self.get_submodule(self._norm_names[which]) if self.has(which) else None
 
-    def subblock_output(
-        self, which: str, hidden_BTD: Tensor, masks: "PuzzleMasks | None" = None, **context: Any
-    ) -> Tensor:
+    def subblock_output(self, which: str, hidden_BTD: Tensor, masks: Any = None, **context: Any) -> Tensor:
         """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out.
 
         Args:
@@ -237,8 +227,6 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         if which == "ffn":
             return self.mlp(norm(hidden_BTD))
         if self.window is not None:
-            if masks is None:
-                raise ValueError("masks: a layer with a window needs the whole of `PuzzleModel.context`")
             context["attention_mask"] = masks.of(self.window, self.sinks, self.cache_index)
         if self._gives_window:
             context["sliding_window"] = self.window  # read by implementations that take no such masks
@@ -268,9 +256,9 @@ class PuzzleModel(PuzzlePreTrainedModel):
         super().__init__(config)
         family = FAMILIES[config.base_model_type]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            PuzzleDecoderLayer(config, block, cache_index) for block, cache_index in _numbered(config.blocks or [])
-        )
+        blocks = config.blocks or []
+        cache_indices = accumulate((has_cache(block["attention"]) for block in blocks), initial=0)
+        self.layers: Any = nn.ModuleList(map(partial(PuzzleDecoderLayer, config), blocks, cache_indices))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = family.rotary(config=config)
         self.gradient_checkpointing = False
@@ -348,12 +336,12 @@ class PuzzleModel(PuzzlePreTrainedModel):
         transformers knows no such type of layer by which a configuration could ask for them. In other caches, such as
         static ones, these layers keep every token.
         """
-        layers = [] if cache is None else cache.layers
-        for window, sinks, index in _windows(self.config):
-            if not sinks or index >= len(layers):
-                continue
-            if type(layers[index]) is DynamicLayer and not layers[index].is_initialized:
-                layers[index] = PuzzleSinkCacheLayer(window, sinks)
+        held = [] if cache is None else cache.layers
+        for layer in self.layers:
+            if layer.sinks and layer.cache_index < len(held):
+                found = held[layer.cache_index]
+                if type(found) is DynamicLayer and not found.is_initialized:
+                    held[layer.cache_index] = PuzzleSinkCacheLayer(layer.window, layer.sinks)
 
 
 class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
@@ -413,8 +401,9 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         """Every mask that a step needs, by name; transformers asks for them before a step that may be compiled."""
         masks = PuzzleMasks(config, inputs_embeds, attention_mask, position_ids, past_key_values)
         masks.of(None)
-        for window, sinks, index in _windows(config):
-            masks.of(window, sinks, index)
+        for layer in self.model.layers:
+            if layer.window is not None:
+                masks.of(layer.window, layer.sinks, layer.cache_index)
         return masks.made
 
 
@@ -438,19 +427,3 @@ def _gives_window_itself(attention: nn.Module) -> bool:
     """Whether an attention's own code hands `sliding_window` to the attention function, which takes it only once."""
     code = inspect.unwrap(type(attention).forward).__code__
     return any("sliding_window" in names for names in code.co_consts if isinstance(names, tuple))
-
-
-def _numbered(blocks: list[Block]) -> Iterator[tuple[Block, int]]:
-    """Each block with its KV cache index: the number of cached layers before it."""
-    cache_index = 0
-    for block in blocks:
-        yield block, cache_index
-        cache_index += has_cache(block["attention"])
-
-
-def _windows(config: PuzzleConfig) -> Iterator[tuple[int, int, int]]:
-    """Window, sinks and KV cache index of each layer that has a window."""
-    for block, cache_index in _numbered(config.blocks or []):
-        attention = block["attention"]
-        if has_cache(attention) and attention.get("window") is not None:
-            yield attention["window"], attention.get("sinks", 0), cache_index
