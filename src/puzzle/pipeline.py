@@ -30,7 +30,7 @@ from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
-from puzzle.report import ReportData, final_table, model_card, render, summary, table_row, versions
+from puzzle.report import ReportData, final_table, model_card, render, summary, table_row
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import TrueScore, score
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
@@ -255,7 +255,6 @@ class Pipeline:
             curves=curves,
             seconds=self.run.seconds(),
             warnings=[*dict.fromkeys(text for text in warned if text)],
-            versions=versions(),
         )
 
 

@@ -88,7 +88,6 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
             "curves": {"child": curve, "uniform": curve},
             "seconds": {"calibrate": 34.2, "library": 1460, "search": 1.7},
             "warnings": ["close other <programs>"],
-            "versions": {"puzzle-llm": "0.1.0", "torch": "2.13.0"},
         }
     )  # fmt: skip
 

@@ -191,8 +191,8 @@ class PuzzleMasks:
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
     """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each subblock present, replaced or left out as `block` says.
 
-    `cache_index` is the number of layers before it that have a KV cache. `window` is the number of tokens that attention
-    sees, the token itself included, None for all; `sinks` that of the sequence's first tokens that it sees besides.
+    `cache_index`: how many layers before it have a KV cache. `window`: how many tokens attention sees, the token itself
+    included, None for all. `sinks`: how many of the sequence's first tokens it sees besides.
     """
 
     def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:

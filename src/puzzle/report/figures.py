@@ -50,7 +50,7 @@ def _layer_axis(num_layers: int) -> dict[str, Any]:
 
 def architecture(data: ReportData) -> go.Figure:
     """One column a layer: attention above the line, FFN below, each as tall as its share of the parent's size."""
-    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.parent_blocks))
+    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
     layers, traces = [*range(len(blocks))], []
     for sign, which in zip((1, -1), SUBBLOCKS, strict=True):
         pairs = [(block.subblock(which), own.subblock(which)) for block, own in zip(blocks, parents, strict=True)]
@@ -74,7 +74,7 @@ def architecture(data: ReportData) -> go.Figure:
 
 def scores(data: ReportData) -> go.Figure:
     """Layers across, variants down: the KL with that subblock alone replaced, as colour; a dot on what was chosen."""
-    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.parent_blocks))
+    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
     by_key = {(row.layer, row.block): row for row in data.scores.rows}
     scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
     labels, z, hover, dots = list[str](), [], [], []

@@ -1,11 +1,9 @@
 """What a report is made of, and its tables: one list of metrics for the page, the model card and the terminal."""
 
 import math
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -13,14 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from puzzle.artefacts import Cost, CostTable, Proof, ScoreTable, Solution, Totals
+from puzzle.artefacts import Cost, CostTable, Proof, ScoreTable, Serving, Solution, Totals
 from puzzle.quantities import COSTS, QUANTITIES
 from puzzle.units import format_bytes, format_number, format_percent, format_ratio
 
-_PACKAGES = ("puzzle-llm", "torch", "transformers", "safetensors", "highspy", "numpy")
 MODELS = {"parent": "parent", "child_before": "before GKD", "child": "child", "uniform": "uniform"}
 """In the order of the table, with the names people read."""
-TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": "decode_ms"}
+_TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": "decode_ms"}
 """From the names of `Totals` to those in a model's row, after `measured_` and `predicted_`."""
 Rows = Mapping[str, Mapping[str, float]]
 """Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the keys of `METRICS`."""
@@ -52,17 +49,6 @@ class ReportData:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of each stage, in the order in which they ran."""
     warnings: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def parent_blocks(self) -> list[str]:
-        """The parent's own block of each layer."""
-        return self.scores.parent_blocks
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version()} | {package: version(package) for package in _PACKAGES}
 
 
 class Metric(NamedTuple):
@@ -75,7 +61,7 @@ class Metric(NamedTuple):
     meaning: str
 
 
-def _metrics() -> Iterator[Metric]:
+def _metrics() -> Iterable[Metric]:
     quality, speed = "quality on test text", "speed, measured on the engine"
     yield Metric("test_loss", quality, "loss", _plain, "negative log-likelihood of the next token, nats per token")
     yield Metric("top1", quality, "top-1 accuracy", format_percent, "share of next tokens that the model ranks first")
@@ -85,7 +71,7 @@ def _metrics() -> Iterator[Metric]:
     for key in ("params", "weight_bytes", "memory_bytes"):
         yield Metric(key, "size", QUANTITIES[key].label, QUANTITIES[key].text, QUANTITIES[key].meaning)
     yield Metric("kv_bytes", "size", "KV cache", format_bytes, "of a full batch at full length")
-    for key, name in TIMES.items():
+    for key, name in _TIMES.items():
         # The unit of throughput stands in the label: rows fit a terminal of 80 columns.
         unit, text = (", tok/s", _plain) if name == "tok_s" else ("", QUANTITIES[key].text)
         yield Metric(f"measured_{name}", speed, QUANTITIES[key].label + unit, text, QUANTITIES[key].meaning)
@@ -106,19 +92,19 @@ def table_row(
         predicted, measured: by the names of `Totals.as_dict`, of the measured ones the times.
     """
     row = dict(quality) | {key: predicted[key] for key in ("params", "weight_bytes", "kv_bytes", "memory_bytes")}
-    for key, name in TIMES.items():
+    for key, name in _TIMES.items():
         row |= {f"predicted_{name}": predicted[key], f"measured_{name}": measured[key]}
     return row
 
 
-def value_of(rows: Rows, model: str, key: str) -> float:
+def _value(rows: Rows, model: str, key: str) -> float:
     """A model's number; NaN, which is written as a dash, if it is missing."""
     return rows.get(model, {}).get(key, math.nan)
 
 
 def child_over_parent(rows: Rows, key: str) -> float:
     """The child's value divided by the parent's; NaN where one is missing or the parent's is 0."""
-    return value_of(rows, "child", key) / (value_of(rows, "parent", key) or math.nan)
+    return _value(rows, "child", key) / (_value(rows, "parent", key) or math.nan)
 
 
 def result(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -127,7 +113,7 @@ def result(rows: Rows) -> tuple[list[str], list[list[str]]]:
     for group, metrics in groupby(METRICS, key=lambda metric: metric.group):
         body.append([group])
         for metric in metrics:
-            values = [value_of(rows, model, metric.key) for model in models]
+            values = [_value(rows, model, metric.key) for model in models]
             if any(math.isfinite(value) for value in values):
                 kept = format_ratio(child_over_parent(rows, metric.key))
                 body.append([metric.label, *(metric.text(value) for value in values), kept])
@@ -149,38 +135,29 @@ def summary(target: str, rows: Rows) -> dict[str, Any]:
     return {"target": target, "rows": finite}
 
 
-def answers(data: ReportData) -> list[tuple[str, ...]]:
+def answers(data: ReportData) -> list[tuple[str, str, str, str]]:
     """What was asked, predicted and measured, and a verdict, bound by bound; further scenarios are predicted only."""
     solution, generated = data.solution, data.costs.scenario.generated_tokens
-    prefill_ms, decode_ms = (value_of(data.rows, "child", f"measured_{name}") for name in ("prefill_ms", "decode_ms"))
+    prefill_ms, decode_ms = (_value(data.rows, "child", f"measured_{name}") for name in ("prefill_ms", "decode_ms"))
     cost = Cost(prefill_ms=prefill_ms, decode_ms=decode_ms)
     measured = Totals(batch_size=solution.batch_size, generated_tokens=generated, cost=cost).as_dict()
-    predicted = {**solution.predicted, "score": solution.score}
-    found = [_answer(key, bound, predicted[key], measured.get(key, math.nan)) for key, bound in solution.asked.items()]
-    for serving in solution.further:
-        where = f" in {serving.scenario} at batch {serving.batch_size}"
-        asked = serving.asked.items()
-        found += [_answer(key, bound, serving.predicted[key], math.nan, where) for key, bound in asked]
+    served: list[tuple[str, Solution | Serving, dict[str, float]]] = [("", solution, measured)]
+    served += [(f" in {each.scenario} at batch {each.batch_size}", each, {}) for each in solution.further]
+    found = []
+    for where, serving, times in served:
+        for key, bound in serving.asked.items():
+            quantity, predicted = QUANTITIES[key], {**serving.predicted, "score": solution.score}[key]
+            # Some is known from the architecture alone: nothing is left to measure.
+            counted = quantity.exact or not quantity.columns
+            actual = predicted if counted else times.get(key, math.nan)
+            verdict = f"missed by {format_percent(abs(actual / bound - 1))}"
+            if not math.isfinite(actual):
+                verdict = "not measured"
+            elif not quantity.violation(actual, bound):
+                verdict = "met"
+            shown = "exact" if counted else quantity.text(actual)
+            found.append((_asked({key: bound}) + where, quantity.text(predicted), shown, verdict))
     return found
-
-
-def _answer(key: str, bound: float, predicted: float, measured: float, where: str = "") -> tuple[str, ...]:
-    quantity = QUANTITIES[key]
-    counted = quantity.exact or not quantity.columns  # known from the architecture alone: nothing is left to measure
-    actual = predicted if counted else measured
-    missed = f"missed by {format_percent(abs(actual / bound - 1))}" if quantity.violation(actual, bound) else "met"
-    verdict = missed if math.isfinite(actual) else "not measured"
-    shown = "exact" if counted else quantity.text(measured)
-    return _asked({key: bound}) + where, quantity.text(predicted), shown, verdict
-
-
-def checks(timed: Sequence[tuple[str, str, float, float]]) -> list[list[str]]:
-    """`ReportData.checks` in words, with the prediction's relative error."""
-    body = []
-    for model, key, predicted, measured in timed:
-        quantity, error = QUANTITIES[key], predicted / measured - 1
-        body.append([model, quantity.label, quantity.text(predicted), quantity.text(measured), f"{error:+.1%}"])
-    return body
 
 
 def _asked(bounds: Mapping[str, float]) -> str:
