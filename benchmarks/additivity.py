@@ -23,7 +23,7 @@ from puzzle.costs.timing import Samples, measure_in_turns
 from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.parents import open_parent
 from puzzle.recipe import ScenarioSettings
-from puzzle.search.fit import Timed, fitted
+from puzzle.search.timing import Timed, fitted
 from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 ARCHITECTURES, FITTED = 10, 3
@@ -62,7 +62,7 @@ def main(
     rows = tuple(cost_rows(config, space, scenario, size, measured))
     table = CostTable(scenario=scenario, batch_sizes=(size,), rows=rows)
     times = {model: summarise([*measured[model], *measured[f"{model} again"]]) for model in models}
-    known = [_timed(table, models[model], size, times[model]) for model in list(models)[:FITTED]]
+    known = [each for model in list(models)[:FITTED] for each in _timed(table, models[model], size, times[model])]
     after = fitted(table, size, known)
     lines = {
         model: (
@@ -93,14 +93,18 @@ def architectures(space: Space) -> dict[str, Stack]:
     return {"parent": tuple(layer.parent for layer in space.layers), **drawn}
 
 
-def _timed(table: CostTable, blocks: Stack, batch_size: int, times: Sample) -> Timed:
+def _timed(table: CostTable, blocks: Stack, batch_size: int, times: Sample) -> list[Timed]:
+    """Prefill and decode step."""
     cost = table.totals([block.name for block in blocks], batch_size).cost
-    return Timed(predicted=(cost.prefill_ms, cost.decode_ms), measured=(times.prefill_ms, times.decode_ms))
+    return [
+        Timed(model="child", quantity=name, predicted=getattr(cost, name), measured=getattr(times, name))
+        for name in QUANTITIES
+    ]
 
 
-def _errors(model: Timed) -> Iterator[float]:
+def _errors(times: Sequence[Timed]) -> Iterator[float]:
     """Of a prediction: prefill, decode."""
-    return (predicted / measured - 1 for predicted, measured in zip(model.predicted, model.measured, strict=True))
+    return (each.predicted / each.measured - 1 for each in times)
 
 
 def _floor(first: Sequence[Sample], again: Sequence[Sample]) -> Iterator[float]:

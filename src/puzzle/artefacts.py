@@ -328,8 +328,6 @@ class Solution(Artefact):
     """None for a baseline that proves nothing."""
     further: tuple[Serving, ...] = ()
     """The recipe's `scenarios`, in order."""
-    notes: tuple[str, ...] = ()
-    """Remarks on the target: bounds that every architecture meets, or that decide nothing."""
 
     @property
     def servings(self) -> tuple["Solution | Serving", ...]:

@@ -217,7 +217,7 @@ def search(arguments: argparse.Namespace) -> None:
 
         if question == Question():
             method = run_stage(opened, "search")
-            show([solution_table(method.searched, method.tables.parent)])
+            show([solution_table(method.searched, method.tables.scores.parent_blocks)])
         else:
             show(answer(run_stage(opened, "score").tables, question))
 

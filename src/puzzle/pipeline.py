@@ -170,9 +170,9 @@ class Pipeline:
         """The honest baseline: all layers alike, as fast as the child, made and distilled in the same way."""
         if not self.run.recipe.evaluate.uniform_baseline:
             return None
-        run, parent, data, influence = self.run, self.parent, self.data, self.influence
+        run, parent, data = self.run, self.parent, self.data
         tables = replace(self.tables, scores=self.subblock_scores)
-        solution = uniform_solution(run, parent, self.space, tables, influence, self.solution)
+        solution = uniform_solution(run, parent, self.space, tables, self.solution)
         library = build_library(run, parent, data, self.statistics, space_of(parent, solution.blocks))
         refined = refine(run, parent, realise(run, parent, library, solution.blocks), data)
         return Uniform(solution, distil(run, parent, refined, data, label="uniform child"))
@@ -239,12 +239,9 @@ class Pipeline:
             parent=self.run.recipe.parent,
             rows=self.rows,
             checks=[
-                (f"{model}, search {number}", quantity, predicted, measured)
+                (f"{each.model}, search {number}", each.quantity, each.predicted, each.measured)
                 for number, timing in enumerate(self.met.timings, 1)
-                for model, times in timing.at_batch.items()
-                for quantity, predicted, measured in zip(
-                    ("prefill_ms", "decode_ms"), times.predicted, times.measured, strict=True
-                )
+                for each in timing.times
             ],
             solution=self.solution,
             proof=self.searched.proof,

@@ -7,41 +7,29 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from puzzle.artefacts import CostTable, Solution
 from puzzle.errors import PuzzleError
 from puzzle.quantities import COSTS, SETTINGS
 from puzzle.recipe import SectionT, parse_overrides, validate
 from puzzle.report import frontier_figure, solution_table, solutions_table
 from puzzle.runs import write_text
-from puzzle.search import Tables, frontier, parent_totals, pool, solve, solve_baseline, to_table_file
+from puzzle.search import Demand, Tables, frontier, pool, solve, solve_baseline, to_table_file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What to find; without `frontier`, `pool` and `baseline` the best architecture."""
+    """What to find, by the options of the command; without `frontier`, `pool` and `baseline` the best architecture."""
 
     target: list[str] = field(default_factory=list)
-    """Other bounds in the main scenario, as `throughput=2x`."""
     search: list[str] = field(default_factory=list)
-    """Other settings of the recipe's `search`, as `score=cosine`."""
     frontier: int | None = None
-    """Number of points of the exact frontier."""
     over: str | None = None
-    """Quantity of the frontier, by its setting; default: the first that the table has costs for."""
     figure: Path | None = None
-    """Where to write the frontier as a page."""
     pool: int | None = None
-    """Number of solutions, the best first."""
     differing: int | None = None
-    """Layers in which each solution of a pool differs from all others; default: 1."""
     baseline: str | None = None
-    """Name of a baseline that answers in place of the program."""
     seed: int = 0
-    """Of the baseline `random`."""
     out: Path | None = None
-    """Where to write the solution, or the list of them, as JSON."""
     table: Path | None = None
-    """Where to write the tables as a table file."""
 
 
 def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
@@ -49,44 +37,35 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     for flag, needed in (("over", "frontier"), ("figure", "frontier"), ("differing", "pool")):
         if getattr(question, flag) is not None and getattr(question, needed) is None:
             raise PuzzleError(f"--{flag}: it belongs to a {needed}; give --{needed} N too")
+    for file in (question.table, question.figure, question.out):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            raise PuzzleError(f"{file} cannot be written; name a file in a folder that exists")
     tables = replace(
         tables,
         target=_changed(tables.target, question.target, "--target"),
         settings=_changed(tables.settings, question.search, "--search"),
     )
     _check_known(tables)
-    if question.table is not None:
-        yield from _write(question.table, to_table_file(tables.scores, tables.costs, tables.settings.score))
-    if question.frontier is not None:
-        key = _quantity(tables, question.over)
-        solutions = frontier(tables, key, question.frontier)
-        yield from _list(tables, solutions, key, question.out)
-        if question.figure is not None:
-            yield from _write(question.figure, frontier_figure(solutions, {}, key).to_html())
-    elif question.pool is not None:
-        yield from _list(
-            tables, pool(tables, question.pool, question.differing or 1), _quantity(tables, None), question.out
-        )
+    text = figure = None
+    if question.frontier is not None or question.pool is not None:
+        key = _quantity(tables.demands[0], question.over)
+        if question.frontier is not None:
+            found = frontier(tables, key, question.frontier)
+            figure = frontier_figure(found, {}, key).to_html() if question.figure is not None else None
+        else:
+            found = pool(tables, question.pool or 1, question.differing or 1)
+        yield solutions_table(found, tables.scores.parent_blocks, key)
+        text = json.dumps([json.loads(each.to_json()) for each in found], indent=1) + "\n"
     elif question.table is None or question.target or question.baseline or question.out:
         name = question.baseline
         solution = solve(tables) if name is None else solve_baseline(tables, name, question.seed)
-        yield solution_table(solution, tables.parent)
-        if question.out is not None:
-            yield from _write(question.out, solution.to_json())
-
-
-def _list(tables: Tables, solutions: Sequence[Solution], key: str, out: Path | None) -> Iterator[RenderableType]:
-    yield solutions_table(solutions, tables.parent, key)
-    if out is not None:
-        yield from _write(out, json.dumps([json.loads(each.to_json()) for each in solutions], indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> Iterator[str]:
-    try:
-        write_text(path, text)
-    except (OSError, ValueError):
-        raise PuzzleError(f"{path} cannot be written; name a file in a folder that exists") from None
-    yield f"wrote {path}"
+        yield solution_table(solution, tables.scores.parent_blocks)
+        text = solution.to_json()
+    table = to_table_file(tables.scores, tables.costs, tables.settings.score)
+    for file, written in ((question.table, table), (question.out, text), (question.figure, figure)):
+        if file is not None and written is not None:
+            write_text(file, written)
+            yield f"wrote {file}"
 
 
 def _changed(section: SectionT, assignments: Sequence[str], flag: str) -> SectionT:
@@ -98,37 +77,30 @@ def _changed(section: SectionT, assignments: Sequence[str], flag: str) -> Sectio
 
 def _check_known(tables: Tables) -> None:
     """A bound on what has no costs would be met by everything."""
-    asked: list[tuple[str, CostTable, str]] = [("search.objective", tables.costs, tables.settings.objective)]
-    for name, costs, target in tables.asked:
-        asked += [(f"{name}.{setting}", costs, setting) for setting, amount in target if amount is not None]
-    for place, costs, setting in asked:
-        known = _known(tables, costs)
-        if setting == "score" or setting in known:
-            continue
-        lacking = [name for name in SETTINGS[setting].columns if name in costs.unknown]
-        reason = f"no row has {' or '.join(lacking)}" if lacking else f"all of the table's costs for {setting} are 0"
-        raise PuzzleError(f"{place}: {reason}; the table has costs for {', '.join(known) or 'nothing'}")
+    asked = [("search.objective", tables.demands[0], tables.settings.objective)]
+    for demand in tables.demands:
+        asked += [(f"{demand.setting}.{name}", demand, name) for name, amount in demand.target if amount is not None]
+    for place, demand, setting in asked:
+        known = _known(demand)
+        if setting not in {"score", *known}:
+            lacking = [name for name in SETTINGS[setting].columns if name in demand.costs.unknown]
+            nothing = f"no row has {' or '.join(lacking)}" if lacking else f"all of its costs for {setting} are 0"
+            raise PuzzleError(f"{place}: {nothing}; the table has costs for {', '.join(known) or 'nothing'}")
     score, scores = tables.settings.score, tables.known_scores
     if score != "kl" and not any(scores.value(row.layer, row.block, score) for row in scores.rows):
         raise PuzzleError(f"search.score: every {score} in the table is 0; leave it at kl")
 
 
-def _known(tables: Tables, costs: CostTable) -> dict[str, str]:
+def _known(demand: Demand) -> dict[str, str]:
     """The quantities that a table has costs for, by their setting in `target`."""
-    parent = parent_totals(tables.known_scores, costs)
-    return {
-        quantity.setting: key
-        for key, quantity in COSTS.items()
-        if costs.unknown.isdisjoint(quantity.columns) and parent[key]
-    }
+    unknown, parent = demand.costs.unknown, demand.parent
+    return {each.setting: key for key, each in COSTS.items() if unknown.isdisjoint(each.columns) and parent[key]}
 
 
-def _quantity(tables: Tables, setting: str | None) -> str:
-    known = _known(tables, tables.costs)
-    if not known:
-        raise PuzzleError("the table has no costs; give at least one column of them")
-    if setting is None:
-        return next(iter(known.values()))
+def _quantity(demand: Demand, setting: str | None) -> str:
+    """The key of the quantity with that setting; by default of the first that the table has costs for."""
+    known = _known(demand)
+    setting = setting or next(iter(known), None)
     if setting not in known:
-        raise PuzzleError(f"--over: found {setting}; the table has costs for {', '.join(known)}")
+        raise PuzzleError(f"--over: found {setting}; the table has costs for {', '.join(known) or 'nothing'}")
     return known[setting]

@@ -211,6 +211,7 @@ SEARCH = Stage(
 TIMING = Stage(
     name="timing",
     help="Time the solution and the parent on the engine.",
+    version=2,
     inputs=("parent", "costs", "target", "models"),
 )
 CORRECT = Stage(

@@ -52,7 +52,7 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
         score, predicted = scores.total(blocks), costs.totals(blocks, BATCH).as_dict()
         proof = Proof(status="optimal", bound=score * 0.99, gap=0.01, solver="HiGHS 1.12.0", seconds=1.73)
         sums = {"score": score, "predicted": predicted, "parent": parent, "asked": asked, "bounds": asked}
-        return Solution(blocks=tuple(blocks), batch_size=BATCH, proof=proof, notes=("kept <small>",), **sums)
+        return Solution(blocks=tuple(blocks), batch_size=BATCH, proof=proof, **sums)
 
     blocks = (["kv8+w512", "kv2+w256", "kv2+w256", "linear+w256", "none+linear", "none+none"] + ["kv2+w256"] * 99)[
         :num_layers

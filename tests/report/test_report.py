@@ -96,7 +96,6 @@ def test_page_has_every_section_with_its_numbers(data: ReportData) -> None:
     for row in [*body, check, *map(list, answers(data)), ["1-2", "kv2+w256", "kv8+w512"], ["library", "24 min 20 s"]]:
         assert row in page.rows
     assert page.text["li"] == ["close other <programs>"]
-    assert "Note: kept <small>" in page.text["p"]
     assert page.text["pre"] == [data.recipe_yaml]
     assert {"HiGHS 1.12.0", version("torch"), "Example CPU <8 cores>"} <= {*page.text["dd"]}
 

@@ -108,5 +108,5 @@ def test_the_settings_on_the_page_are_settings() -> None:
 
 
 def test_other_margins_are_other_pools(tables: Tables) -> None:
-    assert pool(tables.with_margin(0.3), 2, 1)[0].bounds != pool(tables, 2, 1)[0].bounds
-    assert replace(tables, settings=tables.settings).demands[0].bounds == tables.demands[0].bounds
+    wide = replace(tables, settings=tables.settings.model_copy(update={"margin": 0.3}))
+    assert pool(wide, 2, 1)[0].bounds != pool(tables, 2, 1)[0].bounds

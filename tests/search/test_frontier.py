@@ -64,9 +64,7 @@ def test_a_model_that_takes_no_time_is_noise() -> None:
     rows = [cost_row(-1, "fixed", "", 1, prefill=-2.0), cost_row(0, "ffn", "w64", 1)]
     rows += [cost_row(0, "attention", "kv8", 1, prefill=9.0), cost_row(0, "attention", "kv4", 1, prefill=1.0)]
     scores = score_table([[("kv8+w64", 0.0), ("kv4+w64", 1.0)]])
-    with pytest.raises(
-        PuzzleError, match=r"cost: a model is predicted to take -1 ms, which is noise; raise cost.repeats"
-    ):
+    with pytest.raises(PuzzleError, match=r"cost: throughput of a model is predicted as -5,000 tok/s, which is noise"):
         frontier(ask(scores, cost_table(rows, (1,)), TargetSettings(), SETTINGS))
 
 

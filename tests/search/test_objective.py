@@ -1,9 +1,9 @@
-"""A bound on the score, what is made best under it, and what is said of bounds that do nothing; against enumeration."""
+"""A bound on the score, and what is made best under it, against enumeration."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.conftest import SETTINGS, ask, cost_row, cost_table, everything, score_table, within
+from tests.search.conftest import SETTINGS, ask, everything, within
 from tests.search.test_solve import bounded, two_batches
 
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
@@ -77,45 +77,3 @@ def test_the_line(target: dict[str, object], settings: dict[str, object], line: 
     with pytest.raises(PuzzleError) as raised:
         solve(ask(*two_batches(), TargetSettings(**target), SearchSettings(**settings)))
     assert str(raised.value) == line
-
-
-@settings(max_examples=25, deadline=None)
-@given(bounded(2, 2))
-def test_a_bound_that_is_said_to_decide_nothing_decides_nothing(case: tuple[ScoreTable, CostTable, Bounds]) -> None:
-    scores, costs, bounds = case
-    names = [*bounds]
-    units = {"memory_bytes": "B", "weight_bytes": "B", "request_ms": "ms", "prefill_ms": "ms", "decode_ms": "ms"}
-    asked = {_setting(name): f"{value:.12f}{units.get(name, '')}" for name, value in bounds.items()}
-    try:
-        notes = solve(ask(scores, costs, TargetSettings(**asked), SETTINGS)).notes
-    except PuzzleError:
-        return
-    best = _best(scores, costs, bounds)
-    for name in names:
-        said = any(note.startswith(f"target.{_setting(name)}:") and "decides nothing" in note for note in notes)
-        without = _best(scores, costs, {key: bounds[key] for key in bounds if key != name})
-        if said:
-            assert without == pytest.approx(best)
-
-
-def _setting(name: str) -> str:
-    return next(setting for setting, quantity in QUANTITY_OF.items() if quantity.key == name)
-
-
-def _best(scores: ScoreTable, costs: CostTable, bounds: Bounds) -> float:
-    return min(score for score, totals in everything(scores, costs) if within(totals, bounds))
-
-
-def test_notes() -> None:
-    """`kv4` saves parameters and nothing else."""
-    rows = [cost_row(-1, "fixed", "", 1, params=1000, decode=5.0), cost_row(0, "ffn", "w64", 1)]
-    rows += [cost_row(0, "attention", f"kv{k}", 1, params=k, kv=100, decode=10.0) for k in (8, 4)]
-    tables = score_table([[("kv8+w64", 0.0), ("kv4+w64", 0.5)]]), cost_table(rows, (1,))
-    assert solve(ask(*tables, TargetSettings(parameters="1004"), SETTINGS)).notes == (
-        "target.parameters: met, but the child is predicted no faster than the parent (1.00x) and no smaller in memory "
-        "(1.00x); bound throughput or latency if speed is what you want",
-    )
-    target = TargetSettings(parameters="1004", throughput="0.5x")
-    assert solve(ask(*tables, target, SETTINGS)).notes == (
-        "target.throughput: 0.5x (41.67 tok/s): decides nothing, the best architecture without it meets it too",
-    )

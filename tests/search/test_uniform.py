@@ -26,7 +26,7 @@ def run(pico_run: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def tables(toy_scores: ScoreTable, toy_costs: CostTable) -> Tables:
-    return Tables(scores=toy_scores, costs=toy_costs)
+    return Tables(scores=toy_scores, costs=toy_costs, influence=lambda: INFLUENCE)
 
 
 def child_of(costs: CostTable, block: str, **bounds: float) -> Solution:
@@ -43,7 +43,7 @@ def child_of(costs: CostTable, block: str, **bounds: float) -> Solution:
 
 
 def found(run: Run, pipeline: Pipeline, tables: Tables, child: Solution) -> Solution:
-    return uniform_solution(run, pipeline.parent, pipeline.space, tables, INFLUENCE, child)
+    return uniform_solution(run, pipeline.parent, pipeline.space, tables, child)
 
 
 def test_it_is_as_fast_as_the_child_with_any_width(

@@ -1,13 +1,13 @@
 """A solution that misses its target when measured is searched again; what is clear is measured no longer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
-import puzzle.search.timing
-from puzzle.artefacts import CostTable, Scenario, ScoreTable
-from puzzle.costs import Sample
+from puzzle.artefacts import CostTable, ScoreTable
+from puzzle.costs import ENGINES, Engine, Model, Sample
 from puzzle.modeling import PuzzleConfig
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import SearchSettings, TargetSettings
@@ -16,7 +16,7 @@ from puzzle.search import Tables, first_met, solve, until_met
 from puzzle.variants import Architecture
 
 
-class Clock:
+class Clock(Engine):
     """A step takes a microsecond a parameter and a millisecond, as the table says, and `more` milliseconds; of children
     `child` times as long, and in every second round `noise` more.
     """
@@ -25,32 +25,33 @@ class Clock:
         self.child, self.noise, self.more = 1.0, 0.0, 0.0
         self.rounds: list[int] = []
         """Of each timing."""
+        self._is_child = True
+
+    version = "fake 1"
+
+    @contextmanager
+    def conditions(self) -> Iterator[None]:
+        self.rounds.append(0)
+        yield
 
     def decode_ms(self, config: PuzzleConfig) -> float:
         blocks = Architecture.of(config).blocks
         return 1.0 + self.more + 1e-3 * sum(block.num_params(config) for block in blocks)
 
-    def time_models(
-        self,
-        models: Sequence[tuple[PuzzleConfig, int]],
-        scenario: Scenario,
-        rounds: int,
-        enough: Callable[[list[list[Sample]]], bool],
-    ) -> list[list[Sample]]:
-        times_ms = [self.decode_ms(config) for config, _ in models]
-        samples: list[list[Sample]] = [[] for _ in models]
-        while len(samples[0]) < rounds or (len(samples[0]) < 4 * rounds and not enough(samples)):
-            slow = self.child * (1 + self.noise * (len(samples[0]) % 2))
-            for rounds_of, time_ms, factor in zip(samples, times_ms, [1.0, slow], strict=True):
-                rounds_of.append(Sample(prefill_ms=0.0, decode_ms=time_ms * factor))
-        self.rounds.append(len(samples[0]))
-        return samples
+    def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
+        """The reference and the child come in turns."""
+        assert isinstance(model, PuzzleConfig)
+        time_ms, self._is_child = self.decode_ms(model), not self._is_child
+        if self._is_child:
+            time_ms *= self.child * (1 + self.noise * (self.rounds[-1] % 2))
+            self.rounds[-1] += 1
+        return [[Sample(prefill_ms=0.0, decode_ms=time_ms)]]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(puzzle.search.timing, "time_models", found.time_models)
+    monkeypatch.setitem(ENGINES, "torch", lambda scenario: found)
     return found
 
 
@@ -79,7 +80,7 @@ def test_the_solution_meets_the_target_as_measured(
     assert speedup(clock, pico_pipeline, found.solution.blocks) >= 1.6
     assert len(clock.rounds) >= 2
     assert found.solution.asked["throughput_tok_s"] == pytest.approx(1.6 * found.solution.parent["throughput_tok_s"])
-    assert found.timings[0].model.errors == pytest.approx((0.0, 1 - 1 / 1.15), abs=1e-6)
+    assert [each.error for each in found.timings[0].times[:2]] == pytest.approx((0.0, 1 - 1 / 1.15), abs=1e-6)
     assert found.timings[-1].missing == 0
     timed = len(clock.rounds)
     assert until_met(run, pico_pipeline.parent, tables).solution == found.solution

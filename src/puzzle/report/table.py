@@ -175,7 +175,7 @@ def equal_layers(solution: Solution, parent: Sequence[str]) -> list[tuple[str, s
 
 
 def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
-    """A solution for a terminal: layers, predicted totals beside the parent's, score, proof, target and notes.
+    """A solution for a terminal: layers, predicted totals beside the parent's, score, proof and target.
 
     Args:
         parent: the parent's own block of each layer.
@@ -198,7 +198,7 @@ def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
         "",
         _terminal(["predicted", "parent", "child", "child / parent"], totals),
         "",
-        Text("\n".join([*lines, *(f"note: {note}" for note in solution.notes)])),
+        Text("\n".join(lines)),
     )
 
 

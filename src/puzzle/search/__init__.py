@@ -1,34 +1,23 @@
 """The architecture search: one block a layer, lowest summed score within the target's bounds (paper section 2.3)."""
 
-from puzzle.search.baselines import BASELINES, solve_baseline
-from puzzle.search.bounds import check_asked, parent_totals, resolve_bounds, violations
-from puzzle.search.constraints import check_spans
-from puzzle.search.solve import frontier, pool, solve
-from puzzle.search.stage import correct, search
-from puzzle.search.table_file import read_table, to_table_file
-from puzzle.search.tables import Tables
-from puzzle.search.uniform import space_of, uniform_solution
-from puzzle.search.until_met import Met, first_met, until_met
-
-__all__ = [
-    "BASELINES",
-    "Met",
-    "Tables",
-    "check_asked",
-    "check_spans",
-    "correct",
-    "first_met",
-    "frontier",
-    "parent_totals",
-    "pool",
-    "read_table",
-    "resolve_bounds",
-    "search",
-    "solve",
-    "solve_baseline",
-    "space_of",
-    "to_table_file",
-    "uniform_solution",
-    "until_met",
-    "violations",
-]
+from puzzle.search.baselines import BASELINES as BASELINES
+from puzzle.search.baselines import solve_baseline as solve_baseline
+from puzzle.search.constraints import check_asked as check_asked
+from puzzle.search.constraints import check_spans as check_spans
+from puzzle.search.solve import frontier as frontier
+from puzzle.search.solve import pool as pool
+from puzzle.search.solve import solve as solve
+from puzzle.search.stage import correct as correct
+from puzzle.search.stage import search as search
+from puzzle.search.table_file import read_table as read_table
+from puzzle.search.table_file import to_table_file as to_table_file
+from puzzle.search.tables import Demand as Demand
+from puzzle.search.tables import Tables as Tables
+from puzzle.search.tables import parent_totals as parent_totals
+from puzzle.search.tables import resolve_bounds as resolve_bounds
+from puzzle.search.tables import violations as violations
+from puzzle.search.uniform import space_of as space_of
+from puzzle.search.uniform import uniform_solution as uniform_solution
+from puzzle.search.until_met import Met as Met
+from puzzle.search.until_met import first_met as first_met
+from puzzle.search.until_met import until_met as until_met

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle.artefacts import ScoreRow, Solution
+from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
-from puzzle.search.constraints import Allowed
 from puzzle.search.exact import beats, best, broken, evaluated
-from puzzle.search.program import Row
-from puzzle.search.tables import Choices, Tables
+from puzzle.search.tables import Tables
 
-DROPPED = ("none+none", "none")
+DROPPED = {"none+none", "none"}
 """Names of an empty layer."""
+
+Proposal = tuple[Sequence[str], Sequence[int]]
+"""An architecture, and a batch size for each scenario."""
 
 
 def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
@@ -28,7 +29,7 @@ def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
     """
     if name not in BASELINES:
         raise PuzzleError(f"baseline {name!r} is unknown; use one of {', '.join(BASELINES)}")
-    if not any(demand.cost_bounds for demand in tables.demands):
+    if not any(_cost_bounds(tables)):
         raise PuzzleError("target: no cost is bounded; a baseline needs that, for example `throughput: 2x`")
     found = random(tables, seed) if name == "random" else BASELINES[name](tables)
     if found is None:
@@ -42,10 +43,8 @@ def random(tables: Tables, seed: int = 0) -> Solution | None:
     The optimum over random scores: always within the bounds, however tight, where anything is. The scores are Gumbel
     noise, for which every architecture is equally likely where no bound binds.
     """
-    rows = tables.scores.rows
-    noise = np.random.default_rng(seed).gumbel(size=len(rows)).tolist()
-    own = {row.layer: value for row, value in zip(rows, noise, strict=True) if row.block == tables.parent[row.layer]}
-    return _optimum(tables, [replace(row, kl=own[row.layer] - value) for row, value in zip(rows, noise, strict=True)])
+    noise = np.random.default_rng(seed).gumbel(size=len(tables.known_scores.rows))
+    return _most(tables, noise.tolist())
 
 
 def greedy(tables: Tables) -> Solution | None:
@@ -56,62 +55,51 @@ def greedy(tables: Tables) -> Solution | None:
     what overdraws least, and the next ones have less.
     """
 
-    def propose(choices: Sequence[Choices]) -> Iterator[Sequence[str]]:
-        rows = _cost_rows(tables, choices)
-        limits, terms = np.array([row.limit for row in rows]), np.stack([row.terms for row in rows], axis=1)
-        scores = choices[0].terms["score"]
-        layers = [np.flatnonzero(tables.groups == group) for group in range(len(tables.rules.blocks))]
-        chosen, budget = np.zeros(len(layers), dtype=np.int64), np.zeros(len(limits))
-        for group in np.argsort([scores[entries].mean() for entries in layers], kind="stable"):
-            entries = layers[group]
-            budget += limits * len(tables.rules.members[group]) / tables.scores.num_layers
-            overdrawn = np.maximum(terms[entries] - budget, 0).max(axis=1)
-            chosen[group] = entries[np.lexsort((scores[entries], overdrawn))[0]]
-            budget -= terms[chosen[group]]
-        yield tables.architecture(chosen)
+    def proposals() -> Iterator[Proposal]:
+        for choices in itertools.product(*tables.choices):
+            rows = [row for each, its in zip(choices, _cost_bounds(tables), strict=True) for row in each.rows(its)]
+            limits, terms = np.array([row.limit for row in rows]), np.stack([row.terms for row in rows], axis=1)
+            scores = choices[0].terms["score"]
+            positions = [np.flatnonzero(tables.group_of == group) for group in range(len(tables.groups))]
+            chosen, budget = np.zeros(len(positions), dtype=np.int64), np.zeros(len(limits))
+            for group in np.argsort([scores[entries].mean() for entries in positions], kind="stable"):
+                entries = positions[group]
+                budget += limits * len(tables.groups[group].layers) / tables.scores.num_layers
+                overdrawn = np.maximum(terms[entries] - budget, 0).max(axis=1)
+                chosen[group] = entries[np.lexsort((scores[entries], overdrawn))[0]]
+                budget -= terms[chosen[group]]
+            yield tables.architecture(chosen), [each.batch_size for each in choices]
 
-    return _best_of(tables, propose)
+    return _best_of(tables, proposals())
 
 
 def max_parameters(tables: Tables) -> Solution | None:
     """As many parameters as the bounds allow, whatever the scores say (paper section F.2.3)."""
-    batch_size = tables.costs.batch_sizes[0]  # parameters are the same at all
-
-    def params(layer: int, block: str) -> int:
-        return tables.costs.block(layer, block, batch_size).params
-
-    parents = [params(layer, block) for layer, block in enumerate(tables.parent)]
-    scale = sum(parents) or 1
-    return _optimum(
-        tables,
-        [replace(row, kl=(parents[row.layer] - params(row.layer, row.block)) / scale) for row in tables.scores.rows],
-    )
+    costs = tables.costs
+    any_size = costs.batch_sizes[0]  # parameters are the same at all
+    return _most(tables, [costs.block(row.layer, row.block, any_size).params for row in tables.known_scores.rows])
 
 
 def depth(tables: Tables) -> Solution | None:
     """Whole layers dropped by block influence, as few as it takes, and nothing else changed (arXiv 2403.03853)."""
-    dropped = _empty_layers(tables)
-    architectures = [
-        [dict(dropped[:count]).get(layer, block) for layer, block in enumerate(tables.parent)]
+    dropped = empty_layers(tables)
+    architectures = (
+        [dict(dropped[:count]).get(layer, block) for layer, block in enumerate(tables.scores.parent_blocks)]
         for count in range(len(dropped) + 1)
-    ]
-    return _best_of(tables, lambda choices: architectures)
+    )
+    return _best_of(tables, _at_all_batch_sizes(tables, architectures))
 
 
 def uniform(tables: Tables) -> Solution | None:
     """The same block in every layer (Minitron, arXiv 2407.14679); if that is not enough, layers go as in `depth`."""
-    every = [[row.block for row in tables.known_scores.layer(layer)] for layer in range(tables.scores.num_layers)]
-    dropped = _empty_layers(tables)
-    for count in range(min(len(dropped), len(every) - 1) + 1):
-        some = dict(dropped[:count])
-        kept = [layer for layer in range(len(every)) if layer not in some]
-        common = [block for block in every[kept[0]] if all(block in every[layer] for layer in kept)]
-        common = [block for block in common if block not in DROPPED]  # layers go one after another, not all at once
-        groups = tuple(0 if layer in kept else 1 + [*some].index(layer) for layer in range(len(every)))
-        rules = Allowed(groups, (tuple(common), *((block,) for block in some.values())))
-        found = best(replace(tables, allowed=rules)) if common else None
-        if found is not None:
-            return _checked(tables, found.blocks, [serving.batch_size for serving in found.servings])
+    layers, dropped = range(tables.scores.num_layers), empty_layers(tables)
+    every = [{row.block for row in tables.known_scores.layer(layer)} - DROPPED for layer in layers]
+    for count in range(min(len(dropped), len(layers) - 1) + 1):
+        empty = dict(dropped[:count])
+        common = sorted(set.intersection(*(every[layer] for layer in layers if layer not in empty)))
+        architectures = ([empty.get(layer, block) for layer in layers] for block in common)
+        if found := _best_of(tables, _at_all_batch_sizes(tables, architectures)):
+            return found
     return None
 
 
@@ -125,7 +113,7 @@ BASELINES: dict[str, Callable[[Tables], Solution | None]] = {
 """Each gives None where it finds nothing within the bounds."""
 
 
-def _empty_layers(tables: Tables) -> list[tuple[int, str]]:
+def empty_layers(tables: Tables) -> list[tuple[int, str]]:
     """Layers that can be dropped, with the block that does it, those of lowest influence first; without influences by
     the score of the empty layer.
     """
@@ -137,37 +125,35 @@ def _empty_layers(tables: Tables) -> list[tuple[int, str]]:
     return sorted(empty.items(), key=lambda item: values[item[0]])
 
 
-def _cost_rows(tables: Tables, choices: Sequence[Choices]) -> list[Row]:
-    """Every bound on a cost, in all scenarios."""
-    return [row for each, demand in zip(choices, tables.demands, strict=True) for row in each.rows(demand.cost_bounds)]
+def _cost_bounds(tables: Tables) -> list[Bounds]:
+    """Of each scenario."""
+    return [{key: bound for key, bound in each.items() if key != "score"} for each in tables.bounds]
 
 
-def _best_of(tables: Tables, propose: Callable[[Sequence[Choices]], Iterable[Sequence[str]]]) -> Solution | None:
-    """The best of what is proposed at each combination of batch sizes."""
+def _at_all_batch_sizes(tables: Tables, architectures: Iterable[Sequence[str]]) -> Iterator[Proposal]:
+    sizes = itertools.product(*(demand.costs.batch_sizes for demand in tables.demands))
+    return ((blocks, batch_sizes) for batch_sizes, blocks in itertools.product(sizes, architectures))
+
+
+def _best_of(tables: Tables, proposals: Iterable[Proposal]) -> Solution | None:
+    """The best of those that meet all bounds and keep to `search.fix`, `forbid` and `equal`."""
     found: Solution | None = None
-    for choices in itertools.product(*tables.choices):
-        for blocks in propose(choices):
-            solution = _checked(tables, blocks, [each.batch_size for each in choices])
-            if solution and beats(solution, found):
+    for blocks, batch_sizes in proposals:
+        if all({blocks[layer] for layer in layers} in [{name} for name in names] for layers, names in tables.groups):
+            solution = evaluated(tables, blocks, batch_sizes)
+            if not broken(solution, tables.bounds) and beats(solution, found):
                 found = solution
     return found
 
 
-def _optimum(tables: Tables, rows: Iterable[ScoreRow]) -> Solution | None:
-    """The optimum over other KL scores, within the same bounds on costs and the same rules."""
-    parents_first = sorted(rows, key=lambda row: row.block != tables.parent[row.layer])
+def _most(tables: Tables, worth: Sequence[float]) -> Solution | None:
+    """The highest sum over layers of what each row of the score table is worth, within the same bounds on costs."""
+    rows = list(zip(tables.known_scores.rows, worth, strict=True))
+    own = {row.layer: value for row, value in rows if row.block == tables.scores.parent_blocks[row.layer]}
+    rows.sort(
+        key=lambda each: each[0].block != tables.scores.parent_blocks[each[0].layer]
+    )  # the parent's is the first with 0
+    scores = replace(tables.known_scores, rows=tuple(replace(row, kl=own[row.layer] - value) for row, value in rows))
     settings = tables.settings.model_copy(update={"score": "kl"})
-    scores = replace(tables.scores, rows=tuple(parents_first))
-    other = replace(tables, scores=scores, settings=settings, allowed=tables.rules)
-    found = best(other, [demand.cost_bounds for demand in tables.demands])
-    return found and _checked(tables, found.blocks, [serving.batch_size for serving in found.servings])
-
-
-def _checked(tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int]) -> Solution | None:
-    """The solution, if all bounds are met, and `search.fix`, `forbid` and `equal` are kept to."""
-    solution, first = evaluated(tables, blocks, batch_sizes), dict[int, str]()
-    kept = all(
-        block in tables.rules.blocks[group] and first.setdefault(group, block) == block
-        for group, block in zip(tables.rules.groups, blocks, strict=True)
-    )
-    return solution if kept and not broken(solution) else None
+    found = best(replace(tables, scores=scores, settings=settings), _cost_bounds(tables))
+    return found and _best_of(tables, [(found.blocks, [serving.batch_size for serving in found.servings])])

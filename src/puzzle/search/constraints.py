@@ -1,95 +1,96 @@
-"""Which blocks each layer may take by `search.fix`, `search.forbid` and `search.equal`."""
+"""What a target and the search's settings must hold, and which blocks `fix`, `forbid` and `equal` leave each layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 from puzzle.artefacts import ScoreTable
 from puzzle.errors import PuzzleError
-from puzzle.recipe import SearchSettings
+from puzzle.quantities import SETTINGS
+from puzzle.recipe import SearchSettings, TargetSettings
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """Groups of layers that take one block together, and the blocks that each group may take."""
+class Group(NamedTuple):
+    """Layers that take one block together, and the blocks that they may take."""
 
-    groups: tuple[int, ...]
-    """For each layer its group, counted from 0 in the order of their first layers."""
-    blocks: tuple[tuple[str, ...], ...]
-    """For each group."""
-
-    @cached_property
-    def members(self) -> list[list[int]]:
-        """For each group its layers."""
-        return [[layer for layer, group in enumerate(self.groups) if group == each] for each in range(len(self.blocks))]
+    layers: list[int]
+    blocks: list[str]
 
 
-def allowed_blocks(scores: ScoreTable, settings: SearchSettings) -> Allowed:
-    """What the settings allow of the blocks that have scores.
+def check_asked(targets: Sequence[TargetSettings], settings: SearchSettings) -> None:
+    """Refuse targets that bound nothing, or whose best architecture is trivial.
 
-    Raises:
-        PuzzleError: a setting names a layer or a block that is not there, or nothing is left to choose.
+    Args:
+        targets: of the main scenario, then of the further ones.
     """
-    every = [[row.block for row in scores.layer(layer)] for layer in range(scores.num_layers)]
-    blocks = [list(names) for names in every]
-    for setting, keep in (("fix", True), ("forbid", False)):
-        for span, patterns in getattr(settings, setting).items():
-            layers = _layers(span, scores.num_layers, f"search.{setting}")
-            matching = _matching(every, scores, layers, patterns, f"search.{setting}", everywhere=keep)
-            for layer in layers:
-                blocks[layer] = [name for name in blocks[layer] if (name in matching[layer]) == keep]
-    for layer, names in enumerate(blocks):
-        if not names:
-            raise PuzzleError(f"search.fix, search.forbid: they leave layer {layer} no block; loosen one of them")
-    groups = _groups(settings.equal, scores.num_layers)
-    common: list[tuple[str, ...]] = []
-    for group in range(max(groups) + 1):
-        members = [layer for layer, own in enumerate(groups) if own == group]
-        common.append(tuple(name for name in blocks[members[0]] if all(name in blocks[layer] for layer in members)))
-        if not common[-1]:
-            raise PuzzleError(
-                f"search.equal: layers {', '.join(map(str, members))} have no block in common that is allowed; "
-                "take them apart, or loosen search.fix and search.forbid"
-            )
-    return Allowed(groups, tuple(common))
+    given = [{setting for setting, amount in target if amount is not None} for target in targets]
+    if not any(given):
+        raise PuzzleError(
+            f"target: nothing is set; set at least one of {', '.join(SETTINGS)}, for example `throughput: 2x`"
+        )
+    if settings.objective == "score" and not set().union(*given) - {"score"}:
+        raise PuzzleError(
+            "target.score: alone it is met best by the parent itself; bound a cost too, or set search.objective"
+        )
+    if settings.objective != "score" and "score" not in given[0]:
+        raise PuzzleError(
+            f"search.objective: {settings.objective} alone would give up all quality; set target.score, the highest "
+            "sum of scores that you accept"
+        )
 
 
 def check_spans(settings: SearchSettings, num_layers: int) -> None:
     """Refuse `fix`, `forbid` and `equal` that name layers the model has not."""
     for setting in ("fix", "forbid"):
         for span in getattr(settings, setting):
-            _layers(span, num_layers, f"search.{setting}")
+            _layers(span, num_layers, setting)
     _groups(settings.equal, num_layers)
 
 
-def _matching(
-    blocks: Sequence[Sequence[str]],
-    scores: ScoreTable,
-    layers: Sequence[int],
-    patterns: str | list[str],
-    setting: str,
-    *,
-    everywhere: bool,
-) -> dict[int, set[str]]:
-    """By layer the blocks that one of `patterns` names; each must name one in some layer, or in each."""
-    found: dict[int, set[str]] = {layer: set() for layer in layers}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        missing = []
-        for layer in layers:
-            names = {name for name in blocks[layer] if _means(pattern, name, scores.parent_blocks[layer])}
-            sides = {name.split("+").index(pattern) for name in names if pattern in name.split("+") and pattern != name}
-            if everywhere and len(sides) > 1:
-                raise PuzzleError(
-                    f"{setting}: {pattern} is both an attention and an FFN; write {pattern}+* or *+{pattern}"
-                )
-            found[layer] |= names
-            missing += [] if names else [layer]
-        if missing and (everywhere or len(missing) == len(layers)):
+def allowed_blocks(scores: ScoreTable, settings: SearchSettings) -> list[Group]:
+    """What the settings allow of the blocks that have scores, group by group, in the order of their first layers.
+
+    Raises:
+        PuzzleError: a setting names a layer or a block that is not there, or nothing is left to choose.
+    """
+    every = [[row.block for row in scores.layer(layer)] for layer in range(scores.num_layers)]
+    blocks = list(every)
+    for setting, keep in (("fix", True), ("forbid", False)):
+        for span, patterns in getattr(settings, setting).items():
+            matching: dict[int, set[str]] = {layer: set() for layer in _layers(span, scores.num_layers, setting)}
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                found = {
+                    layer: {name for name in every[layer] if _means(pattern, name, scores.parent_blocks[layer])}
+                    for layer in matching
+                }
+                for layer, names in found.items():
+                    halves = [name.split("+") for name in names - {pattern}]
+                    if keep and len({each.index(pattern) for each in halves if pattern in each}) > 1:
+                        raise PuzzleError(
+                            f"search.fix: {pattern} is both an attention and an FFN; write {pattern}+* or *+{pattern}"
+                        )
+                    matching[layer] |= names
+                missing = [layer for layer, names in found.items() if not names]
+                if missing and (keep or len(missing) == len(found)):
+                    raise PuzzleError(
+                        f"search.{setting}: {pattern} is no block or subblock of layer {missing[0]}; it has "
+                        f"{', '.join(every[missing[0]])}"
+                    )
+            for layer, names in matching.items():
+                blocks[layer] = [name for name in blocks[layer] if (name in names) == keep]
+                if not blocks[layer]:
+                    raise PuzzleError(
+                        f"search.fix, search.forbid: they leave layer {layer} no block; loosen one of them"
+                    )
+    groups = []
+    for layers in _groups(settings.equal, scores.num_layers):
+        common = [name for name in blocks[layers[0]] if all(name in blocks[layer] for layer in layers)]
+        if not common:
             raise PuzzleError(
-                f"{setting}: {pattern} is no block or subblock of layer {missing[0]}; it has "
-                f"{', '.join(blocks[missing[0]])}"
+                f"search.equal: layers {', '.join(map(str, layers))} have no block in common that is allowed; "
+                "take them apart, or loosen search.fix and search.forbid"
             )
-    return found
+        groups.append(Group(layers, common))
+    return groups
 
 
 def _means(pattern: str, block: str, parent: str) -> bool:
@@ -101,22 +102,18 @@ def _means(pattern: str, block: str, parent: str) -> bool:
     return len(found) == len(wanted) and all(name in ("*", its) for name, its in zip(wanted, found, strict=True))
 
 
-def _groups(equal: int | str | list[str] | None, num_layers: int) -> tuple[int, ...]:
-    """For each layer the group it is in."""
-    first = list(range(num_layers))
+def _groups(equal: int | str | list[str] | None, num_layers: int) -> list[list[int]]:
+    """The layers of each group, in the order of their first ones."""
     if isinstance(equal, int):
-        first = [layer - layer % equal for layer in first]
-    elif equal is not None:
-        taken: set[int] = set()
-        for span in [equal] if isinstance(equal, str) else equal:
-            layers = _layers(span, num_layers, "search.equal")
-            if twice := taken.intersection(layers):
-                raise PuzzleError(f"search.equal: layer {min(twice)} is in two groups; join them into one")
-            taken.update(layers)
-            for layer in layers:
-                first[layer] = layers[0]
-    order = sorted(set(first))
-    return tuple(order.index(layer) for layer in first)
+        return [list(range(num_layers)[first : first + equal]) for first in range(0, num_layers, equal)]
+    groups: list[list[int]] = []
+    taken: set[int] = set()
+    for span in [equal] if isinstance(equal, str) else equal or []:
+        groups.append(_layers(span, num_layers, "equal"))
+        if twice := taken.intersection(groups[-1]):
+            raise PuzzleError(f"search.equal: layer {min(twice)} is in two groups; join them into one")
+        taken.update(groups[-1])
+    return sorted([*groups, *([layer] for layer in range(num_layers) if layer not in taken)])
 
 
 def _layers(span: str, num_layers: int, setting: str) -> list[int]:
@@ -132,5 +129,7 @@ def _layers(span: str, num_layers: int, setting: str) -> list[int]:
     else:
         layers = range(int(start), int(end or start) + 1)
     if not layers or layers[0] < 0 or layers[-1] >= num_layers:
-        raise PuzzleError(f"{setting}: {span} are no layers of this model, which has layers 0 to {num_layers - 1}")
+        raise PuzzleError(
+            f"search.{setting}: {span} are no layers of this model, which has layers 0 to {num_layers - 1}"
+        )
     return list(layers)

@@ -8,8 +8,8 @@
 n is the number of choices: the blocks that each group of layers may take, group by group.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import highspy
 import numpy as np
@@ -19,9 +19,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _FEASIBILITY = 1e-9
-"""By how much a row may be above its limit; rows are divided by their bounds, so below `TIME_TOLERANCE` / 2."""
-_LARGEST = 1e12
-"""Terms are clipped to this multiple of their bound: HiGHS refuses larger ones, and they are infeasible anyway."""
+"""By how much a row may be above its limit; rows are divided by their limits, so below `TIME_TOLERANCE` / 2."""
 _OUTLIER = 1e4
 """Objective terms above this multiple of the median are clipped at first: the solver's tolerances are relative to the
 largest term, so that one such as 1e9, for "never take this", would make all others equal.
@@ -42,34 +40,23 @@ class Program:
     """[n]: which group of layers the choice belongs to, ascending from 0."""
     objective: Floats
     """[n]"""
+    constant: float
+    """What every solution has of the objective."""
     rows: tuple[Row, ...]
 
-    def without(self, positions: Ints) -> "Program":
-        """With one architecture, as positions [groups], excluded."""
-        terms = np.zeros(len(self.objective))
-        terms[positions] = 1.0
-        return replace(self, rows=(*self.rows, Row(terms, len(positions) - 1.0)))
 
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What the solver says of one program."""
 
-    status: Literal["optimal", "feasible", "infeasible", "unknown"]
-    """`optimal` and `infeasible` are proven; `feasible` has a solution, `unknown` none, when the time was over."""
     positions: Ints | None
-    """The choice of each group."""
+    """The choice of each group; None if there is no solution, or none was found in time."""
+    proven: bool
+    """That it is optimal, or that there is none."""
     bound: float
     """No solution has a lower objective: infinite if there is none, minus infinite if nothing is known."""
 
 
-def solver_name() -> str:
-    return f"HiGHS {highspy.Highs().version()}"
-
-
-def scaled_row(terms: Floats, constant: float, limit: float) -> Row:
-    """The row `constant + sum of terms <= limit`, divided by the limit: bytes near 1e11 do not meet scores of 1e-4."""
-    return Row((terms / limit).clip(-_LARGEST, _LARGEST), max((limit - constant) / limit, -_LARGEST))
+SOLVER = f"HiGHS {highspy.Highs().version()}"
 
 
 def relax(program: Program) -> float:
@@ -79,7 +66,7 @@ def relax(program: Program) -> float:
     if _infeasible(solver):
         return np.inf
     solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    return scale * float(solver.getInfo().objective_function_value) if solved else -np.inf
+    return program.constant + scale * float(solver.getInfo().objective_function_value) if solved else -np.inf
 
 
 def minimise(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
@@ -101,11 +88,11 @@ def _minimise(program: Program, objective: Floats, gap: float, time_limit_s: flo
     solver.setOptionValue("time_limit", max(0.0, time_limit_s))
     solver.run()
     if _infeasible(solver):
-        return Outcome(status="infeasible", positions=None, bound=np.inf)
+        return Outcome(None, True, np.inf)
     info = solver.getInfo()
-    bound = scale * float(info.mip_dual_bound)
+    bound = program.constant + scale * float(info.mip_dual_bound)
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return Outcome(status="unknown", positions=None, bound=bound)
+        return Outcome(None, False, bound)
     counts = np.rint(solver.getSolution().col_value).astype(int)
     positions = np.zeros(program.groups[-1] + 1, dtype=np.int64)
     start = 0
@@ -115,8 +102,7 @@ def _minimise(program: Program, objective: Floats, gap: float, time_limit_s: flo
         for entries, choice in zip(members, chosen, strict=True):
             positions[program.groups[entries[0]]] = entries[choice]
         start += size
-    optimal = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
-    return Outcome(status="optimal" if optimal else "feasible", positions=positions, bound=bound)
+    return Outcome(positions, solver.getModelStatus() == highspy.HighsModelStatus.kOptimal, bound)
 
 
 def _infeasible(solver: Any) -> bool:

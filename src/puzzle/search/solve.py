@@ -1,16 +1,18 @@
 """From tables and a target to the solution, or why there is none; pools of solutions, and the frontier."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, ROUND_FLOOR
 
 import numpy as np
 
 from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
-from puzzle.quantities import QUANTITIES, SETTINGS
-from puzzle.search.bounds import check_asked
-from puzzle.search.exact import Objective, best, no_time
-from puzzle.search.explain import explain, notes
-from puzzle.search.tables import Tables
+from puzzle.quantities import QUANTITIES, SETTINGS, Quantity, plain_digits
+from puzzle.search.constraints import check_asked
+from puzzle.search.exact import Objective, best
+from puzzle.search.tables import Demand, Tables
+from puzzle.units import Amount
 
 _DIVERSE_GAP = 1e-3
 """Relative gap of diverse solutions: finer than the scores' own noise, and many times faster than a tighter one."""
@@ -22,8 +24,11 @@ def solve(tables: Tables) -> Solution:
     Raises:
         PuzzleError: a setting is contradictory, or the target is empty or cannot be met, with what can be reached.
     """
-    solution = _answer(tables)
-    return replace(solution, notes=notes(tables, solution, _objective(tables)))
+    check_asked([demand.target for demand in tables.demands], tables.settings)
+    solution = best(tables, objective=_objective(tables))
+    if solution is None:
+        raise _explain(tables)
+    return solution
 
 
 def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
@@ -38,7 +43,7 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     num_layers, objective = tables.scores.num_layers, _objective(tables)
     if not 1 <= differing <= num_layers:
         raise PuzzleError(f"pool: found differing {differing}; it must be from 1 to the {num_layers} layers")
-    found = [_answer(tables)]
+    found = [solve(tables)]
     gap = max(tables.settings.gap, _DIVERSE_GAP if differing > 1 else 0.0)
     while len(found) < count:
         others = [solution.blocks for solution in found]
@@ -49,7 +54,7 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
         if solution is None:
             break
         found.append(solution)
-    return sorted(found, key=objective.reached, reverse=objective.at_least)
+    return sorted(found, key=objective.minimised)
 
 
 def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) -> list[Solution]:
@@ -63,18 +68,16 @@ def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) ->
     """
     quantity = QUANTITIES[key]
     tables = replace(tables, target=tables.target.model_copy(update={quantity.setting: None}))
-    others, parent = [demand.bounds for demand in tables.demands], tables.demands[0].parent[key]
+    parent = tables.demands[0].parent[key]
     extreme = best(tables, objective=Objective(key))
     if extreme is None:
-        raise explain(tables)
+        raise _explain(tables)
     limit = extreme.predicted[key]
-    if limit <= 0 and not quantity.exact:
-        raise no_time(limit)
     spaced = np.geomspace if limit > 0 else np.linspace
     values = spaced(parent, limit, points).tolist() if quantity.better(limit, parent) else [limit]
     solutions: list[Solution] = []
     for value in values:
-        bounds: list[Bounds] = [others[0] | {key: value}, *others[1:]]
+        bounds = [tables.bounds[0] | {key: value}, *tables.bounds[1:]]
         # A solution that meets the next, tighter bound is the best there too.
         still = solutions and quantity.better(solutions[-1].predicted[key], value)
         solution = solutions[-1] if still else best(tables, bounds)
@@ -87,10 +90,76 @@ def _objective(tables: Tables) -> Objective:
     return Objective(SETTINGS[tables.settings.objective].key)
 
 
-def _answer(tables: Tables) -> Solution:
-    """The best, or why there is none."""
-    check_asked([demand.target for demand in tables.demands], tables.settings)
-    solution = best(tables, objective=_objective(tables))
-    if solution is None:
-        raise explain(tables)
-    return solution
+@dataclass(frozen=True)
+class _Ask:
+    """One bound of a target, in words. Values are what can be asked for: predictions with the margin taken off."""
+
+    scenario: int
+    demand: Demand
+    quantity: Quantity
+
+    @property
+    def setting(self) -> str:
+        return f"{self.demand.setting}.{self.quantity.setting}"
+
+    @property
+    def amount(self) -> Amount:
+        amount: Amount = getattr(self.demand.target, self.quantity.setting)
+        return amount
+
+    def __str__(self) -> str:
+        absolute = self.quantity.setting_text(self.demand.asked[self.quantity.key])
+        return f"{self.setting}: " + (f"{self.amount.text} ({absolute})" if self.amount.relative else absolute)
+
+    def best(self, tables: Tables, bounds: Sequence[Bounds]) -> float | None:
+        """The best value of any architecture within `bounds`."""
+        objective = Objective(self.quantity.key, self.scenario)
+        if (solution := best(tables, bounds, objective=objective)) is None:
+            return None
+        return self.quantity.without_margin(objective.reached(solution), self.demand.margin)
+
+    def text(self, value: float, unit: str = "") -> str:
+        """Rounded to the side that can be met: `9120 tok/s`, or in a unit relative to the parent, `3.68x`, `28%`."""
+        rounding = ROUND_FLOOR if self.quantity.at_least else ROUND_CEILING
+        if not unit:
+            return self.quantity.setting_text(value, rounding)
+        worth = 100 if unit == "%" else 1
+        return plain_digits(worth * value / self.demand.parent[self.quantity.key], rounding) + unit
+
+    def range(self, value: float) -> str:
+        """`2480 tok/s (parent) to 9120 tok/s (3.68x)`."""
+        parent = self.demand.parent.get(self.quantity.key, 0.0)
+        ratio = f" ({self.text(value, 'x')})" if parent else ""
+        return f"{self.quantity.setting_text(parent)} (parent) to {self.text(value)}{ratio}"
+
+
+def _explain(tables: Tables) -> PuzzleError:
+    """One line for a target that no architecture meets.
+
+    Names the bounds that are out of reach, each with the range from the parent's value to the best of any architecture
+    that the search may choose. If each alone is within reach, it says so. Where one bound is to blame, or any
+    one could give way, the line ends with the nearest value of it that can be met with the others kept.
+    """
+    asks = [_Ask(place, each, QUANTITIES[key]) for place, each in enumerate(tables.demands) for key in each.bounds]
+    beyond, ranges = [], []
+    for ask in asks:
+        value = ask.best(tables, [{} for _ in tables.demands])
+        if value is not None and ask.quantity.violation(value, ask.demand.asked[ask.quantity.key]):
+            beyond.append(ask)
+            ranges.append(f"{ask} asked; reachable {ask.range(value)}")
+    if len(beyond) > 1:
+        return PuzzleError(f"{'; '.join(ranges)}; set each within its range")
+    kept = " with the other bounds kept" if len(asks) > 1 else ""
+    end = "giving way in one alone is not enough; loosen several"
+    if beyond:
+        end = "nothing was found within the other bounds either"
+    for ask in beyond or asks:
+        others = [dict(each) for each in tables.bounds]
+        del others[ask.scenario][ask.quantity.key]
+        if (value := ask.best(tables, others)) is not None:
+            nearest = ask.text(value, ask.amount.text[-1] if ask.amount.relative else "")
+            end = f"nearest{kept}: " + (nearest if beyond else f"{ask.setting}: {nearest}")
+            break
+    if beyond:
+        return PuzzleError(f"{ranges[0]}; {end}")
+    return PuzzleError(f"{', '.join(map(str, asks))}: each alone can be met, together they cannot; {end}")

@@ -38,8 +38,6 @@ def search(run: Run, tables: Tables) -> Solution:
     run.log(f"search: summed {summed} {solution.score:.4g} ({proven}) {_predicted(solution)}")
     for serving in solution.further:
         run.log(f"search: in {serving.scenario}, {_predicted(serving)}")
-    for note in solution.notes:
-        run.log_warning(note)
     return solution
 
 

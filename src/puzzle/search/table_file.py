@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from puzzle.artefacts import CostRow, CostTable, Part, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
 from puzzle.errors import PuzzleError
@@ -20,11 +20,8 @@ _Milliseconds = Annotated[float, Field(ge=-1e12, le=1e12)]  # noise may make a s
 
 class _Scenario(Section):
     engine: Text = "not given"
-    """What the times were measured with."""
     device: Text = "not given"
-    """On what."""
     dtype: Text = "not given"
-    """In which it is served."""
     prompt_tokens: _Natural
     """Tokens of every prompt."""
     generated_tokens: PositiveInt
@@ -41,15 +38,12 @@ class _Costs(Section):
     params: _Natural | None = None
     weight_bytes: _Natural | None = None
     kv_bytes_per_sequence: _Natural | None = None
-    """At prompt and generated tokens together."""
     prefill_ms: _Milliseconds | None = None
-    """Of the whole batch."""
     decode_ms: _Milliseconds | None = None
-    """One step of the whole batch."""
 
     @property
-    def given(self) -> set[str]:
-        return {name for name in _COSTS if getattr(self, name) is not None}
+    def given(self) -> dict[str, float]:
+        return self.model_dump(include={*_COSTS}, exclude_none=True)
 
 
 class _Row(_Costs):
@@ -61,24 +55,16 @@ class _Row(_Costs):
     score: Annotated[float, Field(ge=-1e15, le=1e15)] | None = None
     """Of a block: the lower the better, and only its difference to the parent's counts."""
 
-    def check(self) -> None:
-        """A `ValueError` if it is not about one part, or says nothing of it."""
+    @model_validator(mode="after")
+    def _says_something_of_one_part(self) -> Self:
         named = [part for part in _PARTS if getattr(self, part) is not None]
         if len(named) != 1:
-            raise ValueError(f"found {' and '.join(named) or 'no name'}; give one of {', '.join(_PARTS)}")
-        if self.block is None and (self.score is not None or "+" in self.name):
-            raise ValueError(f"{self.part}: found a score or '+'; that is for rows of a block, such as kv8+w512")
+            raise ValueError(f"{', '.join(_PARTS)}: found {' and '.join(named) or 'none of them'}; give one")
+        if self.block is None and (self.score is not None or "+" in (self.attention or self.ffn or "")):
+            raise ValueError(f"{named[0]}: found a score or '+'; that is for rows of a block, such as kv8+w512")
         if self.block is not None and self.score is None and not self.given:
-            raise ValueError(f"{self.block} has neither a score nor costs; give one of them")
-
-    @property
-    def part(self) -> Part:
-        return next(part for part in _PARTS if getattr(self, part) is not None)
-
-    @property
-    def name(self) -> str:
-        name: str = getattr(self, self.part)
-        return name
+            raise ValueError(f"block: {self.block} has neither a score nor costs; give one of them")
+        return self
 
 
 class _File(Section):
@@ -106,10 +92,11 @@ def read_table(path: Path) -> Tables:
     rows = [validate(_Row, row, f"{path}: rows[{i}]") for i, row in enumerate(file.rows)]
     try:
         scores, costs = _scores(file.parent, rows), _costs(file.scenario, fixed, rows)
-        _check_priced(scores, costs)
+        tables = Tables(scores=scores, costs=costs, settings=SearchSettings(margin=0))
+        _check_priced(tables)
     except ValueError as error:
         raise PuzzleError(f"{path}: {error}") from None
-    return Tables(scores=scores, costs=costs, settings=SearchSettings(margin=0))
+    return tables
 
 
 def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> str:
@@ -138,12 +125,8 @@ def _scores(parent: str | list[str], given: list[_Row]) -> ScoreTable:
     """The parent's own block of each layer first, with a score of 0."""
     found: dict[tuple[int, str], float] = {}
     for place, row in enumerate(given):
-        try:
-            row.check()
-        except ValueError as error:
-            raise ValueError(f"rows[{place}]: {error}") from None
-        if row.score is not None and found.setdefault((row.layer, row.name), row.score) != row.score:
-            raise ValueError(f"rows[{place}].score: an earlier row of {row.name} has another")
+        if row.score is not None and found.setdefault((row.layer, str(row.block)), row.score) != row.score:
+            raise ValueError(f"rows[{place}].score: an earlier row of {row.block} has another")
     deepest = max(row.layer for row in given)
     parents = [parent] * (deepest + 1) if isinstance(parent, str) else parent
     if deepest >= len(parents):
@@ -152,64 +135,58 @@ def _scores(parent: str | list[str], given: list[_Row]) -> ScoreTable:
     for layer, own in enumerate(parents):
         if (layer, own) not in found:
             raise ValueError(f"layer {layer} has no score of the parent's block {own}; give a row")
-        blocks = [own, *(block for at, block in found if at == layer and block != own)]
-        rows += [score_row(layer, block, found[layer, block] - found[layer, own]) for block in blocks]
+        for block in (own, *(block for at, block in found if at == layer and block != own)):
+            score = found[layer, block] - found[layer, own]
+            nothing = dict.fromkeys(("kl_se", "lm_loss", "top1_agreement", "cosine"), 0.0)
+            rows.append(ScoreRow(layer=layer, block=block, kl=score, **nothing, sequences=0))
     return ScoreTable(num_layers=len(parents), sequences=0, sequence_length=0, rows=tuple(rows))
 
 
-def score_row(layer: int, block: str, score: float) -> ScoreRow:
-    return ScoreRow(
-        layer=layer, block=block, kl=score, kl_se=0.0, lm_loss=0.0, top1_agreement=0.0, cosine=0.0, sequences=0
-    )
-
-
-def _costs(given: _Scenario, fixed: list[_Costs], priced: list[_Row]) -> CostTable:
-    sizes = tuple(dict.fromkeys(given.batch_sizes))
-    rows: list[tuple[str, int, Part, str, _Costs]] = [
-        *((f"fixed[{i}]", -1, "fixed", "", row) for i, row in enumerate(fixed)),
-        *((f"rows[{i}]", row.layer, row.part, row.name, row) for i, row in enumerate(priced) if row.given),
-    ]
+def _costs(scenario: _Scenario, fixed: list[_Costs], given: list[_Row]) -> CostTable:
+    sizes = tuple(dict.fromkeys(scenario.batch_sizes))
+    rows: list[tuple[str, int, Part, _Costs]] = [(f"fixed[{i}]", -1, "fixed", row) for i, row in enumerate(fixed)]
+    for i, row in enumerate(given):
+        rows += [(f"rows[{i}]", row.layer, part, row) for part in _PARTS if getattr(row, part) and row.given]
     columns: dict[str, set[str]] = {}
     found: dict[tuple[int, Part, str, int], CostRow] = {}
-    for where, layer, part, name, row in rows:
+    for where, layer, part, costs in rows:
         # An empty cell is more likely forgotten than meant as 0.
-        if lacking := columns.setdefault(part, row.given) ^ row.given:
+        if lacking := columns.setdefault(part, {*costs.given}) ^ {*costs.given}:
             raise ValueError(f"{where}: {min(lacking)} is given in some rows of {part} only; give it in all or none")
-        if row.batch_size not in (None, *sizes):
+        if costs.batch_size not in (None, *sizes):
             allowed = ", ".join(map(str, sizes))
-            raise ValueError(f"{where}.batch_size: found {row.batch_size}; scenario.batch_sizes has {allowed}")
-        for batch_size in sizes if row.batch_size is None else [row.batch_size]:
-            if (layer, part, name, batch_size) in found:
+            raise ValueError(f"{where}.batch_size: found {costs.batch_size}; scenario.batch_sizes has {allowed}")
+        for batch_size in sizes if costs.batch_size is None else [costs.batch_size]:
+            key = layer, part, getattr(costs, part, ""), batch_size
+            if key in found:
                 raise ValueError(f"{where}: its costs at batch size {batch_size} stand in an earlier row; keep one")
-            values = {column: getattr(row, column) or 0 for column in _COSTS}
-            found[layer, part, name, batch_size] = CostRow(
-                layer=layer, part=part, variant=name, batch_size=batch_size, **values
-            )
+            values: dict[str, Any] = dict.fromkeys(_COSTS, 0) | costs.given
+            found[key] = CostRow(layer=layer, part=part, variant=key[2], batch_size=batch_size, **values)
     if absent := [size for size in sizes if (-1, "fixed", "", size) not in found]:
         raise ValueError(f"fixed has no row for batch size {absent[0]}; give one, or none at all")
-    scenario = Scenario(**given.model_dump(exclude={"batch_sizes"}))
     known = set().union(*columns.values()) | ({"decode_ms"} if scenario.generated_tokens == 1 else set())
     return CostTable(
-        scenario=scenario, batch_sizes=sizes, rows=tuple(found.values()), unknown=frozenset(_COSTS) - known
+        scenario=Scenario(**scenario.model_dump(exclude={"batch_sizes"})),
+        batch_sizes=sizes,
+        rows=tuple(found.values()),
+        unknown=frozenset(_COSTS) - known,
     )
 
 
-def _check_priced(scores: ScoreTable, costs: CostTable) -> None:
+def _check_priced(tables: Tables) -> None:
     """That every block with a score has costs, and that every model takes some time, if any does."""
-    timed = any(row.prefill_ms or row.decode_ms for row in costs.rows)
-    for batch_size in costs.batch_sizes:
-        fastest = costs.totals([], batch_size).request_ms
-        for layer in range(scores.num_layers):
-            try:
-                each = [costs.block(layer, row.block, batch_size) for row in scores.layer(layer)]
-            except KeyError as error:
-                _, part, name, _ = error.args[0]
-                raise ValueError(
-                    f"layer {layer} has a block without costs at batch size {batch_size}; give a row of {part} {name!r}"
-                ) from None
-            fastest += min(cost.prefill_ms + (costs.scenario.generated_tokens - 1) * cost.decode_ms for cost in each)
-        if timed and fastest <= 0:
+    try:
+        choices = tables.choices[0]
+    except KeyError as error:
+        layer, part, name, batch_size = error.args[0]
+        raise ValueError(
+            f"layer {layer} has a block without costs at batch size {batch_size}; give a row of {part} {name!r}"
+        ) from None
+    for each in choices:
+        terms, fixed = each.terms["request_ms"], each.fixed["request_ms"]
+        fastest = fixed + sum(terms[tables.group_of == layer].min() for layer in range(len(tables.groups)))
+        if fastest <= 0 and (fixed or terms.any()):
             raise ValueError(
-                f"the fastest blocks of all layers take {fastest:g} ms at batch size {batch_size}; give in `fixed` "
-                "what no model is without, such as the times of the head"
+                f"the fastest blocks of all layers take {fastest:g} ms at batch size {each.batch_size}; give in "
+                "`fixed` what no model is without, such as the times of the head"
             )

@@ -1,20 +1,56 @@
 """What is searched: scores, costs and a target, and the choices that follow from them as arrays."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from puzzle.artefacts import Bounds, Cost, CostTable, ScoreTable, Totals
+from puzzle.errors import PuzzleError
 from puzzle.quantities import COSTS, QUANTITIES, TIME_TOLERANCE
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.bounds import parent_totals, resolve_bounds
-from puzzle.search.constraints import Allowed, allowed_blocks
-from puzzle.search.program import Floats, Ints, Row, scaled_row
+from puzzle.search.constraints import Group, allowed_blocks
+from puzzle.search.program import Floats, Ints, Row
 
-Further = Sequence[tuple[CostTable, TargetSettings]]
-"""Further scenarios that the same architecture must serve, each with its costs and its target."""
+_LARGEST = 1e12
+"""Terms are clipped to this multiple of their bound: HiGHS refuses larger ones, and they are infeasible anyway."""
+
+
+def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
+    """The parent's predicted totals that relative targets refer to, as `Totals.as_dict`.
+
+    One rule for every quantity: at the allowed batch size where the parent's throughput is highest, the smallest of
+    these if there are several. So `2x` of throughput and `50%` of memory speak of the same parent, served as
+    well as the scenario lets it be.
+    """
+    totals = [costs.totals(scores.parent_blocks, batch_size).as_dict() for batch_size in sorted(costs.batch_sizes)]
+    return max(totals, key=lambda each: each["throughput_tok_s"])
+
+
+def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: float = 0.0) -> Bounds:
+    """The target's bounds as absolute values; `2x` and `80%` are of `parent`, see `parent_totals`.
+
+    Args:
+        margin: share by which speeds and times are bounded tighter, since their predictions have errors.
+    """
+    bounds: Bounds = {}
+    for key, quantity in QUANTITIES.items():
+        if (amount := getattr(target, quantity.setting)) is None:
+            continue
+        value = amount.resolve(parent.get(key, 0.0))
+        # 1.234 * 1e9 must not end one byte short of 1234000000.
+        bounds[key] = math.floor(value + 1e-3) if quantity.exact else quantity.with_margin(value, margin)
+        if bounds[key] <= 0:
+            raise PuzzleError(f"target.{quantity.setting}: {amount.text} is {value:g}; set more than that")
+    return bounds
+
+
+def violations(values: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
+    """The bounds that are violated, each with its `Quantity.violation`."""
+    found = {key: QUANTITIES[key].violation(values[key], bound) for key, bound in bounds.items()}
+    return {key: share for key, share in found.items() if share > 0}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,14 +63,17 @@ class Demand:
     target: TargetSettings
     parent: dict[str, float]
     """Totals that relative targets refer to."""
-    asked: Bounds
-    """The target in absolute numbers."""
-    bounds: Bounds
-    """The same with the margin: what predictions must meet."""
+    margin: float
 
-    @property
-    def cost_bounds(self) -> Bounds:
-        return {key: bound for key, bound in self.bounds.items() if key != "score"}
+    @cached_property
+    def asked(self) -> Bounds:
+        """The target in absolute numbers."""
+        return resolve_bounds(self.target, self.parent)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """The same with the margin: what predictions must meet."""
+        return resolve_bounds(self.target, self.parent, self.margin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +88,15 @@ class Choices:
     """For each quantity the term that every architecture has."""
 
     def rows(self, bounds: Bounds) -> list[Row]:
-        return [scaled_row(self.terms[key], self.fixed[key], self._limit(key, bound)) for key, bound in bounds.items()]
-
-    def _limit(self, key: str, bound: float) -> float:
-        """The largest sum, fixed term included, that meets the bound; half a byte or half of the tolerance above it, so
-        that a sum at the very limit is not lost to rounding.
-        """
-        limit = QUANTITIES[key].convert(bound, self.batch_size, self.generated_tokens)
-        return np.floor(limit) + 0.5 if QUANTITIES[key].exact else limit * (1 + TIME_TOLERANCE / 2)
+        """The bounds as rows, divided by their limits: bytes near 1e11 do not meet scores of 1e-4 in one matrix."""
+        rows = []
+        for key, bound in bounds.items():
+            limit = QUANTITIES[key].convert(bound, self.batch_size, self.generated_tokens)
+            # Half a byte, or half of the tolerance, so that a sum at the very limit is not lost to rounding.
+            limit = np.floor(limit) + 0.5 if QUANTITIES[key].exact else limit * (1 + TIME_TOLERANCE / 2)
+            terms = (self.terms[key] / limit).clip(-_LARGEST, _LARGEST)
+            rows.append(Row(terms, max((limit - self.fixed[key]) / limit, -_LARGEST)))
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,40 +107,10 @@ class Tables:
     costs: CostTable
     target: TargetSettings = field(default_factory=TargetSettings)
     settings: SearchSettings = field(default_factory=SearchSettings)
-    further: Further = ()
-    allowed: Allowed | None = None
-    """In place of what `settings` allow."""
+    further: Sequence[tuple[CostTable, TargetSettings]] = ()
+    """Further scenarios that the same architecture must serve, each with its costs and its target."""
     influence: Callable[[], Sequence[float]] | None = None
-    """Reads the block influence of each layer, by which the baseline `depth` drops layers."""
-
-    def with_margin(self, margin: float) -> "Tables":
-        return replace(self, settings=self.settings.model_copy(update={"margin": margin}))
-
-    @cached_property
-    def parent(self) -> list[str]:
-        """The parent's own block of each layer."""
-        return self.scores.parent_blocks
-
-    @cached_property
-    def demands(self) -> tuple[Demand, ...]:
-        """Of the main scenario, then of the further ones."""
-        return tuple(
-            Demand(
-                setting=setting,
-                costs=costs,
-                target=target,
-                parent=(parent := parent_totals(self.known_scores, costs)),
-                asked=resolve_bounds(target, parent),
-                bounds=resolve_bounds(target, parent, self.settings.margin),
-            )
-            for setting, costs, target in self.asked
-        )
-
-    @property
-    def asked(self) -> list[tuple[str, CostTable, TargetSettings]]:
-        """For each scenario the name of its target, its costs and its target."""
-        further = ((f"scenarios[{place}].target", *each) for place, each in enumerate(self.further))
-        return [("target", self.costs, self.target), *further]
+    """Reads the block influence of each layer, by which the baselines `depth` and `uniform` drop layers."""
 
     @cached_property
     def known_scores(self) -> ScoreTable:
@@ -112,42 +122,60 @@ class Tables:
         return self.scores.total(blocks, self.settings.score)
 
     @cached_property
-    def rules(self) -> Allowed:
-        return self.allowed or allowed_blocks(self.known_scores, self.settings)
+    def demands(self) -> list[Demand]:
+        """Of the main scenario, then of the further ones."""
+        further = ((f"scenarios[{place}].target", *each) for place, each in enumerate(self.further))
+        return [
+            Demand(
+                setting=setting,
+                costs=costs,
+                target=target,
+                parent=parent_totals(self.known_scores, costs),
+                margin=self.settings.margin,
+            )
+            for setting, costs, target in (("target", self.costs, self.target), *further)
+        ]
+
+    @property
+    def bounds(self) -> list[Bounds]:
+        """Of each scenario, what predictions must meet."""
+        return [demand.bounds for demand in self.demands]
 
     @cached_property
-    def groups(self) -> Ints:
-        """[n]: which group of layers each choice belongs to."""
-        return np.repeat(np.arange(len(self.rules.blocks)), [len(names) for names in self.rules.blocks])
+    def groups(self) -> list[Group]:
+        """Which blocks the settings allow in which layers."""
+        return allowed_blocks(self.known_scores, self.settings)
 
     @cached_property
-    def names(self) -> list[str]:
-        """The block of each of the n choices."""
-        return [name for names in self.rules.blocks for name in names]
+    def group_of(self) -> Ints:
+        """[n]: the place in `groups` that each choice belongs to."""
+        return np.repeat(np.arange(len(self.groups)), [len(group.blocks) for group in self.groups])
+
+    @cached_property
+    def _entries(self) -> list[tuple[list[int], str]]:
+        """The layers and the block of each of the n choices."""
+        return [(layers, block) for layers, blocks in self.groups for block in blocks]
 
     @cached_property
     def choices(self) -> list[list[Choices]]:
         """For each scenario the choices at each of its batch sizes."""
-        entries = list(zip(self.groups.tolist(), self.names, strict=True))
-        members, score = self.rules.members, self.settings.score
-        scores = np.array(
-            [sum(self.scores.value(layer, block, score) for layer in members[group]) for group, block in entries]
-        )
+        score = self.settings.score
+        scores = np.array([sum(self.scores.value(i, block, score) for i in layers) for layers, block in self._entries])
         assert np.isfinite(scores).all(), "a score that is not finite must not be in the score table"
 
         def at(costs: CostTable, batch_size: int) -> Choices:
+            generated_tokens = costs.scenario.generated_tokens
+
             def terms(cost: Cost) -> list[float]:
-                totals = Totals(batch_size=batch_size, generated_tokens=costs.scenario.generated_tokens, cost=cost)
+                totals = Totals(batch_size=batch_size, generated_tokens=generated_tokens, cost=cost)
                 return [quantity.additive(totals) for quantity in COSTS.values()]
 
-            sums = [
-                sum((costs.block(layer, block, batch_size) for layer in members[g]), Cost()) for g, block in entries
-            ]
+            sums = [sum((costs.block(i, block, batch_size) for i in layers), Cost()) for layers, block in self._entries]
             columns = np.array([terms(cost) for cost in sums], dtype=np.float64).T
             assert np.isfinite(columns).all(), "a cost is not finite"
             return Choices(
                 batch_size=batch_size,
-                generated_tokens=costs.scenario.generated_tokens,
+                generated_tokens=generated_tokens,
                 terms=dict(zip(COSTS, columns, strict=True)) | {"score": scores},
                 fixed=dict(zip(COSTS, terms(costs.fixed(batch_size)), strict=True)) | {"score": 0.0},
             )
@@ -156,13 +184,10 @@ class Tables:
 
     def architecture(self, positions: Ints) -> tuple[str, ...]:
         """One block name a layer, of one choice for each group."""
-        return tuple(self.names[positions[group]] for group in self.rules.groups)
+        chosen = [self._entries[position] for position in positions]
+        return tuple(block for _, block in sorted((layer, block) for layers, block in chosen for layer in layers))
 
     def overlap(self, blocks: Sequence[str]) -> Floats:
         """[n]: in how many layers each choice is what `blocks` has there."""
-        members = self.rules.members
-        same = [
-            sum(blocks[layer] == name for layer in members[group])
-            for group, name in zip(self.groups.tolist(), self.names, strict=True)
-        ]
+        same = [sum(blocks[layer] == block for layer in layers) for layers, block in self._entries]
         return np.array(same, dtype=np.float64)

@@ -1,18 +1,20 @@
-"""An architecture timed on the engine beside a reference, in turns, until it is clear whether it meets a target."""
+"""Whole models timed on the engine: whether they meet a target, and a cost table fitted to what was measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property, partial
 
-from puzzle.artefacts import Bounds, CostTable, Totals
+import numpy as np
+
+from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, Totals
 from puzzle.costs import Sample, relative_standard_error, summarise, time_models
 from puzzle.modeling import PuzzleConfig
 from puzzle.quantities import COSTS
 from puzzle.recipe import TargetSettings
-from puzzle.search.bounds import resolve_bounds
-from puzzle.search.fit import Timed
+from puzzle.search.tables import resolve_bounds
 from puzzle.variants import Architecture
 
+TIMES = ("prefill_ms", "decode_ms")
 ROUNDS = 3
 """At least; up to four times as many while the decision is not clear."""
 RESERVE = 0.01
@@ -22,23 +24,57 @@ _MOST_RESERVE = 0.02
 BUSY = 0.05
 """Uncertainty above which the machine is too busy for a decision."""
 
-Model = tuple[Sequence[str], int]
-"""Blocks by name, and the batch size."""
+Model = tuple[Sequence[str], Totals]
+"""Blocks by name, and what is predicted of them at their batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """What was measured of an architecture beside the reference, usually the parent."""
+class Timed:
+    """One time of a whole model, in ms."""
 
-    batch_size: int
-    utilisation: float
-    """The largest share of a bound on speed or time that it takes."""
-    uncertainty: float
-    """Two relative standard errors of it."""
-    reference: Timed
-    model: Timed
-    same_batch: bool
-    """Whether both were timed at one batch size."""
+    model: str
+    """`parent` or `child`."""
+    quantity: str
+    """`prefill_ms` or `decode_ms`."""
+    predicted: float
+    measured: float
+    uncertainty: float = 0.0
+    """Two relative standard errors of the measured one."""
+
+    @property
+    def error(self) -> float:
+        """The prediction's relative error, without sign; 0 where nothing was measured."""
+        return abs(self.predicted / self.measured - 1) if self.measured else 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A child timed beside a reference, usually the parent."""
+
+    target: TargetSettings
+    """Relative bounds refer to the reference as measured."""
+    predicted: tuple[Totals, Totals]
+    """Of the reference and of the child."""
+    samples: Sequence[Sequence[Sample]]
+    """Of both, one a round."""
+
+    @cached_property
+    def utilisation(self) -> float:
+        """The largest share of a bound on speed or time that the child takes."""
+        return self._utilisation([summarise(rounds) for rounds in self.samples])
+
+    @cached_property
+    def uncertainty(self) -> float:
+        """Two relative standard errors of it."""
+        return 2 * relative_standard_error([self._utilisation(each) for each in zip(*self.samples, strict=True)])
+
+    def _utilisation(self, times: Sequence[Sample]) -> float:
+        reference, child = (
+            replace(totals, cost=replace(totals.cost, **each._asdict())).as_dict()
+            for totals, each in zip(self.predicted, times, strict=True)
+        )
+        bounds = time_bounds(resolve_bounds(self.target, reference))
+        return max(COSTS[key].utilisation(child[key], bound) for key, bound in bounds.items())
 
     @property
     def missing(self) -> float:
@@ -46,66 +82,45 @@ class Timing:
         return max(0.0, self.utilisation * (1 + min(max(RESERVE, self.uncertainty), _MOST_RESERVE)) - 1)
 
     @property
-    def unclear(self) -> bool:
-        """Whether the target may be met or not: the machine is too busy to tell."""
-        return self.missing > 0 and self.uncertainty > BUSY and self.utilisation * (1 - self.uncertainty) <= 1
+    def clear(self) -> bool:
+        """Whether the target is met, or missed, whatever the noise."""
+        met = self.utilisation * (1 + max(RESERVE, self.uncertainty)) <= 1
+        return met or self.utilisation * (1 - self.uncertainty) > 1
 
     @property
-    def at_batch(self) -> dict[str, Timed]:
-        """`child` and, if it was timed at the same batch size, `parent`."""
-        return {"child": self.model} | ({"parent": self.reference} if self.same_batch else {})
-
-    def predicted_by(self, costs: CostTable, reference: Model, model: Model) -> "Timing":
-        """Beside the predictions of another table."""
-        first, second = (costs.totals(*each).cost for each in (reference, model))
-        return replace(
-            self,
-            reference=replace(self.reference, predicted=(first.prefill_ms, first.decode_ms)),
-            model=replace(self.model, predicted=(second.prefill_ms, second.decode_ms)),
-        )
-
-    @classmethod
-    def of(cls, facts: dict[str, Any]) -> "Timing":
-        """Back from `asdict`, by way of JSON."""
-        return cls(**facts | {name: Timed(**facts[name]) for name in ("reference", "model")})
+    def times(self) -> list[Timed]:
+        """Of the child, and of the reference if that has the same batch size."""
+        reference, child = self.predicted
+        models = [("child", 1), ("parent", 0)] if reference.batch_size == child.batch_size else [("child", 1)]
+        return [
+            Timed(
+                model=model,
+                quantity=quantity,
+                predicted=getattr(self.predicted[place].cost, quantity),
+                measured=getattr(summarise(self.samples[place]), quantity),
+                uncertainty=2 * relative_standard_error([getattr(each, quantity) for each in self.samples[place]]),
+            )
+            for model, place in models
+            for quantity in TIMES
+        ]
 
 
 def time_beside(
-    config: PuzzleConfig, costs: CostTable, target: TargetSettings, reference: Model, model: Model
+    config: PuzzleConfig, scenario: Scenario, target: TargetSettings, reference: Model, child: Model
 ) -> Timing:
-    """Time `model` and `reference`, whose measured times relative bounds refer to.
-
-    Rounds end as soon as the target is clearly met or clearly missed, or the utilisation is known to 1 %.
+    """Time two models in turns, until the target is clearly met or missed, or the utilisation is known to 1 %.
 
     Args:
         config: the parent's.
         target: of which bounds on speed and time are checked; sizes are known exactly.
     """
-    predicted = [costs.totals(*each) for each in (reference, model)]
+    timing = partial(Timing, target, (reference[1], child[1]))
 
-    def measured(samples: Sequence[Sequence[Sample]]) -> tuple[float, float]:
-        """Utilisation and its uncertainty."""
-        rounds = [_utilisation(target, predicted, each) for each in zip(*samples, strict=True)]
-        typical = _utilisation(target, predicted, [summarise(each) for each in samples])
-        return typical, 2 * relative_standard_error(rounds)
+    def is_known(samples: Sequence[Sequence[Sample]]) -> bool:
+        return timing(samples).clear or timing(samples).uncertainty <= RESERVE
 
-    def is_clear(samples: Sequence[Sequence[Sample]]) -> bool:
-        utilisation, uncertainty = measured(samples)
-        met = utilisation * (1 + max(RESERVE, uncertainty)) <= 1
-        return met or utilisation * (1 - uncertainty) > 1 or uncertainty <= RESERVE
-
-    models = [(Architecture.parse(blocks).configure(config), batch_size) for blocks, batch_size in (reference, model)]
-    samples = time_models(models, costs.scenario, ROUNDS, is_clear)
-    utilisation, uncertainty = measured(samples)
-    timed = [_timed(*each) for each in zip(predicted, samples, strict=True)]
-    return Timing(
-        batch_size=model[1],
-        utilisation=utilisation,
-        uncertainty=uncertainty,
-        reference=timed[0],
-        model=timed[1],
-        same_batch=reference[1] == model[1],
-    )
+    models = [(Architecture.parse(blocks).configure(config), its.batch_size) for blocks, its in (reference, child)]
+    return timing(time_models(models, scenario, ROUNDS, is_known))
 
 
 def time_bounds(bounds: Bounds) -> Bounds:
@@ -113,23 +128,34 @@ def time_bounds(bounds: Bounds) -> Bounds:
     return {key: bound for key, bound in bounds.items() if key in COSTS and not COSTS[key].exact}
 
 
-def _utilisation(target: TargetSettings, predicted: Sequence[Totals], times: Sequence[Sample]) -> float:
-    """Of the tightest bound, with sizes as counted and these times."""
-    reference, model = (
-        replace(totals, cost=replace(totals.cost, **each._asdict())).as_dict()
-        for totals, each in zip(predicted, times, strict=True)
-    )
-    bounds = time_bounds(resolve_bounds(target, reference))
-    return max(COSTS[key].utilisation(model[key], bound) for key, bound in bounds.items())
+def fitted(table: CostTable, batch_size: int, times: Sequence[Timed]) -> CostTable:
+    """The table whose rows at this batch size predict these times best, by least squares of relative errors.
+
+    A scale for all rows, and an offset of what is fixed.
+    """
+    lines = {
+        name: _line([each for each in times if each.quantity == name], getattr(table.fixed(batch_size), name))
+        for name in TIMES
+    }
+
+    def row(row: CostRow) -> CostRow:
+        changed = {
+            name: scale * getattr(row, name) + (offset if row.part == "fixed" else 0.0)
+            for name, (scale, offset) in lines.items()
+        }
+        return replace(row, **changed) if row.batch_size == batch_size else row
+
+    return replace(table, rows=tuple(map(row, table.rows)))
 
 
-def _timed(predicted: Totals, rounds: Sequence[Sample]) -> Timed:
-    typical = summarise(rounds)
-    return Timed(
-        predicted=(predicted.cost.prefill_ms, predicted.cost.decode_ms),
-        measured=(typical.prefill_ms, typical.decode_ms),
-        uncertainty=(
-            2 * relative_standard_error([each.prefill_ms for each in rounds]),
-            2 * relative_standard_error([each.decode_ms for each in rounds]),
-        ),
-    )
+def _line(times: Sequence[Timed], fixed: float) -> tuple[float, float]:
+    """Scale and offset; a scale alone where predictions are too close to tell both, or nothing fixed would be left."""
+    predicted, measured = np.array([(each.predicted, each.measured) for each in times]).T
+    if not measured.all():
+        return 1.0, 0.0
+    relative = predicted / measured
+    if np.ptp(predicted) > 0.1 * predicted.max():
+        (scale, offset), *_ = np.linalg.lstsq(np.stack([relative, 1 / measured], axis=1), np.ones(len(times)))
+        if scale > 0 and scale * fixed + offset >= 0:
+            return float(scale), float(offset)
+    return float(relative.sum() / (relative**2).sum()), 0.0

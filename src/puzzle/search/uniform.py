@@ -6,28 +6,23 @@ and scores between its widths are interpolated, and the blocks that are chosen a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
-from puzzle.artefacts import CostRow, CostTable, ScoreRow, Solution
-from puzzle.costs import subblock_memory
+from puzzle.artefacts import Bounds, Cost, Solution, Totals
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.quantities import COSTS
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.runs import Run, digest, read_parsed, write_text
-from puzzle.search.baselines import DROPPED, uniform
-from puzzle.search.fit import TIMES
-from puzzle.search.table_file import score_row
-from puzzle.search.tables import Tables
-from puzzle.search.timing import time_beside, time_bounds
+from puzzle.search.baselines import empty_layers
+from puzzle.search.tables import Tables, violations
+from puzzle.search.timing import TIMES, time_beside, time_bounds
 from puzzle.stages import UNIFORM
-from puzzle.units import Amount
 from puzzle.variants import Architecture, LayerSpace, Space, Subblock, Variant
 
 _TIMINGS = 5
@@ -35,16 +30,14 @@ _NEAR = 0.97
 """Share of the child's measured time that is near enough."""
 
 
-def uniform_solution(
-    run: Run, parent: Parent, space: Space, tables: Tables, influence: Sequence[float], child: Solution
-) -> Solution:
+def uniform_solution(run: Run, parent: Parent, space: Space, tables: Tables, child: Solution) -> Solution:
     """The uniform architecture of the lowest estimated score that meets the child's bounds.
 
     Bounds on sizes are met by exact count. Where a speed or a time is bounded, it must be as fast as the child, both
     timed on the engine in turns.
 
     Args:
-        influence: of each layer.
+        tables: with the influence of each layer.
 
     Raises:
         PuzzleError: no uniform architecture gets there.
@@ -55,15 +48,14 @@ def uniform_solution(
         space=[[variant.name for variant in (*layer.attention, *layer.ffn)] for layer in space.layers],
         scores=digest(tables.scores.to_json()),
         costs=digest(tables.costs.to_json()),
-        influence=list(influence),
+        influence=list(tables.influence()) if tables.influence else [],
         child=digest(child.to_json()),
     )
     file = folder.path / "solution.json"
     if not folder.done:
-        candidates = _uniform_tables(tables, parent.config, space, child.batch_size)
-        found = _as_fast(run, parent.config, replace(candidates, influence=lambda: influence), child)
-        solution = replace(found, parent=child.parent, asked=child.asked, bounds=child.bounds)
-        write_text(file, solution.to_json())
+        if tables.settings.score == "task":  # uniform blocks may have none: of such a search the KL
+            tables = replace(tables, settings=SearchSettings())
+        write_text(file, _as_fast(run, parent.config, space, tables, child).to_json())
         folder.commit()
     return read_parsed(file, Solution.from_json)
 
@@ -75,26 +67,23 @@ def space_of(parent: Parent, blocks: Sequence[str]) -> Space:
     return Space(tuple(LayerSpace(*(tuple(dict.fromkeys(variants)) for variants in layer)) for layer in layers))
 
 
-def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) -> Solution:
+def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child: Solution) -> Solution:
     """The best uniform architecture that is as fast as the child: the bound on its predicted time is moved until the
     measured time is near the child's.
     """
-    sizes = {
-        COSTS[key].setting: Amount(bound, relative=False, text=f"{bound:g}")
-        for key, bound in child.bounds.items()
-        if key in COSTS and COSTS[key].exact
-    }
+    sizes = {key: bound for key, bound in child.bounds.items() if key in COSTS and COSTS[key].exact}
     if not time_bounds(child.bounds):
-        return _found(tables, sizes)
-    reference = child.blocks, child.batch_size
+        return _best(config, space, tables, child, sizes)
     limit_ms = tables.costs.totals(child.blocks, child.batch_size).request_ms
+    scenario, asked = tables.costs.scenario, TargetSettings.model_validate({"latency": "1x"})
+    unsized = Totals(batch_size=child.batch_size, generated_tokens=scenario.generated_tokens, cost=Cost())
     timed: dict[tuple[str, ...], tuple[float, Solution]] = {}
     while len(timed) < _TIMINGS:
-        found = _found(tables, sizes | {"latency": Amount(limit_ms, relative=False, text=f"{limit_ms:g}ms")})
+        found = _best(config, space, tables, child, sizes | {"request_ms": limit_ms})
         if found.blocks in timed:
             break
-        asked = TargetSettings.model_validate({"latency": "1x"})
-        ratio = time_beside(config, tables.costs, asked, reference, (found.blocks, child.batch_size)).utilisation
+        pair = (child.blocks, unsized), (found.blocks, unsized)
+        ratio = time_beside(config, scenario, asked, *pair).utilisation
         timed[found.blocks] = ratio, found
         if _NEAR <= ratio <= 1:
             break
@@ -107,31 +96,53 @@ def _as_fast(run: Run, config: PuzzleConfig, tables: Tables, child: Solution) ->
     return min(as_fast, key=lambda found: found.score)
 
 
-def _found(tables: Tables, bounds: dict[str, Amount]) -> Solution:
-    found = uniform(replace(tables, target=TargetSettings.model_validate(bounds)))
-    if found is None:
-        raise PuzzleError(
-            "evaluate.uniform_baseline: no uniform child is as small and as fast as the child; set it to false"
-        )
-    return found
+def _best(config: PuzzleConfig, space: Space, tables: Tables, child: Solution, limits: Bounds) -> Solution:
+    """The lowest score within `limits`, with as few layers dropped as that takes."""
+    dropped = empty_layers(tables)
+    for count in range(min(len(dropped), tables.scores.num_layers - 1) + 1):
+        found = _architectures(config, space, tables, child, dict(dropped[:count]))
+        if within := [each for each in found if not violations(each.predicted, limits)]:
+            return min(within, key=lambda each: each.score)
+    raise PuzzleError(
+        "evaluate.uniform_baseline: no uniform child is as small and as fast as the child; set it to false"
+    )
 
 
-def _uniform_tables(tables: Tables, config: PuzzleConfig, space: Space, batch_size: int) -> Tables:
-    """The blocks that a uniform child may have: of the parent's kinds, in every number of KV heads of the library and
-    every FFN width, what lies between the library's interpolated; and empty layers.
+def _architectures(
+    config: PuzzleConfig, space: Space, tables: Tables, child: Solution, empty: Mapping[int, str]
+) -> Iterator[Solution]:
+    """One attention variant and one FFN width in all layers but the empty ones: of the parent's kinds, every attention
+    variant of the library and every width; between the library's widths totals are interpolated.
     """
     attentions, widths = _sized(space, config, "attention"), _sized(space, config, "ffn")
     if not attentions or not widths:
         raise PuzzleError("evaluate.uniform_baseline: the layers have no sizes in common; set it to false")
-    largest = widths[-1]
-    step = math.gcd(*(variant.size or 0 for variant in (largest, *largest.alternatives(config))))
-    between = largest.alternatives(config, range(widths[0].size or step, largest.size or 0, step))
-    ffns = list(dict.fromkeys([*widths, *between]))
-    return Tables(
-        scores=replace(tables.scores, rows=tuple(_score_rows(tables, attentions, widths, ffns))),
-        costs=_with_widths(tables.costs, config, widths, ffns, batch_size),
-        settings=SearchSettings(margin=0, gap=tables.settings.gap, time_limit_s=tables.settings.time_limit_s),
-    )
+    largest, sizes = widths[-1], [ffn.size or 0 for ffn in widths]
+    step = math.gcd(sizes[-1], *(variant.size or 0 for variant in largest.alternatives(config)))
+    between = largest.alternatives(config, range(sizes[0], sizes[-1], step))
+    known = {(row.layer, row.block) for row in tables.scores.rows}
+    generated_tokens = tables.costs.scenario.generated_tokens
+
+    def layers(attention: Variant, ffn: Variant) -> tuple[str, ...]:
+        return tuple(empty.get(layer, f"{attention}+{ffn}") for layer in range(tables.scores.num_layers))
+
+    for attention in attentions:
+        anchors = [layers(attention, ffn) for ffn in widths]
+        if not known.issuperset(block for blocks in anchors for block in enumerate(blocks)):
+            continue  # a score was not finite
+        scores = [tables.total(blocks) for blocks in anchors]
+        costs = [vars(tables.costs.totals(blocks, child.batch_size).cost) for blocks in anchors]
+        for ffn in dict.fromkeys([*widths, *between]):
+
+            def at(values: Sequence[float], width: int = ffn.size or 0) -> float:
+                return float(np.interp(width, sizes, values))
+
+            cost: dict[str, Any] = {name: at([each[name] for each in costs]) for name in costs[0]}
+            # Sizes are linear in the width, so that they are exact.
+            cost |= {name: round(value) for name, value in cost.items() if name not in TIMES}
+            totals = Totals(batch_size=child.batch_size, generated_tokens=generated_tokens, cost=Cost(**cost))
+            found = replace(child, blocks=layers(attention, ffn), score=at(scores), predicted=totals.as_dict())
+            yield replace(found, proof=None, further=())
 
 
 def _sized(space: Space, config: PuzzleConfig, subblock: Subblock) -> list[Variant]:
@@ -141,56 +152,3 @@ def _sized(space: Space, config: PuzzleConfig, subblock: Subblock) -> list[Varia
     common = set.intersection(*map(set, layers))
     sized = [each for each in common if each.size and each in (own, *own.alternatives(config, [each.size]))]
     return sorted(sized, key=lambda variant: variant.size or 0)
-
-
-def _score_rows(
-    tables: Tables, attentions: Sequence[Variant], widths: Sequence[Variant], ffns: Sequence[Variant]
-) -> Iterator[ScoreRow]:
-    """The parent's own block of each layer, the empty one, and every uniform one.
-
-    Of a search by `task` the KL: uniform blocks may have no task score.
-    """
-    score = "kl" if tables.settings.score == "task" else tables.settings.score
-    for layer, parent in enumerate(tables.parent):
-        yield score_row(layer, parent, 0.0)
-        known = {row.block for row in tables.scores.layer(layer)}
-        for block in known.intersection(DROPPED):
-            yield score_row(layer, block, tables.scores.value(layer, block, score))
-        for attention in attentions:
-            anchors = [f"{attention}+{ffn}" for ffn in widths]
-            if not known.issuperset(anchors):
-                continue  # a score was not finite
-            values = [tables.scores.value(layer, block, score) for block in anchors]
-            for ffn in ffns:
-                if f"{attention}+{ffn}" != parent:
-                    yield score_row(layer, f"{attention}+{ffn}", _interpolated(ffn, widths, values))
-
-
-def _with_widths(
-    costs: CostTable, config: PuzzleConfig, widths: Sequence[Variant], ffns: Sequence[Variant], batch_size: int
-) -> CostTable:
-    """The costs at one batch size, with rows for FFN widths between the table's: sizes counted, times interpolated."""
-    scenario, rows = costs.scenario, [row for row in costs.rows if row.batch_size == batch_size]
-    known = {(row.layer, row.variant): row for row in rows if row.part == "ffn"}
-    sizes = {
-        ffn: subblock_memory(ffn, config, getattr(torch, scenario.dtype), scenario.total_tokens)
-        for ffn in ffns
-        if ffn not in widths
-    }
-
-    def times(ffn: Variant, anchors: Sequence[CostRow]) -> dict[str, Any]:
-        return {name: _interpolated(ffn, widths, [getattr(row, name) for row in anchors]) for name in TIMES}
-
-    for layer in range(max(row.layer for row in rows) + 1):
-        anchors = [known[layer, ffn.name] for ffn in widths]
-        for ffn, size in sizes.items():
-            rows.append(
-                CostRow(
-                    layer=layer, part="ffn", variant=ffn.name, batch_size=batch_size, **vars(size) | times(ffn, anchors)
-                )
-            )
-    return replace(costs, batch_sizes=(batch_size,), rows=tuple(rows))
-
-
-def _interpolated(variant: Variant, anchors: Sequence[Variant], values: Sequence[float]) -> float:
-    return float(np.interp(variant.size or 0, [anchor.size or 0 for anchor in anchors], values))

@@ -6,17 +6,18 @@ margin is widened by as much.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from puzzle.artefacts import Solution
+from puzzle.costs import Sample
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.quantities import SETTINGS
 from puzzle.runs import Run, digest
-from puzzle.search.fit import fitted
+from puzzle.search.exact import Objective
 from puzzle.search.stage import search
 from puzzle.search.tables import Tables
-from puzzle.search.timing import BUSY, Timing, time_beside, time_bounds
+from puzzle.search.timing import BUSY, Timing, fitted, time_beside, time_bounds
 from puzzle.stages import TIMING
 
 _SEARCHES = 4
@@ -41,25 +42,39 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
 
     If no search gets there, the last solution stands, with a warning.
     """
+    objective = Objective(SETTINGS[tables.settings.objective].key)
     first, solution, met = tables, search(run, tables), None
     history: list[Timing] = []
     missing = 0.0
     for left in reversed(range(_SEARCHES)):
         timings = _timings(run, parent, first, tables, solution)
-        history += [timing for timing in timings[:1] if timing]
-        known = [timing for timing in timings if timing]
+        known = list(timings.values())
+        history += [timings[0]] if 0 in timings else []
         missing = max((timing.missing for timing in known), default=0.0)
-        right = all(model.agrees(_RIGHT) for timing in known for model in timing.at_batch.values())
-        if missing == 0 and (met is None or _is_better(solution, met[0], tables)):
+        errors = [(time.error, time.uncertainty) for timing in known for time in timing.times]
+        right = all(error <= max(_RIGHT, uncertainty) for error, uncertainty in errors)
+        if missing == 0 and (met is None or objective.minimised(solution) < objective.minimised(met[0])):
             met = solution, tables
-        if any(timing.unclear for timing in known):
+        margin = tables.settings.margin
+        # The child takes all that the target allows, but for margin and noise: a fit would find nothing better.
+        tight = any(each.utilisation * (1 + margin + max(_RIGHT, each.uncertainty)) >= 1 for each in known)
+        unclear = any(each.missing > 0 and each.uncertainty > BUSY and not each.clear for each in known)
+        if left == 0 or unclear or (missing == 0 and (right or tight)):
             break
-        if left == 0 or (missing == 0 and (right or _is_tight(known, tables.settings.margin))):
-            break
-        _log(run, known, missing)
+        run.log(
+            f"measured to {max(each.uncertainty for each in known):.1%}, this is {missing:.1%} short of the target, "
+            f"predictions are off by up to {max(error for error, _ in errors):.1%}"
+        )
         # What a fit does not mend, more room does.
-        margin = tables.settings.margin + (missing if right or tables.costs is not first.costs else 0.0)
-        changed = (tables if right else _fitted(tables, timings)).with_margin(margin)
+        margin += missing if right or tables.costs is not first.costs else 0.0
+        changed = replace(tables, settings=tables.settings.model_copy(update={"margin": margin}))
+        if not right:
+            costs = [
+                fitted(demand.costs, serving.batch_size, timings[place].times) if place in timings else demand.costs
+                for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True))
+            ]
+            targets = [target for _, target in tables.further]
+            changed = replace(changed, costs=costs[0], further=[*zip(costs[1:], targets, strict=True)])
         try:
             again = search(run, changed)
         except PuzzleError as error:
@@ -78,68 +93,39 @@ def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solu
     """The first of the solutions that meets the target as measured; the last one, timed before, if no other does."""
     for solution in solutions[:-1][:_CANDIDATES]:
         timings = _timings(run, parent, tables, tables, solution)
-        missing = max((timing.missing for timing in timings if timing), default=0.0)
+        missing = max((timing.missing for timing in timings.values()), default=0.0)
         if missing == 0:
             return solution
         run.log(f"measured, a better architecture is {missing:.1%} short of the target; taking the next one")
     return solutions[-1]
 
 
-def _timings(run: Run, parent: Parent, first: Tables, tables: Tables, solution: Solution) -> list[Timing | None]:
-    """For each scenario; None where only sizes are bounded.
+def _timings(run: Run, parent: Parent, first: Tables, tables: Tables, solution: Solution) -> dict[int, Timing]:
+    """By scenario, of those where a speed or a time is bounded.
 
     Args:
         first: as they were measured: what an engine takes does not depend on a fit.
     """
-    found: list[Timing | None] = []
-    for original, demand, serving in zip(first.demands, tables.demands, solution.servings, strict=True):
+    found = {}
+    for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True)):
         if not time_bounds(demand.asked):
-            found.append(None)
             continue
-        reference = parent.architecture.names, int(serving.parent["batch_size"])
-        child = solution.blocks, serving.batch_size
+        models = (parent.architecture.names, int(serving.parent["batch_size"])), (solution.blocks, serving.batch_size)
+        reference, child = (demand.costs.totals(*model) for model in models)
         folder = run.open(
             TIMING,
             parent=parent,
-            costs=digest(original.costs.to_json()),
+            costs=digest(first.demands[place].costs.to_json()),
             target=demand.target.model_dump(mode="json"),
-            models=[reference, child],
+            models=models,
         )
-        if not folder.done:
-            timing = time_beside(parent.config, original.costs, demand.target, reference, child)
+        if folder.done:
+            samples = [[Sample(*each) for each in rounds] for rounds in folder.facts["samples"]]
+            found[place] = Timing(demand.target, (reference, child), samples)
+        else:
+            pair = (models[0][0], reference), (models[1][0], child)
+            found[place] = timing = time_beside(parent.config, demand.costs.scenario, demand.target, *pair)
             if timing.uncertainty > BUSY:
                 run.log_warning(f"measured times are only sure to {timing.uncertainty:.0%}; close other programs")
-            folder.commit(timing=asdict(timing))
-        found.append(Timing.of(folder.facts["timing"]).predicted_by(demand.costs, reference, child))
+            folder.commit(samples=timing.samples)
     return found
-
-
-def _fitted(tables: Tables, timings: Sequence[Timing | None]) -> Tables:
-    """The tables with costs fitted to what was measured."""
-    costs = [
-        demand.costs if timing is None else fitted(demand.costs, timing.batch_size, [*timing.at_batch.values()])
-        for demand, timing in zip(tables.demands, timings, strict=True)
-    ]
-    further = tuple(zip(costs[1:], (target for _, target in tables.further), strict=True))
-    return replace(tables, costs=costs[0], further=further)
-
-
-def _is_better(one: Solution, other: Solution, tables: Tables) -> bool:
-    quantity = SETTINGS[tables.settings.objective]
-    if quantity.key == "score":
-        return one.score < other.score
-    return quantity.better(one.predicted[quantity.key], other.predicted[quantity.key])
-
-
-def _is_tight(timings: Sequence[Timing], margin: float) -> bool:
-    """Whether the child takes all that the target allows, but for margin and noise: a fit would find nothing better."""
-    return any(timing.utilisation * (1 + margin + max(_RIGHT, timing.uncertainty)) >= 1 for timing in timings)
-
-
-def _log(run: Run, timings: Sequence[Timing], missing: float) -> None:
-    error = max(error for timing in timings for model in timing.at_batch.values() for error in model.errors)
-    uncertainty = max(timing.uncertainty for timing in timings)
-    run.log(
-        f"measured to {uncertainty:.1%}, this is {missing:.1%} short of the target, predictions are off by up to "
-        f"{error:.1%}"
-    )
