@@ -109,12 +109,6 @@ def _cost_work(shapes: "Shapes") -> Work:
     return Work(seconds=_MEASUREMENT_S * shapes.num_stacks * batch_sizes * shapes.recipe.cost.repeats)
 
 
-def _pool_work(shapes: "Shapes") -> Work:
-    """Whole architectures of at most the parent's size, and the parent."""
-    settings = shapes.recipe.correct
-    return Work(operations=(settings.tokens * (1 + settings.pool) * shapes.forward,))
-
-
 def _refine_work(shapes: "Shapes") -> Work:
     return Work(
         operations=(shapes.recipe.refine.tokens * 4.0 * shapes.forward * shapes.children,),
@@ -140,11 +134,6 @@ def _distil_work(shapes: "Shapes") -> Work:
         sharded_bytes=(_GKD_BYTES + shapes.itemsize) * params + sequences * kept_layers * shapes.layer_activations,
         disk_bytes=(3 * _KEPT_BYTES * shapes.children + _STATE_BYTES) * params + cached,
     )
-
-
-def _evaluation_work(shapes: "Shapes") -> Work:
-    tokens = shapes.recipe.evaluate.tokens * (shapes.children + 2)
-    return Work(operations=(2 * shapes.forward * tokens,))
 
 
 DATA = Stage(
@@ -220,7 +209,7 @@ CORRECT = Stage(
     result="solution",
     reads=("correct", "target", "scenarios", "search", "precision"),
     inputs=("library", "data", "scores", "costs", "margin"),
-    work=_pool_work,
+    work=lambda of: Work(operations=(of.recipe.correct.tokens * (1 + of.recipe.correct.pool) * of.forward,)),
     wanted=lambda recipe: recipe.correct.tokens > 0,
 )
 REALISE = Stage(
@@ -258,7 +247,7 @@ EVALUATE = Stage(
     result="rows",
     reads=("evaluate.tokens", "precision"),
     inputs=("parent", "model", "data"),
-    work=_evaluation_work,
+    work=lambda of: Work(operations=(2 * of.forward * of.recipe.evaluate.tokens * (of.children + 2),)),
 )
 UNIFORM = Stage(
     name="uniform",
