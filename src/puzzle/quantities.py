@@ -78,15 +78,8 @@ class Quantity:
     def better(self, one: float, other: float) -> bool:
         return one > other if self.at_least else one < other
 
-    def with_margin(self, bound: float, margin: float) -> float:
-        """The bound on predictions that leaves room for measurements to be worse by the share `margin`."""
-        return self._stricter(bound, 1 + margin)
-
-    def without_margin(self, predicted: float, margin: float) -> float:
-        """The bound that a predicted value meets with this margin: the inverse of `with_margin`."""
-        return self._stricter(predicted, 1 / (1 + margin))
-
-    def _stricter(self, bound: float, factor: float) -> float:
+    def stricter(self, bound: float, factor: float) -> float:
+        """A bound on predictions that leaves room for measurements to be worse; back again by the inverse factor."""
         if self.exact or not self.columns:
             return bound
         return bound * factor if self.at_least else bound / factor

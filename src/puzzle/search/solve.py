@@ -116,7 +116,7 @@ class _Ask:
         objective = Objective(self.quantity.key, self.scenario)
         if (solution := best(tables, bounds, objective=objective)) is None:
             return None
-        return self.quantity.without_margin(objective.reached(solution), self.demand.margin)
+        return self.quantity.stricter(objective.reached(solution), 1 / (1 + self.demand.margin))
 
     def text(self, value: float, unit: str = "") -> str:
         """Rounded to the side that can be met: `9120 tok/s`, or in a unit relative to the parent, `3.68x`, `28%`."""

@@ -41,7 +41,7 @@ def resolve_bounds(target: TargetSettings, parent: Mapping[str, float], margin: 
             continue
         value = amount.resolve(parent.get(key, 0.0))
         # 1.234 * 1e9 must not end one byte short of 1234000000.
-        bounds[key] = math.floor(value + 1e-3) if quantity.exact else quantity.with_margin(value, margin)
+        bounds[key] = math.floor(value + 1e-3) if quantity.exact else quantity.stricter(value, 1 + margin)
         if bounds[key] <= 0:
             raise PuzzleError(f"target.{quantity.setting}: {amount.text} is {value:g}; set more than that")
     return bounds
