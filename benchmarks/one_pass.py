@@ -16,7 +16,7 @@ from setting import opened, recipe
 
 from puzzle import Pipeline
 from puzzle.library import Student
-from puzzle.library.library import student_plans
+from puzzle.library.bld import student_plans, students_at_start
 from puzzle.streams import Stream
 
 STEPS, BATCH = 3, 8
@@ -32,8 +32,9 @@ def main(parent: str, text: str) -> None:
 
 def time_bld(method: Pipeline) -> tuple[float, float]:
     """All trained variants in one pass of the parent, against a pass up to its own layer for each variant."""
-    plans = student_plans(method.run, method.parent, method.statistics, method.full_space, None, None)
-    students = [student for student in (plan.build() for plan in plans) if student.parameters()]
+    plans = student_plans(method.parent, method.full_space, None, None)
+    built = students_at_start(method.run, method.parent, method.statistics, None, plans)
+    students = [student for student in built if student.parameters()]
     stream = Stream(method.run, method.parent, method.run.path / "activations")
     batches = [method.data.training_batch(step, BATCH, 0)[:, :-1] for step in range(STEPS)]
 

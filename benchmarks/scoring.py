@@ -20,7 +20,7 @@ from puzzle import Library, Pipeline, ScoreTable, build_library, score
 from puzzle.library import LayerBlocks
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.scores.suffix import SuffixScorer
+from puzzle.scores.replace_one import SuffixScorer
 from puzzle.scores.task import with_block
 from puzzle.variants import BlockVariant, LayerSpace, Space, Variant
 

@@ -25,7 +25,7 @@ from puzzle.distill import distil, distillation_curve
 from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.evaluate import evaluate, measure_speed
 from puzzle.export import export_hf
-from puzzle.library import Library, Statistics, build_library, calibrate, narrow_space, promising_space
+from puzzle.library import Library, Statistics, build_library, calibrate, promising_space
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
@@ -35,7 +35,7 @@ from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import TrueScore, score
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
 from puzzle.stages import COMMANDS
-from puzzle.variants import Space, derive_space
+from puzzle.variants import Space, derive_space, narrow_space
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,6 @@ class LibrarySettings(Section):
 
     start: Literal["closed_form", "paper"] = "closed_form"
     """Initialisation: `closed_form` (least squares on calibration statistics) or `paper` (from weights alone)."""
-    kv_heads: Literal["mean", "importance"] = "mean"
-    """Initialisation of fewer KV heads: `mean` of the merged heads, or the heads of highest `importance`."""
     channels: Literal["iterative", "independent"] = "iterative"
     """Ranking of FFN channels: `iterative` (given those already removed) or `independent`."""
     loss: Literal["subblock", "block"] = "subblock"

@@ -158,7 +158,7 @@ CALIBRATE = Stage(
 SPACE = Stage(
     name="space",
     help="Leave out variants that start much worse than smaller ones.",
-    reads=("library.kv_heads", "library.channels"),
+    reads=("library.channels",),
     inputs=("parent", "statistics", "space"),
 )
 LIBRARY = Stage(
@@ -166,7 +166,7 @@ LIBRARY = Stage(
     help="Build and train every variant of every layer (BLD).",
     result="library",
     reads=(
-        *("library.start", "library.kv_heads", "library.channels", "library.loss", "library.least_squares"),
+        *("library.start", "library.channels", "library.loss", "library.least_squares"),
         *("library.tokens", "library.learning_rate", "library.batch_size", "library.validation_tokens"),
         *("calibration.tokens", "precision", "seed"),
     ),

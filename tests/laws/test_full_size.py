@@ -9,7 +9,7 @@ from tests.conftest import pico_llama
 from puzzle.parents import open_parent
 from puzzle.variants import ParentSubblock, Start, Variant, split_state
 from puzzle.variants.kinds.gated import GatedFFN
-from puzzle.variants.kinds.grouped_query import GroupedQuery, keep_groups, merge_heads
+from puzzle.variants.kinds.grouped_query import GroupedQuery
 from puzzle.variants.least_squares import least_squares_update as refit
 
 OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
@@ -17,7 +17,7 @@ OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 
 @pytest.mark.parametrize("variant", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("start", [Start(), Start(method="paper", kv_heads="importance")], ids=["default", "other"])
+@pytest.mark.parametrize("start", [Start(), Start(method="paper")], ids=["default", "paper"])
 def test_the_own_variant_starts_as_the_parents_subblock(
     variant: Variant, start: Start, bias: bool, tmp_path: Path
 ) -> None:
@@ -35,17 +35,6 @@ def test_the_own_variant_starts_as_the_parents_subblock(
     context = model.model.context(hidden_BTD)
     layers = (variant.build(parent.config, found), model.model.layers[2])
     assert torch.equal(*(layer.subblock_output(variant.subblock, hidden_BTD, **context) for layer in layers))
-
-
-def test_merging_into_as_many_heads_and_keeping_all_groups_change_nothing(tmp_path: Path) -> None:
-    projection = torch.randn(48, 32)
-    assert torch.equal(merge_heads(projection, 4, 4), projection)
-    pico_llama(attention_bias=True).save_pretrained(tmp_path)
-    parent = open_parent(str(tmp_path))
-    state = split_state(parent.layer_state(2), "attention")
-    found = keep_groups(state, 4, torch.arange(4), parent.config)
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
 
 
 def test_refitting_to_all_channels_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.state import SaveTimer
 from puzzle.library import Library, Statistics, Student, build_library
-from puzzle.library.library import _nested
+from puzzle.library.library import nested
 from puzzle.parents import Parent
 from puzzle.runs import Run, read_tensors
 from puzzle.streams import LayerPass
@@ -260,9 +260,9 @@ def test_coupled_blocks_are_better_than_their_subblocks(build: Build) -> None:
 
 def test_a_wider_variant_takes_over_a_better_narrower_one(pico_run: Run, pico_library: Library) -> None:
     wide, slim = (pico_library.index.by_key[0, "ffn", name] for name in ("w32", "w16"))
-    nested = _nested(pico_run.path, pico_library.parent, [replace(wide, loss=0.9), replace(slim, loss=0.5)])
-    assert nested[0] == replace(wide, loss=0.5, file=slim.file, widened_from="w16")
-    library = replace(pico_library, index=LibraryIndex(rows=tuple(nested)))
+    rows = nested(pico_run.path, pico_library.parent, [replace(wide, loss=0.9), replace(slim, loss=0.5)])
+    assert rows[0] == replace(wide, loss=0.5, file=slim.file, widened_from="w16")
+    library = replace(pico_library, index=LibraryIndex(rows=tuple(rows)))
     widened, narrow = library.state(0, W32), library.state(0, W16)
     assert torch.equal(widened["mlp.gate_proj.weight"][:16], narrow["mlp.gate_proj.weight"])
     assert widened["mlp.down_proj.weight"].shape == (32, 32)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
 
-from puzzle.library import Statistics, Student, narrow_space
+from puzzle.library import Statistics, Student
 from puzzle.library.students import update_projections
 from puzzle.parents import Parent
 from puzzle.runs import Run
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, parse_variant
+from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, narrow_space, parse_variant
 from puzzle.variants.least_squares import RIDGE
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import pytest
@@ -11,12 +10,10 @@ from tests.variants.conftest import activation_moments, moments, pico_parent, su
 from torch import Tensor
 
 from puzzle.variants import (
-    SUBBLOCKS,
     ParentSubblock,
     Start,
     Subblock,
     derive_space,
-    expected_losses,
     parse_variant,
     prune_space,
 )
@@ -67,22 +64,6 @@ def test_it_falls_with_the_size(channels: Any) -> None:
         losses = [variant.expected_loss(parent, variant.initialise(parent)) for variant in variants]
         assert losses == sorted(losses, reverse=True)  # type: ignore[type-var]
         assert losses[0] < 1  # type: ignore[operator]
-
-
-def test_every_variant_of_every_layer_is_asked_with_one_subblock_held_at_a_time() -> None:
-    parents = {which: calibrated(which, False)[0] for which in SUBBLOCKS}
-    space = derive_space(parents["ffn"].config, kv_heads=[2], ffn_widths=[20], attention=["none"], ffn=["rank6"])
-    asked: list[tuple[int, Subblock]] = []
-
-    def read(layer: int, which: Subblock) -> ParentSubblock:
-        asked.append((layer, which))
-        return parents[which]
-
-    losses = expected_losses(read, space)
-    assert asked == list(product(range(2), SUBBLOCKS))
-    names = {"attention": ["kv4", "kv2", "none"], "ffn": ["w48", "w20", "rank6"]}
-    assert list(losses) == [(layer, which, name) for layer, which in asked for name in names[which]]
-    assert (losses[0, "ffn", "w48"], losses[0, "attention", "none"], losses[1, "attention", "kv2"]) == (0, 1, None)
 
 
 def pruned(which: Subblock, starts: dict[str, float | None], ratio: float) -> list[str]:

@@ -138,9 +138,3 @@ def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
     PuzzleForCausalLM(config)(random_tokens(2, 5))
     back = Architecture.parse(BLOCKS).configure(config)
     assert back.to_dict() == before
-
-
-def test_kv_heads_that_the_attention_heads_cannot_share() -> None:
-    wrong = Architecture.parse(["kv4+w48", "kv3+w48"])
-    with pytest.raises(PuzzleError, match=r"layer 1 has kv3, which does not divide the parent's 4 attention"):
-        wrong.configure(pico_puzzle(*BLOCKS).config)

@@ -21,7 +21,7 @@ from torch import Tensor
 from puzzle.child.realise import Child, save_child
 from puzzle.data import TokenData
 from puzzle.device import autocast
-from puzzle.library import HeldOut, Student, fit, held_out, student_texts
+from puzzle.library import Student, fit, held_out, student_texts
 from puzzle.parents import Parent
 from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.stages import BLD_BYTES, REFINE
@@ -96,16 +96,16 @@ class _Refinement:
         student, training = self._student(layer, self._child.layer_state(layer)), self._folder / f"training{layer:03d}"
         passes, precision = partial(self._passes, layer), self._stream.model.dtype
 
-        def measured() -> HeldOut:
+        def measured() -> tuple[float, float]:
             return held_out([student], passes("validation"), precision)[student.name]
 
-        student.power = measured().power or 1.0  # 1 for a layer of the parent that adds nothing
-        initial = loss = measured().loss
+        student.power = measured()[1] or 1.0  # 1 for a layer of the parent that adds nothing
+        initial = loss = measured()[0]
         if student.parameters():
             start, rate = student.state(), self._run.recipe.refine.learning_rate
             text = partial(passes, "training")
             fit([student], text, steps=self._steps, learning_rate=rate, precision=precision, folder=training, bar=bar)
-            loss = measured().loss
+            loss = measured()[0]
             write_tensors(self._folder / f"layer{layer:03d}.safetensors", student.state() if loss < initial else start)
         shutil.rmtree(training, ignore_errors=True)
         return {"layer": layer, "initial_loss": initial, "loss": min(loss, initial)}

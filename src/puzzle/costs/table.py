@@ -11,6 +11,7 @@ share of a middle one's time is taken for all FFNs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -32,14 +33,14 @@ Stack = tuple[BlockVariant, ...]
 
 def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
     """What is measured for a space, by name; once for each shape."""
-    pad = _pad(space, config)
+    pad, empty = _pad(space, config), BlockVariant.parse("none+none")
     stacks: dict[str, Stack] = {
         PADS: (pad, pad),
-        _EMPTY_LAYERS: (pad, *[BlockVariant.empty()] * EMPTY_LAYERS, pad),
+        _EMPTY_LAYERS: (pad, *[empty] * EMPTY_LAYERS, pad),
         _WHOLE: (pad, *[pad] * COPIES, pad),
-        _LAST: (pad, BlockVariant.alone(pad.attention)),
+        _LAST: (pad, replace(empty, attention=pad.attention)),
     }
-    alone = {_name(each): BlockVariant.alone(each) for each in _variants(space) if not each.absent}
+    alone = {_name(each): replace(empty, **{each.subblock: each}) for each in _variants(space) if not each.absent}
     return stacks | {name: (pad, *[block] * COPIES, pad) for name, block in alone.items()}
 
 

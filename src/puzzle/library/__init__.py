@@ -1,15 +1,13 @@
 """The block library: calibration statistics, starts, BLD, storage."""
 
+from puzzle.library.bld import build_library as build_library
 from puzzle.library.library import LayerBlocks as LayerBlocks
 from puzzle.library.library import Library as Library
 from puzzle.library.library import Names as Names
-from puzzle.library.library import build_library as build_library
 from puzzle.library.library import final_states as final_states
-from puzzle.library.library import narrow_space as narrow_space
-from puzzle.library.library import promising_space as promising_space
 from puzzle.library.statistics import Statistics as Statistics
 from puzzle.library.statistics import calibrate as calibrate
-from puzzle.library.students import HeldOut as HeldOut
+from puzzle.library.statistics import promising_space as promising_space
 from puzzle.library.students import Student as Student
 from puzzle.library.students import fit as fit
 from puzzle.library.students import held_out as held_out

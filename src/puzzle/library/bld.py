@@ -1,7 +1,7 @@
-"""Blockwise local distillation (paper section 2.2): students of many layers trained at once, each alone.
+"""Blockwise local distillation (paper section 2.2): the students of many layers trained at once, each alone.
 
-Each learns from the parent's own input to its layer. One pass of the parent over the text feeds every student of the
-layers in memory; how many these are changes no result, since students share nothing but the text.
+Each student learns from the parent's own input to its layer. One pass of the parent over the text feeds every student
+of the layers in memory; how many these are changes no result, since students share nothing but the text.
 
     variants/DIGEST.json           what came of one student; shared by every library of the run folder
     variants/DIGEST.safetensors    its weights; none for a variant without weights
@@ -12,74 +12,131 @@ The digest is that of everything that the result follows from, so that nothing i
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from puzzle.artefacts import LibraryRow
+from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
+from puzzle.distributed.tasks import for_layers
+from puzzle.library.library import Library, nested
+from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student, fit, held_out, student_texts, update_projections
 from puzzle.parents import Parent
-from puzzle.runs import Run, digest, progress, read_json, write_json, write_tensors
-from puzzle.stages import BLD_BYTES
+from puzzle.runs import Run, digest, progress, read_json, read_parsed, write_json, write_tensors, write_text
+from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
 from puzzle.training import remove_states, saved_names
-from puzzle.variants import State, Variant
+from puzzle.variants import BlockVariant, Space, Start, State, Subblock, Variant
 
 _BYTES_PER_FIXED_PARAMETER = 12
 """What is left of them in a least-squares update: weight, best so far, and the copy that is compared with it."""
 
 
-@dataclass(frozen=True)
-class StudentPlan:
-    """A student before it is built, and where its result is kept."""
+class StudentPlan(NamedTuple):
+    """A student before it is built."""
 
     layer: int
-    variants: Sequence[Variant]
-    """One, or two that are trained as a whole block."""
+    subblock: str
+    """`block` for two variants that are trained as a whole."""
+    variants: tuple[Variant, ...]
     num_params: int
-    build: Callable[[], Student]
-    identity: Any
-    """What its weights follow from, beside layer and variants."""
+    file: str
+    """Its weights, relative to the run folder; the row of the library's index is beside them, as JSON."""
 
-    @cached_property
-    def _named(self) -> dict[str, Any]:
-        """What its row in the library's index says before any training."""
-        subblock = self.variants[0].subblock if len(self.variants) == 1 else "block"
-        variant = "+".join(each.name for each in self.variants)
-        file = f"variants/{digest([self.identity, self.layer, subblock, variant])[:24]}.safetensors"
-        return {"layer": self.layer, "subblock": subblock, "variant": variant, "file": file, "widened_from": ""}
-
-    def result(self, root: Path) -> LibraryRow | None:
-        """What came of it; None if it is not trained yet."""
-        file = (root / self._named["file"]).with_suffix(".json")
-        return LibraryRow(**read_json(file)) if file.exists() else None
-
-    def write(self, root: Path, state: State, **losses: Any) -> None:
-        """Keep what came of it."""
-        weights = root / self._named["file"]
-        weights.parent.mkdir(exist_ok=True)
-        if state:
-            write_tensors(weights, state)
-        write_json(weights.with_suffix(".json"), self._named | ({} if state else {"file": ""}) | losses)
+    def row_file(self, root: Path) -> Path:
+        return (root / self.file).with_suffix(".json")
 
 
-def train_students(
-    run: Run, parent: Parent, data: TokenData, plans: Callable[[], list[StudentPlan]], layers: range, folder: Path
+Make = Callable[[Sequence[StudentPlan]], list[Student]]
+
+
+def build_library(
+    run: Run, parent: Parent, data: TokenData, statistics: Statistics, space: Space, *, coupled: bool = False
+) -> Library:
+    """Initialise and train all variants that `space` names beside the parent's own.
+
+    Args:
+        coupled: also train every block composed of them as a whole (paper section 2.2).
+    """
+    subblocks = build_library(run, parent, data, statistics, space) if coupled else None
+    stage = run.open(LIBRARY, parent=parent, data=data, statistics=statistics, space=space.names, coupled=coupled)
+    index_file = stage.path / "index.json"
+    if not stage.done:
+        identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
+        for name in ("space", "coupled"):
+            del identity["inputs"][name]
+        plans = student_plans(parent, space, subblocks, identity)
+        costs = [1.0 + sum(plan.num_params for plan in plans if plan.layer == i) for i in range(parent.num_layers)]
+        make = partial(students_at_start, run, parent, statistics, subblocks)
+        for_layers(run, stage, partial(_train_layers, run, parent, data, plans, make), costs)
+        rows = [LibraryRow(**read_json(plan.row_file(run.path))) for plan in plans]
+        rows = nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
+        write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
+        stage.commit()
+    return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
+
+
+def student_plans(parent: Parent, space: Space, subblocks: Library | None, identity: Any) -> list[StudentPlan]:
+    """Of every variant beside the parent's own; or of every block composed of them that has weights.
+
+    Args:
+        subblocks: what whole blocks start from; None: subblocks are trained.
+        identity: what all students follow from.
+    """
+    plans, config = [], parent.config
+    made_of: dict[tuple[Variant, ...], Any]
+    for layer, choices in enumerate(space.layers):
+        if subblocks is None:
+            made_of = {(variant,): identity for variant in (*choices.attention[1:], *choices.ffn[1:])}
+        else:
+            blocks = (block for block in choices.blocks()[1:] if block.num_params(config))
+            made_of = {block.subblocks: [identity, subblocks.sources(layer, block)] for block in blocks}
+        for variants, made in made_of.items():
+            subblock = variants[0].subblock if subblocks is None else "block"
+            file = f"variants/{digest([made, layer, subblock, *map(str, variants)])[:24]}.safetensors"
+            num_params = sum(variant.num_params(config) for variant in variants)
+            plans.append(StudentPlan(layer, subblock, variants, num_params, file))
+    return plans
+
+
+def students_at_start(
+    run: Run, parent: Parent, statistics: Statistics, subblocks: Library | None, plans: Sequence[StudentPlan]
+) -> list[Student]:
+    """The students of these plans, those of a subblock one after another: they share the ranking of its channels."""
+    settings, config, students = run.recipe.library, parent.config, list[Student]()
+    start, of_block = Start(method=settings.start, channels=settings.channels), settings.loss == "block"
+    for (layer, subblock), group in groupby(plans, key=lambda plan: (plan.layer, plan.subblock)):
+        powers, trained = statistics.layer(layer), True
+        if subblocks is None:
+            own = statistics.parent_subblock(parent, start, run.device, layer, cast(Subblock, subblock))
+        for variants in (plan.variants for plan in group):
+            if subblocks is None:
+                state, own_power = variants[0].initialise(own), own.statistics["output_power"]
+                trained = of_block or settings.start == "paper" or not variants[0].closed_form
+            else:
+                state = subblocks.block_state(layer, BlockVariant(*variants))
+                own_power = powers["block_contribution_power"]
+            power = float(powers["block_power"] if of_block else own_power)
+            made = Student(layer, variants, config, state, power, run.device, trained=trained, loss=settings.loss)
+            students.append(made)
+    return students
+
+
+def _train_layers(
+    run: Run, parent: Parent, data: TokenData, plans: Sequence[StudentPlan], make: Make, layers: range, folder: Path
 ) -> None:
     """Train what these layers lack, as many layers at a time as fit the memory. A task, also in another process.
 
     Args:
-        plans: of all layers; called here, since students cannot be sent.
         folder: for activations and training state, from which a training that was cut off goes on.
     """
     missing = defaultdict(list)
-    for plan in plans():
-        if plan.layer in layers and plan.result(run.path) is None:
+    for plan in plans:
+        if plan.layer in layers and not plan.row_file(run.path).exists():
             missing[plan.layer].append(plan)
     if not missing:
         return
@@ -95,12 +152,19 @@ def train_students(
     for group in stream.groups(sorted(missing), training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
         stream.prepare(group.start, texts)
         together = [plan for layer in group for plan in missing.pop(layer, [])]
-        _train_group(run, stream, texts, group, together, steps, folder)
+        _train_group(run, stream, texts, group, together, make, steps, folder)
     stream.close()
 
 
 def _train_group(
-    run: Run, stream: Stream, texts: Texts, layers: range, plans: Sequence[StudentPlan], steps: int, folder: Path
+    run: Run,
+    stream: Stream,
+    texts: Texts,
+    layers: range,
+    plans: Sequence[StudentPlan],
+    make: Make,
+    steps: int,
+    folder: Path,
 ) -> None:
     """The students of the layers in memory, from their start to files on disk.
 
@@ -109,9 +173,10 @@ def _train_group(
     result alone: an output projection fitted to merged heads is small where they are wrong, which keeps them from
     learning, so that training from it ends worse (benchmarks/library.md).
     """
-    settings, students = run.recipe.library, [plan.build() for plan in plans]
+    settings, students = run.recipe.library, make(plans)
     label = f"BLD of layer {layers[0]}" if len(layers) == 1 else f"BLD of layers {layers[0]}-{layers[-1]}"
     moment_bytes = stream.room(layers) - _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in plans)
+    best: dict[str, tuple[float, State]] = {}
 
     def passes(text: str, first: int = 0) -> Iterator[Iterator[LayerPass]]:
         return stream.passes(layers, text, texts[text](), first)
@@ -120,17 +185,18 @@ def _train_group(
         update_projections(some, lambda: chain.from_iterable(passes("calibration")), moment_bytes)
 
     def keep_better(some: Sequence[Student]) -> None:
-        """Take the losses and weights of students that are better than before."""
+        """Keep the losses and weights of students that are better than before."""
         found = held_out(some, passes("validation"))
         for student in some:
-            if found[student.name].loss < best[student.name][0]:
-                best[student.name] = found[student.name].loss, student.state()
+            loss, _ = found[student.name]
+            if student.name not in best or loss < best[student.name][0]:
+                best[student.name] = loss, student.state()
 
-    merged = [s for s in students if s.subblock == "attention" and settings.start == "closed_form"]
+    merged = [each for each in students if each.subblock == "attention" and settings.start == "closed_form"]
     starts = [student.state() for student in merged]
     update(merged)
-    losses = held_out(students, passes("validation"))
-    best = {student.name: (losses[student.name].loss, student.state()) for student in students}
+    keep_better(students)
+    initial = {name: loss for name, (loss, _) in best.items()}
     for student, start in zip(merged, starts, strict=True):
         for name, parameter in student.parameters().items():
             parameter.data.copy_(start[name])
@@ -147,9 +213,15 @@ def _train_group(
         if settings.least_squares:
             update(trained)
             keep_better(trained)
-        if rest := sum(best[student.name][0] == losses[student.name].loss for student in trained):
+        if rest := sum(best[student.name][0] == initial[student.name] for student in trained):
             run.log(f"{label}: {rest} of {len(trained)} became no better and keep their start")
+    (run.path / "variants").mkdir(exist_ok=True)
     for plan, student in zip(plans, students, strict=True):
-        (loss, state), tokens = best[student.name], settings.tokens if student in trained else 0
-        plan.write(run.path, state, initial_loss=losses[student.name].loss, loss=loss, trained_tokens=tokens)
+        loss, weights = best[student.name]
+        if weights:
+            write_tensors(run.path / plan.file, weights)
+        row = {"layer": plan.layer, "subblock": plan.subblock, "variant": "+".join(map(str, plan.variants))}
+        row |= {"file": plan.file if weights else "", "widened_from": ""}
+        row |= {"initial_loss": initial[student.name], "loss": loss}
+        write_json(plan.row_file(run.path), row | {"trained_tokens": settings.tokens if student in trained else 0})
     remove_states(folder)

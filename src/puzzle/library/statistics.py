@@ -7,11 +7,9 @@ normed input and y the subblock's output:
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
     output_power [] = E[y^2], per element
 
-what the parent's variant records for smaller forms of itself (`Variant.record`): of a gated FFN, a being the inputs of
-its down projection, and of attention, o_g being the outputs of the query heads that share KV head g,
+of the inputs a of the module that the parent's variant names (`Variant.recorded`), a gated FFN's down projection,
 
     activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]
-    group_contribution [KV heads] = E||W_o[:, g] o_g||
 
 and per layer, x being its input and x' its output:
 
@@ -26,6 +24,7 @@ activations, the largest by far and never centred, is summed in float32 (what th
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,12 +35,11 @@ from puzzle.data import TokenData
 from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleDecoderLayer
 from puzzle.parents import Parent
-from puzzle.runs import Run, progress, read_tensors, write_tensors
-from puzzle.stages import CALIBRATE
+from puzzle.runs import Run, progress, read_json, read_tensors, write_json, write_tensors
+from puzzle.stages import CALIBRATE, SPACE
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import SUBBLOCKS, ParentSubblock, Start, State, Subblock, Variant, add_sum, split_state
+from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, Start, State, Subblock, add_sum, prune_space, split_state
 
 _BATCH_SIZE = 8
 
@@ -90,16 +88,36 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
     if not stage.done:
         task = partial(_calibrate_layers, run, parent, data, statistics)
         for_layers(run, stage, task, [1.0 + size for size in _sum_bytes(parent)])
-        stage.commit(tokens=_num_tokens(run, data))
+        stage.commit()
     return statistics
 
 
-_Sums = dict[tuple[int, str], State]
-"""Over tokens, by layer and subblock, which is empty for what is of the whole layer."""
+def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Space) -> Space:
+    """`space` without the variants that start with `space.prune` times the error of a smaller one.
 
-
-def _num_tokens(run: Run, data: TokenData) -> int:
-    return data.num_sequences("calibration", run.recipe.calibration.tokens) * data.sequence_length
+    No forward pass is made. The expected losses are kept as `expected.json`.
+    """
+    if (ratio := run.recipe.space.prune) is None:
+        return space
+    stage = run.open(SPACE, parent=parent, statistics=statistics, space=space.names)
+    file = stage.path / "expected.json"
+    if not stage.done:
+        # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
+        start, rows = Start(channels=run.recipe.library.channels), []
+        for layer, which in product(range(parent.num_layers), SUBBLOCKS):
+            own = statistics.parent_subblock(parent, start, run.device, layer, which)
+            for variant in space.layers[layer].subblock(which):
+                rows.append([layer, which, variant.name, variant.expected_loss(own, variant.initialise(own))])
+        write_json(file, rows)
+        stage.commit()
+    losses = {(layer, which, variant): loss for layer, which, variant, loss in read_json(file)}
+    pruned = prune_space(space, losses, parent.config, ratio)
+    before, after = (sum(map(len, each.names)) for each in (space, pruned))
+    if before != after:
+        run.log(
+            f"space: {before - after} of {before} variants start {ratio:g} times worse than a smaller one; left out"
+        )
+    return pruned
 
 
 def _sum_bytes(parent: Parent) -> list[int]:
@@ -119,84 +137,76 @@ def _calibrate_layers(
         return
     stream, file = Stream(run, parent, folder / "activations"), folder / "partial.safetensors"
     text = partial(data.inputs, "calibration", _BATCH_SIZE, run.recipe.calibration.tokens)
-    sum_bytes, num_tokens = _sum_bytes(parent), _num_tokens(run, data)
-    for group in stream.groups(missing, sum_bytes.__getitem__, {layer for layer, _ in _read(file)[1]}):
+    sum_bytes, settings = _sum_bytes(parent), run.recipe.calibration
+    num_tokens = data.num_sequences("calibration", settings.tokens) * data.sequence_length
+    for group in stream.groups(missing, sum_bytes.__getitem__, _read(file)[1]):
         stream.prepare(group.start, {"calibration": text})
         batches, sums = _read(file, stream.model.device)
-        if {layer for layer, _ in sums} != set(group):
-            batches, sums = 0, defaultdict(dict)
+        if sums.keys() != set(group):
+            batches, sums = 0, {layer: {} for layer in group}
         timer = SaveTimer(sum(sum_bytes[layer] for layer in group))
         label = "calibrate" if len(group) == stream.num_layers else f"calibrate layers {group[0]}-{group[-1]}"
         handles = [
-            layer.get_submodule(variant.recorded).register_forward_pre_hook(
-                partial(_record, variant, sums[index, variant.subblock], layer)
-            )
-            for index, layer in enumerate(stream.layers)
-            for variant in parent.architecture.blocks[index].subblocks
-            if index in group and variant.recorded is not None
+            stream.layers[layer]
+            .get_submodule(variant.recorded)
+            .register_forward_pre_hook(partial(_record, f"{variant.subblock}.", sums[layer]))
+            for layer in group
+            for variant in parent.architecture.blocks[layer].subblocks
+            if variant.recorded is not None
         ]
         with progress(label, num_tokens, batches * _BATCH_SIZE * data.sequence_length) as bar:
             passes = stream.passes(group, "calibration", text(), batches)
             for number, layer_passes in enumerate(passes, batches + 1):
                 for seen in layer_passes:
-                    _add_layer(sums[seen.index, ""], seen)
-                    for which in SUBBLOCKS:
-                        _add_subblock(sums[seen.index, which], seen, which)
+                    _add(sums[seen.index], seen)
                 bar.advance(seen.num_tokens)
                 if timer.due():
                     with timer.saving():
-                        named = {f"{i}.{which}.{name}": v for (i, which), s in sums.items() for name, v in s.items()}
-                        write_tensors(file, named | {"..batches": torch.tensor(number)})
+                        named = {f"{layer}.{name}": v for layer in group for name, v in sums[layer].items()}
+                        write_tensors(file, named | {"batches": torch.tensor(number)})
         for handle in handles:
             handle.remove()
         for layer in group:
-            _write(statistics.file(layer), layer, sums, num_tokens)
+            moments = {name: total.div_(num_tokens).float() for name, total in sums.pop(layer).items()}
+            if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
+                raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
+            write_tensors(statistics.file(layer), moments)
     stream.close()
 
 
-def _read(file: Path, device: torch.device | str = "cpu") -> tuple[int, _Sums]:
-    """The number of batches that were saved, and their sums; nothing, if there is no file."""
-    sums: _Sums = defaultdict(dict)
+def _read(file: Path, device: torch.device | str = "cpu") -> tuple[int, dict[int, State]]:
+    """The number of batches that were saved, and their sums by layer; nothing, if there is no file."""
+    sums: dict[int, State] = defaultdict(dict)
     saved = read_tensors(file) if file.exists() else {}
-    batches = int(saved.pop("..batches", 0))
+    batches = int(saved.pop("batches", 0))
     for name, value in saved.items():
-        layer, which, moment = name.split(".")
-        sums[int(layer), which][moment] = value.to(device)
+        layer, _, moment = name.partition(".")
+        sums[int(layer)][moment] = value.to(device)
     return batches, sums
 
 
-def _write(file: Path, layer: int, sums: _Sums, num_tokens: int) -> None:
-    moments = {
-        f"{which}.{name}".removeprefix("."): total.div_(num_tokens).float()
-        for which in ("", *SUBBLOCKS)
-        for name, total in sums.pop((layer, which), {}).items()
-    }
-    if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
-        raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
-    write_tensors(file, moments)
+def _record(prefix: str, sums: State, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A hook: add the moments of what enters a module. The second is summed in float32."""
+    activation_NI = inputs[0].float().flatten(0, -2)
+    add_sum(sums, f"{prefix}activation_mean_abs", activation_NI.abs().sum(0))
+    name, channels = f"{prefix}activation_second_moment", activation_NI.shape[1]
+    if name not in sums:
+        sums[name] = activation_NI.new_zeros(channels, channels)
+    sums[name].addmm_(activation_NI.T, activation_NI)
 
 
-def _record(variant: Variant, sums: State, layer: PuzzleDecoderLayer, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """A hook of the module whose inputs the parent's variant records."""
-    variant.record(sums, layer, *inputs)
-
-
-def _add_layer(sums: State, seen: LayerPass) -> None:
-    """The sums of a batch that are of the whole layer."""
+def _add(sums: State, seen: LayerPass) -> None:
+    """Add the other moments of a batch."""
     input_ND, output_ND = (each.float().flatten(0, 1) for each in (seen.inputs_BTD["attention"], seen.output_BTD))
     add_sum(sums, "influence", (1 - cosine_similarity(input_ND, output_ND, dim=-1)).sum())
     add_sum(sums, "block_power", output_ND.square().mean(-1).sum())
     add_sum(sums, "block_contribution_power", (output_ND - input_ND).square().mean(-1).sum())
-
-
-def _add_subblock(sums: State, seen: LayerPass, which: Subblock) -> None:
-    """Those of one subblock; none if it is left out in the parent."""
-    norm = seen.layer.norm_of(which)
-    if norm is None:
-        return
-    h_ND, y_ND = (each.float().flatten(0, 1) for each in (norm(seen.inputs_BTD[which]), seen.added_BTD[which]))
-    add_sum(sums, "input_mean", h_ND.sum(0))
-    add_sum(sums, "input_second_moment", h_ND.T @ h_ND)
-    add_sum(sums, "output_mean", y_ND.sum(0))
-    add_sum(sums, "cross_moment", y_ND.T @ h_ND)
-    add_sum(sums, "output_power", y_ND.square().mean(-1).sum())
+    for which in SUBBLOCKS:
+        if (norm := seen.layer.norm_of(which)) is None:  # the parent has left it out
+            continue
+        h_ND, y_ND = (each.float().flatten(0, 1) for each in (norm(seen.inputs_BTD[which]), seen.added_BTD[which]))
+        add_sum(sums, f"{which}.input_mean", h_ND.sum(0))
+        add_sum(sums, f"{which}.input_second_moment", h_ND.T @ h_ND)
+        add_sum(sums, f"{which}.output_mean", y_ND.sum(0))
+        add_sum(sums, f"{which}.cross_moment", y_ND.T @ h_ND)
+        add_sum(sums, f"{which}.output_power", y_ND.square().mean(-1).sum())

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,15 @@ class Student:
         trained: bool = True,
         loss: Literal["subblock", "block", "refined"] = "subblock",
     ) -> None:
-        self.layer, self.power, self._loss = layer, power, loss
-        self.variants = tuple(variants)
-        self._first = self.variants[0].subblock
-        self.subblock = self._first if len(self.variants) == 1 else "block"
+        self.layer, self.variants, self.power, self._loss = layer, tuple(variants), power, loss
+        self.subblock = variants[0].subblock if len(variants) == 1 else "block"
         # Copied: variants of a subblock start from the same tensors of the parent, and each trains its own.
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self._modules = [v.build(config, split_state(own, v.subblock)).requires_grad_(trained) for v in self.variants]
+        self._modules = [v.build(config, split_state(own, v.subblock)).requires_grad_(trained) for v in variants]
+        self._weights = dict(chain.from_iterable(module.named_parameters() for module in self._modules))
+        last = variants[0].output_projection if len(variants) == 1 else None
+        self.projection = None if last is None else cast(nn.Linear, self._modules[0].get_submodule(last))
+        """The linear map that a single subblock's output comes from, if its variant has one."""
 
     @property
     def name(self) -> str:
@@ -68,24 +70,21 @@ class Student:
 
     def parameters(self) -> dict[str, Tensor]:
         """What is trained, by name; float32. Empty if there is nothing to train."""
-        return {name: value for name, value in self._named() if value.requires_grad}
+        return {name: value for name, value in self._weights.items() if value.requires_grad}
 
     def state(self) -> State:
         """Its weights as they are now, copies."""
-        return {name: value.detach().clone() for name, value in self._named()}
-
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return chain.from_iterable(module.named_parameters() for module in self._modules)
+        return {name: value.detach().clone() for name, value in self._weights.items()}
 
     def output(self, hidden_BTD: Tensor, context: Mapping[str, Any]) -> Tensor:
         """What it adds to the residual stream, [B, T, D], from its input in float32."""
-        output_BTD = self._modules[0].subblock_output(self._first, hidden_BTD, **context)
+        output_BTD = self._modules[0].subblock_output(self.variants[0].subblock, hidden_BTD, **context)
         for module in self._modules[1:]:
             output_BTD = output_BTD + module.subblock_output("ffn", hidden_BTD + output_BTD, **context)
         return output_BTD
 
     def _output(self, seen: LayerPass) -> Tensor:
-        return self.output(seen.inputs_BTD[self._first].float(), seen.context)
+        return self.output(seen.inputs_BTD[self.variants[0].subblock].float(), seen.context)
 
     def target(self, seen: LayerPass) -> Tensor:
         """What its loss is relative to, [B, T, D]."""
@@ -93,9 +92,8 @@ class Student:
 
     def _wanted(self, seen: LayerPass) -> Tensor:
         """The output that it learns; of both subblocks not by the layer's output, which was rounded."""
-        if len(self.variants) == 2:
-            return seen.added_BTD["attention"].float() + seen.added_BTD["ffn"].float()
-        return seen.added_BTD[self._first]
+        first, *rest = (seen.added_BTD[variant.subblock].float() for variant in self.variants)
+        return sum(rest, first)
 
     def loss(self, seen: LayerPass) -> Tensor:
         """Its loss on a batch, a scalar with its gradient."""
@@ -109,16 +107,8 @@ class Student:
             output_BTD = output_BTD + seen.layer.subblock_output("ffn", middle_BTD, **seen.context)
         return (output_BTD.float() - wanted_BTD.float()).square().mean() / self.power
 
-    @property
-    def projection(self) -> nn.Linear | None:
-        """The linear map that a single subblock's output comes from, if its variant has one."""
-        name = self.variants[0].output_projection
-        if name is None or len(self.variants) == 2:
-            return None
-        return cast(nn.Linear, self._modules[0].get_submodule(name))
-
     def projection_input(self, seen: LayerPass) -> Tensor:
-        """What enters that map on a batch, [B, T, I]."""
+        """What enters its projection on a batch, [B, T, I]."""
         captured: list[Tensor] = []
         assert self.projection is not None
         handle = self.projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
@@ -177,20 +167,14 @@ def fit(
     return train(parts, gradients, steps=steps, warmup=_WARMUP, max_grad_norm=_MAX_GRAD_NORM, folder=folder, bar=bar)
 
 
-class HeldOut(NamedTuple):
-    """A student on held-out text."""
-
-    loss: float
-    """E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0; inf if it is not finite."""
-    power: float
-    """E||y||^2, per element."""
-
-
 @torch.no_grad()
 def held_out(
     students: Sequence[Student], text: Iterable[Iterable[LayerPass]], precision: torch.dtype = torch.float32
-) -> dict[str, HeldOut]:
-    """The loss of each student over a text, by name."""
+) -> dict[str, tuple[float, float]]:
+    """Of each student over a text, by name: its loss, inf if it is not finite, and what that is relative to.
+
+    E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0; and E||y||^2, per element.
+    """
     sums: State = {}
     for student, seen in _of_layer(students, chain.from_iterable(text)):
         with autocast(seen.output_BTD.device, precision):
@@ -200,7 +184,7 @@ def held_out(
     found = {}
     for name, (error_sum, power_sum, tokens) in ((name, sums_3.tolist()) for name, sums_3 in sums.items()):
         loss = error_sum / (power_sum or tokens)
-        found[name] = HeldOut(loss if math.isfinite(loss) else math.inf, power_sum / tokens)
+        found[name] = loss if math.isfinite(loss) else math.inf, power_sum / tokens
     return found
 
 
@@ -218,25 +202,23 @@ def update_projections(students: Sequence[Student], text: Callable[[], Iterable[
     projections = {student: student.projection for student in students if student.projection is not None}
 
     def num_bytes(student: Student) -> int:
-        inputs = projections[student].in_features
-        return 8 * inputs * (inputs + projections[student].out_features)
+        outputs, inputs = projections[student].weight.shape
+        return 8 * inputs * (inputs + outputs)
 
     # While one is added to and solved, it takes the room of two more.
     room = memory_bytes - max((2 * num_bytes(student) for student in projections), default=0)
     for group in packed(projections, num_bytes, room):
         sums: dict[Student, State] = defaultdict(dict)
         for student, seen in _of_layer(group, text()):
-            bias, wanted_ND = (
-                projections[student].bias,
-                seen.added_BTD[student.variants[0].subblock].float().flatten(0, 1),
-            )
-            wanted_ND = wanted_ND if bias is None else wanted_ND - bias
+            wanted_ND = seen.added_BTD[student.variants[0].subblock].float().flatten(0, 1)
+            if (bias := projections[student].bias) is not None:
+                wanted_ND = wanted_ND - bias
             input_NI = student.projection_input(seen).float().flatten(0, 1)
             add_sum(sums[student], "second_II", input_NI.T @ input_NI)
             add_sum(sums[student], "cross_DI", wanted_ND.T @ input_NI)
             add_sum(sums[student], "tokens", torch.tensor(len(input_NI)))
-        for student, projection in ((student, projections[student]) for student in group):
-            moments = sums.pop(student)
+        for student in group:
+            projection, moments = projections[student], sums.pop(student)
             second_II, cross_DI = (moments.pop(name) / moments["tokens"] for name in ("second_II", "cross_DI"))
             weight_DI = projection.weight.double()
             left_DI = cross_DI - weight_DI @ second_II

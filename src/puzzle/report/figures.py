@@ -57,7 +57,7 @@ def architecture(data: ReportData) -> go.Figure:
         shares, full = [variant.share(own) for variant, own in pairs], [sign] * len(layers)
         colours = [COLOURS["other" if share is None else which] for share in shares]
         hover = [
-            f"layer {layer}, {_LABELS[which]}<br><b>{variant.description}</b><br>parent: {own.description}"
+            f"layer {layer}, {_LABELS[which]}<br><b>{variant}</b><br>parent: {own}"
             for layer, (variant, own) in enumerate(pairs)
         ]
         heights = [sign * (_SLAB if share is None else share) for share in shares]
@@ -79,7 +79,8 @@ def scores(data: ReportData) -> go.Figure:
     scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
     labels, z, hover, dots = list[str](), [], [], []
     for which in SUBBLOCKS:
-        for variant in sorted({block.subblock(which) for block in scored}, key=lambda variant: variant.order):
+        shown = {block.subblock(which) for block in scored}
+        for variant in sorted(shown, key=lambda variant: (-(variant.size or 0), variant.name)):
             label = f"{_LABELS[which]} {variant.name}"
             names = [replace(own, **{which: variant}).name for own in parents]
             rows = [by_key.get((layer, name)) for layer, name in enumerate(names)]

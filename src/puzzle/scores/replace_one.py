@@ -1,8 +1,16 @@
-"""Replace-1-block scores: the parent with one block replaced, as a model, on held-out text (paper section 2.3)."""
+"""Replace-1-block scores: the parent with one block replaced, as a model, on held-out text (paper section 2.3).
+
+The inputs of a layer are on disk for all scoring text, so that a candidate costs its own block and the layers after it,
+not the whole model (law 9: the same as a full forward). Of a streamed parent the layers after the block are held a few
+at a time, for as much text as the candidates' states then leave room for.
+
+Shapes: A candidate blocks, B sequences a batch, T tokens, D hidden size, N = B * T, n sequences, M metrics.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +19,27 @@ from torch import Tensor
 
 from puzzle.artefacts import ScoreRow, ScoreTable
 from puzzle.data import TokenData
+from puzzle.device import tokens_at_once
 from puzzle.distributed.tasks import for_layers
+from puzzle.errors import PuzzleError
 from puzzle.library import LayerBlocks, Library
+from puzzle.metrics import compare
+from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
+from puzzle.recipe import ScoreSettings
 from puzzle.runs import Run, progress, read_json, read_parsed, write_json, write_tensors, write_text
-from puzzle.scores.suffix import KL, METRICS, SuffixScorer, state_bytes, variance_of_mean
-from puzzle.scores.task import Task, check_memory, load_task, task_name, task_score, with_block
+from puzzle.scores.task import Task, load_task, task_name, task_score, with_block
 from puzzle.stages import SCORE
 from puzzle.streams import Stream
-from puzzle.variants import BlockVariant, Space
+from puzzle.units import format_bytes
+from puzzle.variants import BlockVariant, LayerSpace, Space
+
+METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
+"""Per-sequence means, the columns of [n, M]."""
+_BATCH_TOKENS = 2048
+"""Of a batch of text on disk: longer ones save nothing, and all candidates of a layer have a state for each token."""
+_MIN_SHARE = 4
+"""Sequences at least of the share for composed blocks: fewer say nothing of their own spread."""
 
 
 def score(
@@ -30,16 +50,16 @@ def score(
     Args:
         task: in place of the recipe's `score.task`. The address has its module and name, not its code.
     """
-    settings = run.recipe.score
+    settings, layers = run.recipe.score, range(len(space.layers))
     if task is None and settings.task is not None:
         task = load_task(settings.task)
     blocks = [[block.name for block in layer.blocks()] for layer in space.layers]
     name = None if task is None else task_name(task)
     stage = run.open(SCORE, library=library, data=data, space=blocks, task=name)
-    table_file, layers = stage.path / "scores.json", range(len(space.layers))
+    table_file = stage.path / "scores.json"
     if not stage.done:
-        work = partial(_score_layers, run, parent, data, library, space, task, stage.path)
-        for_layers(run, stage, work, [_cost(space, layer) for layer in layers])
+        work = partial(_score_layers, run, data, library, space, task, stage.path)
+        for_layers(run, stage, work, _costs(space))
         table = ScoreTable(
             num_layers=len(layers),
             sequences=data.num_sequences("scoring", settings.tokens),
@@ -47,13 +67,13 @@ def score(
             rows=tuple(ScoreRow(**row) for layer in layers for row in read_json(_rows_file(stage.path, layer))),
         )
         write_text(table_file, table.to_json())
-        stage.commit(blocks=len(table.rows))
+        stage.commit()
     return read_parsed(table_file, ScoreTable.from_json)
 
 
-def _cost(space: Space, layer: int) -> float:
-    """Blocks times the layers after them, roughly."""
-    return len(space.layers[layer].blocks()) * (len(space.layers) - layer)
+def _costs(space: Space) -> list[float]:
+    """Of each layer: blocks times the layers after them, roughly."""
+    return [len(layer.blocks()) * (len(space.layers) - index) for index, layer in enumerate(space.layers)]
 
 
 def _rows_file(path: Path, layer: int) -> Path:
@@ -62,62 +82,55 @@ def _rows_file(path: Path, layer: int) -> Path:
 
 @torch.no_grad()
 def _score_layers(
-    run: Run,
-    parent: Parent,
-    data: TokenData,
-    library: Library,
-    space: Space,
-    task: Task | None,
-    path: Path,
-    layers: range,
-    folder: Path,
+    run: Run, data: TokenData, library: Library, space: Space, task: Task | None, out: Path, layers: range, folder: Path
 ) -> None:
     """The task of a range of layers, also in another process: those that have no file yet."""
-    missing = [layer for layer in layers if not _rows_file(path, layer).exists()]
+    missing = [layer for layer in layers if not _rows_file(out, layer).exists()]
     if not missing:
         return
-    dtype = getattr(torch, run.recipe.precision)
-    one_state = state_bytes(data, parent.config, dtype)
-    candidate_bytes = max(
-        sum(variant.weight_bytes(parent.config, dtype) for variant in (*choices.attention, *choices.ffn))
-        + len(choices.blocks()) * one_state
-        for choices in space.layers
-    )
-    stream = Stream(run, parent, folder / "activations", candidate_bytes)
-    if task is not None:
-        check_memory(stream)
+    parent, dtype, costs = library.parent, getattr(torch, run.recipe.precision), _costs(space)
+    state_bytes = max(_BATCH_TOKENS, data.sequence_length) * parent.config.hidden_size * dtype.itemsize
+
+    def candidate_bytes(choices: LayerSpace) -> int:
+        weights = sum(variant.weight_bytes(parent.config, dtype) for variant in choices.variants)
+        return weights + len(choices.blocks()) * state_bytes
+
+    stream = Stream(run, parent, folder / "activations", max(map(candidate_bytes, space.layers)))
+    if task is not None and not stream.resident:
+        raise PuzzleError(
+            f"score.task: needs the whole parent in memory, {format_bytes(sum(stream.layer_bytes))} of layers, and "
+            f"beside the candidates {format_bytes(max(0, stream.room(())))} are left; raise execution.memory or "
+            "leave score.task out"
+        )
     scorer = SuffixScorer(stream, data, run.recipe.score)
     stream.prepare(stream.num_layers, {"final": scorer.inputs})
     unchanged = scorer.parent()
-    for name, value in (("kl", 0.0), ("cosine", 0.0), ("top1_agreement", 1.0)):
-        unchanged[:, METRICS.index(name)] = value
-    with progress("score", sum(_cost(space, layer) for layer in missing)) as bar:
+    with progress("score", sum(costs[layer] for layer in missing)) as bar:
         for layer in missing:
             stream.prepare(layer, {"scoring": scorer.inputs})
             own, *blocks = space.layers[layer].blocks()
             modules = LayerBlocks(library, layer, blocks, stream.model)
             values = scorer.blocks(modules, blocks, scorer.shared)
-            whole = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
-            for block, rest in scorer.blocks(modules, whole, scorer.rest).items():
+            single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
+            for block, rest in scorer.blocks(modules, single, scorer.rest).items():
                 values[block] = torch.cat([values[block], rest])
             columns = {f"{block}.{name}": values[block][:, i] for block in values for i, name in enumerate(METRICS)}
-            write_tensors(path / f"layer{layer:03d}.safetensors", columns)
+            write_tensors(out / f"layer{layer:03d}.safetensors", columns)
             rows = []
             for block, found in {own: unchanged, **values}.items():
                 if not found.isfinite().all():
                     run.log_warning(f"score of layer {layer} {block} is not finite; it cannot be chosen")
                     continue
-                parts = [BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)]
-                row = _figures(
-                    found, unchanged, [values[part] for part in parts] if len(found) < len(unchanged) else []
-                )
+                halves = [BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)]
+                parts = [values[half] for half in halves] if len(found) < len(unchanged) else []
+                row = {"layer": layer, "block": block.name, **_figures(found, unchanged, parts)}
                 if task is not None:
                     model = partial(with_block, stream.model, layer, block, library)
                     label = "parent" if block == own else f"layer {layer} {block}"
                     row["task"] = task_score(run, task, folder / "task.json", label, model)
-                rows.append({"layer": layer, "block": block.name, **row})
-            write_json(_rows_file(path, layer), rows)
-            bar.advance(_cost(space, layer))
+                rows.append(row)
+            write_json(_rows_file(out, layer), rows)
+            bar.advance(costs[layer])
     stream.close()
 
 
@@ -132,13 +145,98 @@ def _figures(values: Tensor, unchanged: Tensor, parts: Sequence[Tensor]) -> dict
         values: of the block's own sequences, [n, M]. unchanged: of all. parts: of all, of each subblock alone.
     """
     added, count = values - unchanged[: len(values)], len(values)
-    mean, variance = added.mean(0), variance_of_mean(added[:, KL])
+    mean, variance = added.mean(0), variance_of_kl(added)
     if parts:
         summed = torch.stack([part - unchanged for part in parts]).sum(0)
         beyond = added - summed[:count]
         estimate = summed.mean(0) + beyond.mean(0)
         # A divergence is positive, and by chance an estimate of a small one is not; parts may not be finite.
-        if estimate.isfinite().all() and estimate[KL] > 0:
-            mean, variance = estimate, variance_of_mean(summed[:, KL]) + variance_of_mean(beyond[:, KL])
+        if estimate.isfinite().all() and estimate[0] > 0:
+            mean, variance = estimate, variance_of_kl(summed) + variance_of_kl(beyond)
     means = dict(zip(METRICS, (unchanged.mean(0) + mean).tolist(), strict=True))
     return {**means, "kl_se": math.sqrt(variance), "sequences": count}
+
+
+class SuffixScorer:
+    """Scores blocks on batches of a text, prepared to the end as `final`, to the blocks' layer as `scoring`."""
+
+    def __init__(self, stream: Stream, data: TokenData, settings: ScoreSettings) -> None:
+        self._stream, self._model = stream, stream.model
+        count = data.num_sequences("scoring", settings.tokens)
+        share = max(_MIN_SHARE, math.ceil((settings.composed_share or 1.0) * count))
+        share = share if count >= 2 * _MIN_SHARE and share < count else count
+        size = max(1, _BATCH_TOKENS // data.sequence_length)
+        starts = [*range(0, share, size), *range(share, count, size)]
+        self._batches = [data.sequences("scoring", slice(*ends)) for ends in pairwise([*starts, count])]
+        shared = len(range(0, share, size))
+        self.shared, self.rest = range(shared), range(shared, len(self._batches))
+        """The batches that all blocks are scored on, and those for blocks with one subblock replaced alone."""
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The text, [B, T]."""
+        return (tokens_BT[:, :-1] for tokens_BT in self._batches)
+
+    def parent(self) -> Tensor:
+        """The parent's own metrics, [n, M]; exact where they compare it with itself."""
+        last = self._stream.num_layers
+        parts = [self._metrics(batch, self._hidden("final", last, batch))[0] for batch in range(len(self._batches))]
+        unchanged = torch.cat(parts)
+        for name, value in (("kl", 0.0), ("cosine", 0.0), ("top1_agreement", 1.0)):
+            unchanged[:, METRICS.index(name)] = value
+        return unchanged
+
+    def blocks(
+        self, modules: LayerBlocks, blocks: Sequence[BlockVariant], batches: range
+    ) -> dict[BlockVariant, Tensor]:
+        """The metrics of each of the blocks, [n, M]."""
+        if not blocks or not batches:
+            return {}
+        parts, stream = [], self._stream
+        states_room = max(0, stream.room(()) // 2)
+        config, itemsize = self._model.config, self._model.dtype.itemsize
+        batch_bytes = len(blocks) * self._batches[0].numel() * config.hidden_size * itemsize
+        # Every layer is in memory, or is read again for each round of batches.
+        at_once = 1 if stream.resident else max(1, states_room // batch_bytes)
+        for first in range(batches.start, batches.stop, at_once):
+            together = range(first, min(first + at_once, batches.stop))
+            inputs = (self._hidden("scoring", modules.layer, batch) for batch in together)
+            states = [modules.outputs(blocks, hidden_BTD) for hidden_BTD in inputs]
+            for layers in stream.walk(range(modules.layer + 1, stream.num_layers), states_room):
+                for state_BTD in states:
+                    self._through(layers, state_BTD)
+            parts += [self._metrics(batch, state_BTD) for batch, state_BTD in zip(together, states, strict=True)]
+        return dict(zip(blocks, torch.cat(parts, dim=1), strict=True))
+
+    def _hidden(self, text: str, layer: int, batch: int) -> Tensor:
+        """What enters a layer, [B, T, D]."""
+        return self._stream.inputs(layer, text, (batch, self._batches[batch][:, :-1]))
+
+    def _through(self, layers: range, hidden_BTD: Tensor) -> None:
+        """Overwrite the states by the outputs of the last of these layers, as many tokens at once as suit it."""
+        sequences = max(1, tokens_at_once(hidden_BTD.device) // hidden_BTD.shape[1])
+        for part_BTD in hidden_BTD.split(sequences):
+            part_BTD.copy_(self._stream.forward(layers, part_BTD))
+
+    def _metrics(self, batch: int, states_BTD: Tensor) -> Tensor:
+        """Of candidates whose final states follow one another in [A * B, T, D], [A, B, M]."""
+        final_BTD = self._hidden("final", self._stream.num_layers, batch)
+        states_ABTD = states_BTD.unflatten(0, (-1, len(final_BTD)))
+        return per_sequence(self._model, final_BTD, states_ABTD, self._batches[batch])
+
+
+def per_sequence(model: PuzzleForCausalLM, parent_BTD: Tensor, states_ABTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Metrics of final states beside the parent's, means over each sequence's tokens, [A, B, M], on the CPU.
+
+    Args:
+        model: the parent, for its final norm and head.
+        tokens_BT: inputs and the last target, [B, T + 1].
+    """
+    targets_N = tokens_BT[:, 1:].flatten().to(states_ABTD.device)
+    metrics = compare(model, model, parent_BTD.flatten(0, 1), states_ABTD.flatten(1, 2), targets_N)
+    columns = [getattr(metrics, name).double().unflatten(1, (len(tokens_BT), -1)).mean(2) for name in METRICS]
+    return torch.stack(columns, dim=2).cpu()
+
+
+def variance_of_kl(values: Tensor) -> float:
+    """Of the mean KL over sequences, [n, M]."""
+    return float(values[:, 0].var() / len(values)) if len(values) > 1 else 0.0

@@ -10,8 +10,6 @@ from puzzle.errors import PuzzleError, one_line
 from puzzle.library import Library
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish
 from puzzle.runs import Run, read_json, write_json
-from puzzle.streams import Stream
-from puzzle.units import format_bytes
 from puzzle.variants import Architecture, BlockVariant
 
 Task = Callable[[PuzzleForCausalLM], float]
@@ -42,16 +40,6 @@ def task_name(task: Task) -> str:
         return f"{task.__module__}:{task.__qualname__}"
     except AttributeError:
         raise PuzzleError("score.task: found a callable without a name; give a function") from None
-
-
-def check_memory(stream: Stream) -> None:
-    """Tasks are given whole models."""
-    if not stream.resident:
-        raise PuzzleError(
-            f"score.task: needs the whole parent in memory, {format_bytes(sum(stream.layer_bytes))} of layers, and "
-            f"beside the candidates {format_bytes(max(0, stream.room(())))} are left; raise execution.memory or "
-            "leave score.task out"
-        )
 
 
 def task_score(run: Run, task: Task, file: Path, label: str, model: Callable[[], PuzzleForCausalLM]) -> float | None:

@@ -7,7 +7,7 @@ Shapes: B sequences a batch, T tokens, D hidden size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from puzzle.library import Library, Names, final_states
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, write_json
-from puzzle.scores.suffix import KL, METRICS, per_sequence, variance_of_mean
+from puzzle.scores.replace_one import METRICS, per_sequence, variance_of_kl
 
 _AT_ONCE = 64
 """Architectures between two writes of what is known."""
@@ -80,18 +80,12 @@ class TrueScore:
     def _finals(self, architectures: Sequence[Names]) -> list[list[Tensor]]:
         return final_states(self._library, self._model, architectures, [each[:, :-1] for each in self._batches])
 
-    def _measured(self, architectures: Sequence[Names]) -> list[WholeScore]:
+    def _measured(self, architectures: Sequence[Names]) -> Iterator[WholeScore]:
         finals = zip(*self._finals(architectures), strict=True)
-        parts = [
-            per_sequence(self._model, parent_BTD, torch.stack(finals_BTD), tokens_BT)
-            for tokens_BT, parent_BTD, finals_BTD in zip(self._batches, self._parent_states, finals, strict=True)
-        ]
-        return [_score(values) for values in torch.cat(parts, dim=1)]
-
-
-def _score(values: Tensor) -> WholeScore:
-    """From the metrics of each sequence."""
-    if not values.isfinite().all():
-        return WholeScore(kl=math.inf, kl_se=0.0, lm_loss=math.inf, top1_agreement=0.0, cosine=math.inf)
-    means = dict(zip(METRICS, values.mean(0).tolist(), strict=True))
-    return WholeScore(kl_se=math.sqrt(variance_of_mean(values[:, KL])), **means)
+        batches = zip(self._batches, self._parent_states, finals, strict=True)
+        metrics = [per_sequence(self._model, own, torch.stack(states), tokens) for tokens, own, states in batches]
+        for values in torch.cat(metrics, dim=1):
+            finite = bool(values.isfinite().all())
+            means = values.mean(0).tolist() if finite else (math.inf, math.inf, 0.0, math.inf)
+            kl_se = math.sqrt(variance_of_kl(values)) if finite else 0.0
+            yield WholeScore(kl_se=kl_se, **dict(zip(METRICS, means, strict=True)))

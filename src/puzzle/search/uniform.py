@@ -45,7 +45,7 @@ def uniform_solution(run: Run, parent: Parent, space: Space, tables: Tables, chi
     folder = run.open(
         UNIFORM,
         parent=parent,
-        space=[[variant.name for variant in (*layer.attention, *layer.ffn)] for layer in space.layers],
+        space=space.names,
         scores=digest(tables.scores.to_json()),
         costs=digest(tables.costs.to_json()),
         influence=list(tables.influence()) if tables.influence else [],

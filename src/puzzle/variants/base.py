@@ -1,19 +1,25 @@
-"""Variants: the alternatives of a subblock, as small frozen values.
+"""Variants: the alternatives of a subblock, as small frozen values; and the registry of their kinds.
 
 A kind of variant says everything that Puzzle asks of it, and is one file: docs/adding-a-variant.md.
 """
 
+import builtins
+import inspect
 import re
+import symtable
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from puzzle.modeling import FAMILIES, MODULE_NAMES, PuzzleConfig, PuzzleDecoderLayer
+from puzzle.errors import PuzzleError
+from puzzle.modeling import FAMILIES, MODULE_NAMES, MODULES, PuzzleConfig, PuzzleDecoderLayer
 from puzzle.variants.least_squares import rank_channels
 
 Subblock = Literal["attention", "ffn"]
@@ -28,7 +34,6 @@ class Start:
 
     method: Literal["closed_form", "paper"] = "closed_form"
     """Least squares on calibration statistics; or slices, means and products of weights (paper appendix A)."""
-    kv_heads: Literal["mean", "importance"] = "mean"
     channels: Literal["iterative", "independent"] = "iterative"
 
 
@@ -72,7 +77,7 @@ class Variant(ABC):
     kind: ClassVar[str]
     """What `PuzzleConfig.blocks` calls it."""
     grammar: ClassVar[str]
-    """Of its names: `kv{num_key_value_heads}[win{window}[s{sinks}]]`. Parts in brackets are left out at defaults."""
+    """Of its names: `kv{num_key_value_heads}[win{window}][s{sinks}]`. Parts in brackets are left out at defaults."""
     module: ClassVar[type[nn.Module] | None] = None
     """The class of its module, where that is not the family's own: built as `module(config, entry)`, and copied into
     checkpoints, so it may use nothing but torch, nn, Tensor and Any."""
@@ -83,33 +88,19 @@ class Variant(ABC):
     output_projection: ClassVar[str | None] = None
     """The linear module it ends with, such as `mlp.down_proj`: updated by least squares after training."""
     recorded: ClassVar[str | None] = None
-    """The module whose inputs calibration passes to `record`; None: nothing more is recorded."""
+    """As the parent variant: the linear module of whose inputs calibration records the moments."""
     setting: ClassVar[str | None] = None
     """The setting of the recipe's section `space` that lists its sizes; None: there is none."""
 
     @property
     def name(self) -> str:
         """Short and unique within its subblock: `kv2`, `w512`, `linear`, `none`."""
-        sizes, text = self.entry(), self.grammar  # of sizes at their defaults there is nothing
+        sizes = self.entry()
 
-        def optional(part: re.Match[str]) -> str:
-            return part[1] if sizes.keys() & re.findall(r"\{(\w+)", part[1]) else ""
+        def part(match: re.Match[str]) -> str:
+            return f"{match[1]}{sizes[match[2]]}" if match[2] in sizes else ""
 
-        while "[" in text:
-            text = re.sub(r"\[([^\[\]]*)\]", optional, text)
-        return text.format(**sizes)
-
-    @classmethod
-    def parse(cls, name: str) -> Self | None:
-        """The variant that `name` names; None if that is no name of this kind."""
-        pattern = cls.grammar.replace("[", "(?:").replace("]", ")?")
-        match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[1-9][0-9]*)", pattern), name)
-        if match is None:
-            return None
-        try:
-            return cls(**{field: int(value) for field, value in match.groupdict().items() if value})
-        except ValueError:
-            return None
+        return re.sub(r"\[?([^][{}]+)\{(\w+)\}\]?", part, self.grammar)
 
     def entry(self) -> dict[str, Any]:
         """Its entry in `PuzzleConfig.blocks`: its kind, and its sizes but for those at their defaults."""
@@ -120,16 +111,6 @@ class Variant(ABC):
     def size(self) -> int | None:
         """Its main size: KV heads, width, rank; None for a kind without sizes."""
         return next((getattr(self, field.name) for field in fields(self)), None)
-
-    @property
-    def order(self) -> tuple[int, str]:
-        """Sort key: the largest first, then kinds without sizes by name."""
-        return -(self.size or 0), self.name
-
-    @property
-    def description(self) -> str:
-        """For legends and tables: `2 KV heads`, `width 512`, `linear map`."""
-        return self.name
 
     # Sizes and work, all of one subblock with its norm and biases.
 
@@ -158,25 +139,24 @@ class Variant(ABC):
         """Bytes of its parameters when the model is held in `dtype`."""
         return self.num_params(config) * dtype.itemsize
 
-    def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
-        """Keys and values cached for one sequence of `tokens`."""
-        return 0
-
     def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the cache of one sequence of `tokens`."""
-        return self.kv_values(config, tokens) * dtype.itemsize
+        """Bytes of the keys and values cached for one sequence of `tokens`."""
+        return 0
 
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         """Floating-point operations for the last `new` of a sequence's `context` tokens: two for each multiply-add."""
         return 2.0 * self.num_params(config) * new
 
     def activation_values(self, config: PuzzleConfig) -> int:
-        """Values a token that are kept between its modules for the backward pass."""
-        return 0
+        """Values a token that are kept between its linear modules for the backward pass."""
+        matrices = {name: shape for name, shape in self.shapes(config).items() if len(shape) == 2}
+        last = f"{self.output_projection}.weight"
+        kept = [shape[1] if name == last else shape[0] for name, shape in matrices.items()]
+        return sum(kept) if last in matrices else 0
 
-    def problem(self, config: PuzzleConfig) -> str | None:
-        """Why no model with this configuration can have it; None if one can."""
-        return None
+    def recorded_values(self, config: PuzzleConfig) -> int:
+        """Values of the second moment of what enters `recorded`."""
+        return 0 if self.recorded is None else self.shapes(config)[f"{self.recorded}.weight"][1] ** 2
 
     # Its place among the alternatives.
 
@@ -190,7 +170,9 @@ class Variant(ABC):
 
     def share(self, parent: "Variant") -> float | None:
         """Its size relative to the parent variant's, for drawings; None: another kind takes its place."""
-        return 1.0 if self == parent else None
+        if self.absent:
+            return 0.0
+        return (self.size or 1) / (parent.size or 1) if self.kind == parent.kind else None
 
     @property
     def cell(self) -> str:
@@ -215,22 +197,11 @@ class Variant(ABC):
         """Weights of the larger variant `wider` that compute the same function as `state`; None: there are none."""
         return None
 
-    # As the parent variant: what the others start from.
-
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None] | None:
-        """The linear map [D, D] and bias [D] that replace it, from its weights alone, in float64 (paper appendix A)."""
-        return None
-
-    def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:  # noqa: B027 (most record nothing)
-        """Add the moments of one batch that its smaller forms start from to `sums` over tokens.
-
-        Args:
-            layer: the parent's. inputs: of its module `recorded`.
+        """As the parent variant: the linear map [D, D] and bias [D] that replace it, from its weights alone, in float64
+        (paper appendix A).
         """
-
-    def recorded_values(self, config: PuzzleConfig) -> int:
-        """Number of float32 values that `record` sums; each takes one multiply-add a token."""
-        return 0
+        return None
 
     def __str__(self) -> str:
         return self.name
@@ -245,3 +216,71 @@ def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock) -> State:
     """The tensors of one subblock, its norm included, out of a whole layer's."""
     parts = {MODULE_NAMES[subblock], *(family.norm_names[subblock] for family in FAMILIES.values())}
     return {name: tensor for name, tensor in layer_state.items() if name.split(".")[0] in parts}
+
+
+V = TypeVar("V", bound=Variant)
+REGISTRY: dict[Subblock, dict[str, type[Variant]]] = {"attention": {}, "ffn": {}}
+_CARRIED = {"torch", "nn", "Tensor", "Any"}
+"""Names that a module's class may use: those that `modeling_puzzle.py` imports in every checkpoint."""
+
+
+def register(variant: type[V]) -> type[V]:
+    """Add a kind of variant; a decorator. The same kind from an earlier import of its module is replaced.
+
+    Raises:
+        PuzzleError: another class has its kind, or its module's class cannot be copied into checkpoints.
+    """
+    known = REGISTRY[variant.subblock].get(variant.kind)
+    if known is not None and known.__qualname__ != variant.__qualname__:
+        raise PuzzleError(f"register: {variant.subblock} kind {variant.kind!r} is taken; name yours differently")
+    if variant.module is not None:
+        _check_module(variant.module)
+        MODULES[variant.subblock, variant.kind] = variant.module
+    REGISTRY[variant.subblock][variant.kind] = variant
+    return variant
+
+
+def parse_variant(subblock: Subblock, name: str) -> Variant:
+    """`kv2` or `w512`, or a kind without sizes: `linear`, `none`; a `PuzzleError` for anything else."""
+    for kind in REGISTRY[subblock].values():
+        pattern = kind.grammar.replace("[", "(?:").replace("]", ")?")
+        if match := re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[1-9][0-9]*)", pattern), name):
+            with suppress(ValueError):  # sizes that no variant of this kind has
+                return kind(**{field: int(value) for field, value in match.groupdict().items() if value})
+    forms = ", ".join(re.sub(r"\{\w+\}", "<number>", kind.grammar) for kind in REGISTRY[subblock].values())
+    raise PuzzleError(f"{subblock} variant {name!r} is unknown; use {forms}")
+
+
+def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
+    """The variant that an entry of `PuzzleConfig.blocks` has for this subblock."""
+    kind = REGISTRY[subblock].get(entry["kind"])
+    if kind is None:
+        known = ", ".join(REGISTRY[subblock])
+        raise PuzzleError(
+            f"blocks: {subblock} kind {entry['kind']!r} is unknown; use {known}, or import the module that registers it"
+        )
+    return kind(**{name: size for name, size in entry.items() if name != "kind"})
+
+
+def _check_module(module: type[nn.Module]) -> None:
+    """A `PuzzleError` unless the class can stand in another file that imports `_CARRIED` alone."""
+    try:
+        source = textwrap.dedent(inspect.getsource(module))
+    except (OSError, TypeError):
+        wrong = "has no source that a checkpoint could carry; write it to a file"
+    else:
+        used = _globals(symtable.symtable(source, module.__name__, "exec"))
+        if foreign := ", ".join(sorted(used - _CARRIED - set(dir(builtins)))):
+            wrong = f"uses {foreign}, but a checkpoint carries the class alone; use {', '.join(sorted(_CARRIED))} only"
+        elif "Attention" in module.__name__:
+            wrong = "says Attention in its name, by which transformers takes the whole model for one whose attention "
+            wrong += "implementation cannot be set; name it differently"
+        else:
+            return
+    raise PuzzleError(f"register: {module.__name__} {wrong}")
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    """Names that a piece of source takes from outside it."""
+    names = {name.get_name() for name in table.get_symbols() if name.is_global() and not name.is_assigned()}
+    return names.union(*map(_globals, table.get_children()))

@@ -27,38 +27,33 @@ _BATCH_SHARE = 1 / 50
 """Of the channels left, how many are removed at once; see `_eliminate_with_update`."""
 
 
-def ridge(statistics: State, *, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The linear map [D, D] and bias [D] from normed input h to output y that minimise E||y - W h - b||^2; float64.
+def ridge(statistics: State, *, bias: bool, rank: int | None = None) -> tuple[list[Tensor], Tensor | None]:
+    """The linear map of at most `rank` from normed input h to output y that minimises E||y - W h - b||^2; float64.
+
+    What a map W' loses to the ridge regression W is tr (W - W') M (W - W')^T, M the input's damped second moment: so W'
+    is W on the `rank` directions of the output in which W M W^T is largest (Izenman 1975).
 
     Args:
         statistics: `input_mean` [D], `input_second_moment` [D, D] = E[h h^T], `output_mean` [D],
             `cross_moment` [D, D] = E[y h^T].
         bias: with a bias, the moments are centred first.
-    """
-    weight, _ = _regress(statistics, centred=bias)
-    if not bias:
-        return weight, None
-    return weight, statistics["output_mean"].double() - weight @ statistics["input_mean"].double()
-
-
-def reduced_rank(statistics: State, rank: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The linear map of at most `rank` that minimises E||y - W h - b||^2, as W = expand @ reduce; float64.
-
-    What a map W' loses to the ridge regression W is tr (W - W') M (W - W')^T, M the input's damped second moment: so W'
-    is W on the `rank` directions of the output in which W M W^T is largest (Izenman 1975).
 
     Returns:
-        expand [D, rank] with orthonormal columns, reduce [rank, D], and b [D] if `bias`.
+        The factors of W: itself, [D, D], or [D, rank] with orthonormal columns and [rank, D]; and b [D] if `bias`.
     """
-    weight, cross = _regress(statistics, centred=bias)
-    explained = weight @ cross.T  # W M W^T, as W M = E[y h^T]
-    directions = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors
-    expand = directions[:, -rank:].flip(1)
-    reduce = expand.T @ weight
-    if not bias:
-        return expand, reduce, None
-    offset = statistics["output_mean"].double() - expand @ (reduce @ statistics["input_mean"].double())
-    return expand, reduce, offset
+    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
+    input_mean, output_mean = statistics["input_mean"].double(), statistics["output_mean"].double()
+    # From before centring, which of an input that hardly varies leaves only rounding error.
+    added = torch.diag(damping(second))
+    if bias:
+        second, cross = second - torch.outer(input_mean, input_mean), cross - torch.outer(output_mean, input_mean)
+    weight = torch.linalg.solve(second + added, cross.T).T
+    factors, mapped_mean = [weight], weight @ input_mean
+    if rank is not None:
+        explained = weight @ cross.T  # W M W^T, as W M = E[y h^T]
+        expand = torch.linalg.eigh((explained + explained.T) / 2).eigenvectors[:, -rank:].flip(1)
+        factors, mapped_mean = [expand, expand.T @ weight], expand @ (expand.T @ weight @ input_mean)
+    return factors, output_mean - mapped_mean if bias else None
 
 
 def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float:
@@ -80,18 +75,6 @@ def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float
 def output_power(statistics: State) -> Tensor:
     """E||y||^2 of a subblock's output. []"""
     return statistics["output_power"].double() * len(statistics["output_mean"])
-
-
-def _regress(statistics: State, *, centred: bool) -> tuple[Tensor, Tensor]:
-    """The ridge regression of y on h, [D, D], and the cross moment E[y h^T] that it is of; centred if asked."""
-    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
-    # From before centring, which of an input that hardly varies leaves only rounding error.
-    added = torch.diag(damping(second))
-    if centred:
-        input_mean, output_mean = statistics["input_mean"].double(), statistics["output_mean"].double()
-        second = second - torch.outer(input_mean, input_mean)
-        cross = cross - torch.outer(output_mean, input_mean)
-    return torch.linalg.solve(second + added, cross.T).T, cross
 
 
 def least_squares_update(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:

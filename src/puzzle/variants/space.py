@@ -1,14 +1,16 @@
-"""One block's choice, a whole architecture, the space of them, and what of it is not worth training."""
+"""One block's choice, a whole architecture, the space of them, and the parts of it that are worth training."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
-from puzzle.variants.base import SUBBLOCKS, ParentSubblock, Subblock, Variant
-from puzzle.variants.registry import parse_variant, variant_from_entry
+from puzzle.variants.base import SUBBLOCKS, Subblock, Variant, parse_variant, variant_from_entry
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,6 @@ class BlockVariant:
     def entry(self) -> Block:
         """Its entry in `PuzzleConfig.blocks`."""
         return {"attention": self.attention.entry(), "ffn": self.ffn.entry()}
-
-    @classmethod
-    def empty(cls) -> "BlockVariant":
-        """The block without subblocks: the identity."""
-        return cls.parse("none+none")
-
-    @classmethod
-    def alone(cls, variant: Variant) -> "BlockVariant":
-        """The block of this one variant, its other subblock left out."""
-        empty = cls.empty()
-        return cls(variant, empty.ffn) if variant.subblock == "attention" else cls(empty.attention, variant)
 
     @classmethod
     def parse(cls, name: str) -> "BlockVariant":
@@ -81,11 +72,7 @@ class Architecture:
         return tuple(block.name for block in self.blocks)
 
     def configure(self, parent: PuzzleConfig) -> PuzzleConfig:
-        """The parent's configuration with these blocks; a `PuzzleError` if one of them cannot be built with it."""
-        for layer, block in enumerate(self.blocks):
-            for variant in block.subblocks:
-                if (problem := variant.problem(parent)) is not None:
-                    raise PuzzleError(f"architecture: layer {layer} has {problem}")
+        """The parent's configuration with these blocks."""
         config = PuzzleConfig(**parent.to_dict() | {"blocks": [block.entry() for block in self.blocks]})
         config._attn_implementation = parent._attn_implementation
         return config
@@ -107,6 +94,10 @@ class LayerSpace:
     def parent(self) -> BlockVariant:
         return BlockVariant(self.attention[0], self.ffn[0])
 
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return *self.attention, *self.ffn
+
     def subblock(self, subblock: Subblock) -> tuple[Variant, ...]:
         return self.attention if subblock == "attention" else self.ffn
 
@@ -122,8 +113,22 @@ class Space:
     layers: tuple[LayerSpace, ...]
 
     @property
+    def names(self) -> list[list[str]]:
+        """Of every layer's variants, for addresses."""
+        return [[variant.name for variant in layer.variants] for layer in self.layers]
+
+    @property
     def num_architectures(self) -> int:
         return math.prod(len(layer.attention) * len(layer.ffn) for layer in self.layers)
+
+    def restricted(self, keeps: Callable[[int, Variant], bool]) -> "Space":
+        """The parent's own variants, and those of which `keeps(layer, variant)` is true."""
+        layers = []
+        for index, layer in enumerate(self.layers):
+            subblocks = (layer.attention, layer.ffn)
+            kept = ([each for each in some if each == some[0] or keeps(index, each)] for some in subblocks)
+            layers.append(LayerSpace(*map(tuple, kept)))
+        return Space(tuple(layers))
 
 
 def derive_space(
@@ -142,80 +147,69 @@ def derive_space(
         attention: further variants, such as `linear`, `none`, `kv2win1024s4`. ffn: such as `linear`, `none`, `rank64`.
         sizes: by a kind's `Variant.setting`: `kv_heads` and `ffn_widths`.
     """
-    parent = Architecture.of(config)
-    named: dict[Subblock, list[Variant]] = {}
+    named: dict[str, list[Variant]] = {}
     for subblock, names in zip(SUBBLOCKS, (attention, ffn), strict=True):
         try:
             named[subblock] = [parse_variant(subblock, name) for name in names]
         except PuzzleError as error:
             raise PuzzleError(f"space.{subblock}: {error}") from None
 
-    def alternatives(of: Variant) -> tuple[Variant, ...]:
-        """A parent variant, then what fits it, each once."""
-        candidates = of.alternatives(config, sizes.get(of.setting or "")) + named[of.subblock]
-        return tuple(dict.fromkeys((of, *(variant for variant in candidates if variant.fits(of, config)))))
+    def alternatives(own: Variant) -> tuple[Variant, ...]:
+        candidates = own.alternatives(config, sizes.get(own.setting or "")) + named[own.subblock]
+        return tuple(dict.fromkeys((own, *(variant for variant in candidates if variant.fits(own, config)))))
 
-    layers = tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in parent.blocks)
-    found = {variant for layer in layers for variant in (*layer.attention, *layer.ffn)}
-    parents = dict.fromkeys(variant for block in parent.blocks for variant in block.subblocks)
-
-    def check(setting: str, given: object, variants: Iterable[Variant]) -> None:
-        if found.isdisjoint(variants):
-            names = ", ".join(variant.name for variant in parents if setting in (variant.setting, variant.subblock))
-            raise PuzzleError(
-                f"space.{setting}: {given} is no smaller form of what the parent has ({names}); use smaller sizes "
-                "(of KV heads, divisors)"
-            )
-
-    for setting, given in sizes.items():
-        for size in given or ():
-            sized = (variant.alternatives(config, [size]) for variant in parents if variant.setting == setting)
-            check(setting, size, (variant for variants in sized for variant in variants))
-    for variant in (*named["attention"], *named["ffn"]):
-        if variant.size is not None:
-            check(variant.subblock, variant.name, [variant])
-    return Space(layers)
+    blocks = Architecture.of(config).blocks
+    space = Space(tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in blocks))
+    found = {variant for layer in space.layers for variant in layer.variants}
+    fitting: set[tuple[str | None, object]] = {(variant.setting, variant.size) for variant in found}
+    fitting |= {(variant.subblock, variant.name) for variant in found}
+    asked: list[tuple[str, object]] = [(setting, size) for setting, given in sizes.items() for size in given or ()]
+    asked += [(which, each.name) for which, some in named.items() for each in some if each.size is not None]
+    for setting, size in (each for each in asked if each not in fitting):
+        parents = dict.fromkeys(variant for block in blocks for variant in block.subblocks)
+        names = ", ".join(own.name for own in parents if setting in (own.setting, own.subblock))
+        raise PuzzleError(
+            f"space.{setting}: {size} is no smaller form of what the parent has ({names}); use smaller sizes "
+            "(of KV heads, divisors)"
+        )
+    return space
 
 
-ExpectedLosses = dict[tuple[int, Subblock, str], float | None]
-"""By layer, subblock and name of the variant."""
-
-
-def expected_losses(read: Callable[[int, Subblock], ParentSubblock], space: Space) -> ExpectedLosses:
-    """The expected loss of every variant's start on the calibration text; None where its moments do not suffice.
-
-    Args:
-        read: reads a subblock of a layer of the parent; one is held at a time.
-    """
-    losses: ExpectedLosses = {}
-    for index, layer in enumerate(space.layers):
-        for subblock in SUBBLOCKS:
-            parent = read(index, subblock)
-            for variant in layer.subblock(subblock):
-                losses[index, subblock, variant.name] = variant.expected_loss(parent, variant.initialise(parent))
-    return losses
-
-
-def prune_space(space: Space, losses: ExpectedLosses, config: PuzzleConfig, ratio: float) -> Space:
+def prune_space(
+    space: Space, losses: Mapping[tuple[int, str, str], float | None], config: PuzzleConfig, ratio: float
+) -> Space:
     """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their subblock.
 
     Smaller means: no more parameters, and no larger KV cache of the longest sequence; so `none`, which has neither,
-    stays. So do the parent variant and what has no expected loss.
+    stays. So does what has no expected loss.
+
+    Args:
+        losses: the expected ones, by layer, subblock and name of the variant.
+    """
+    tokens, every = config.max_position_embeddings, {each for layer in space.layers for each in layer.variants}
+    sizes = {each: (each.num_params(config), each.kv_bytes(config, tokens, torch.float32)) for each in every}
+
+    def hopeful(layer: int, variant: Variant) -> bool:
+        which, (params, cache) = variant.subblock, sizes[variant]
+        expected = {each: losses[layer, which, each.name] for each in space.layers[layer].subblock(which)}
+        smaller = [each for each in expected if sizes[each][0] <= params and sizes[each][1] <= cache]
+        known, loss = [each for each in map(expected.get, smaller) if each is not None], expected[variant]
+        return loss is None or loss <= ratio * min(known)
+
+    return space.restricted(hopeful)
+
+
+def narrow_space(space: Space, solutions: Sequence[Sequence[str]], keep: int, always: Sequence[str]) -> Space:
+    """Per layer and subblock, the `keep` variants most used by the architectures, and the parent's own (paper F.1.1).
+
+    Args:
+        solutions: architectures of a frontier, each one block name a layer, such as `kv2+w512`.
+        always: an architecture whose variants stay in any case, so that what it reaches can still be reached.
     """
 
-    def kept(layer: int, subblock: Subblock) -> tuple[Variant, ...]:
-        own, *others = variants = space.layers[layer].subblock(subblock)
-        known = [
-            (variant, variant.num_params(config), variant.kv_values(config, config.max_position_embeddings), loss)
-            for variant in variants
-            if (loss := losses[layer, subblock, variant.name]) is not None
-        ]
-        hopeless = {
-            variant
-            for variant, params, cache, loss in known
-            if any(fewer <= params and less <= cache and ratio * other < loss for _, fewer, less, other in known)
-        }
-        return (own, *(variant for variant in others if variant not in hopeless))
+    def used(layer: int, variant: Variant) -> bool:
+        uses = Counter(each for names in solutions for each in BlockVariant.parse(names[layer]).subblocks)
+        ranked = sorted(space.layers[layer].subblock(variant.subblock), key=lambda each: -uses[each])
+        return variant in (*ranked[:keep], *BlockVariant.parse(always[layer]).subblocks)
 
-    layers = range(len(space.layers))
-    return Space(tuple(LayerSpace(*(kept(layer, subblock) for subblock in SUBBLOCKS)) for layer in layers))
+    return space.restricted(used)

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
-from puzzle.variants.base import ParentSubblock, State, Variant, add_sum
+from puzzle.modeling import PuzzleConfig
+from puzzle.variants.base import ParentSubblock, State, Variant, register
 from puzzle.variants.least_squares import least_squares_update, output_power
-from puzzle.variants.registry import register
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 """Default widths as shares of the parent's (paper section 2.1)."""
@@ -31,14 +30,6 @@ class GatedFFN(Variant):
     cell = "narrower FFN"
     intermediate_size: int
 
-    @property
-    def description(self) -> str:
-        return f"width {self.intermediate_size}"
-
-    def activation_values(self, config: PuzzleConfig) -> int:
-        """Gate, up, and their product."""
-        return 3 * self.intermediate_size
-
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         return isinstance(parent, GatedFFN) and self.intermediate_size < parent.intermediate_size
 
@@ -48,9 +39,6 @@ class GatedFFN(Variant):
         multiple = min(256, max(1, 2 ** (width.bit_length() - 5)))  # less than 256 for small models
         default = {max(multiple, round(fraction * width / multiple) * multiple) for fraction in FFN_FRACTIONS}
         return [GatedFFN(width) for width in sorted(default if sizes is None else sizes, reverse=True)]
-
-    def share(self, parent: Variant) -> float | None:
-        return self.intermediate_size / parent.intermediate_size if isinstance(parent, GatedFFN) else None
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any]:
         return {"intermediate_size": self.intermediate_size}
@@ -63,15 +51,13 @@ class GatedFFN(Variant):
         """
         if parent.variant == self:
             return dict(parent.state)
-        kept, down = self._kept(parent), parent.state["mlp.down_proj.weight"]
+        kept, down_DI = self._kept(parent), parent.state["mlp.down_proj.weight"]
         state = {name: tensor[kept].clone() if _of_channels(name) else tensor for name, tensor in parent.state.items()}
         if parent.start.method == "paper":
-            updated = down[:, kept].clone()
-        else:
-            updated = least_squares_update(
-                down.double(), parent.statistics["activation_second_moment"].double(), kept
-            ).to(down.dtype)
-        return state | {"mlp.down_proj.weight": updated}
+            return state | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
+        moment_II = parent.statistics["activation_second_moment"].double()
+        updated = least_squares_update(down_DI.double(), moment_II, kept)
+        return state | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
@@ -100,18 +86,6 @@ class GatedFFN(Variant):
         if (up_bias := state.get("mlp.up_proj.bias")) is not None:
             bias = down_DI @ up_bias.double() + (0 if bias is None else bias.double())
         return down_DI @ state["mlp.up_proj.weight"].double(), bias
-
-    def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:
-        """`activation_mean_abs` [I] and, summed in float32, `activation_second_moment` [I, I]."""
-        activation_NI = inputs[0].float().flatten(0, -2)
-        add_sum(sums, "activation_mean_abs", activation_NI.abs().sum(0))
-        name, channels = "activation_second_moment", activation_NI.shape[1]
-        if name not in sums:
-            sums[name] = activation_NI.new_zeros(channels, channels)
-        sums[name].addmm_(activation_NI.T, activation_NI)
-
-    def recorded_values(self, config: PuzzleConfig) -> int:
-        return self.intermediate_size**2
 
     def _kept(self, parent: ParentSubblock) -> Tensor:
         """Indices of the kept channels, ascending. [I']"""

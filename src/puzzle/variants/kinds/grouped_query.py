@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer
-from puzzle.variants.base import ParentSubblock, State, Variant, add_sum
-from puzzle.variants.registry import register
+from puzzle.modeling import PuzzleConfig
+from puzzle.variants.base import ParentSubblock, State, Variant, register
 
 
 @register
@@ -24,9 +23,8 @@ class GroupedQuery(Variant):
 
     subblock = "attention"
     kind = "gqa"
-    grammar = "kv{num_key_value_heads}[win{window}[s{sinks}]]"
+    grammar = "kv{num_key_value_heads}[win{window}][s{sinks}]"
     output_projection = "self_attn.o_proj"
-    recorded = "self_attn.o_proj"
     setting = "kv_heads"
     num_key_value_heads: int
     window: int | None = None
@@ -36,16 +34,10 @@ class GroupedQuery(Variant):
         if self.num_key_value_heads < 1 or (self.sinks if self.window is None else self.window < 2):
             raise ValueError("KV heads are at least 1, a window has at least 2 tokens, and only a window has sinks")
 
-    @property
-    def description(self) -> str:
-        heads = f"{self.num_key_value_heads} KV head{'s' if self.num_key_value_heads > 1 else ''}"
-        window = "" if self.window is None else f", window {self.window}"
-        return heads + window + (f", first {self.sinks} kept" if self.sinks else "")
-
-    def kv_values(self, config: PuzzleConfig, tokens: int) -> int:
+    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
         """A window caches one token less than it has: the last one is the next token itself."""
         assert config.head_dim is not None
-        return 2 * self.num_key_value_heads * config.head_dim * self._held(tokens)
+        return 2 * self.num_key_value_heads * config.head_dim * self._held(tokens) * dtype.itemsize
 
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         """Matrices, and each query with the keys that it sees, which are multiplied twice."""
@@ -54,16 +46,6 @@ class GroupedQuery(Variant):
         growing = max(0, min(context, seen) - first + 1)  # queries that see every token before them
         pairs = growing * (2 * first + growing - 1) / 2 + (new - growing) * seen
         return super().operations(config, new, context) + 4.0 * pairs * config.num_attention_heads * config.head_dim
-
-    def activation_values(self, config: PuzzleConfig) -> int:
-        """Queries, keys, values and the heads' outputs."""
-        assert config.head_dim is not None
-        return 2 * config.head_dim * (config.num_attention_heads + self.num_key_value_heads)
-
-    def problem(self, config: PuzzleConfig) -> str | None:
-        heads = config.num_attention_heads
-        wrong = f"{self}, which does not divide the parent's {heads} attention heads; use a divisor"
-        return wrong if heads % self.num_key_value_heads else None
 
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         """Fewer KV heads, which divide the parent variant's, a shorter reach, or both."""
@@ -82,10 +64,6 @@ class GroupedQuery(Variant):
         chosen = sorted(counts if sizes is None else sizes, reverse=True)
         return [replace(self, num_key_value_heads=count) for count in chosen]
 
-    def share(self, parent: Variant) -> float | None:
-        """A window is told by the text beside it."""
-        return self.num_key_value_heads / parent.num_key_value_heads if isinstance(parent, GroupedQuery) else None
-
     @property
     def cell(self) -> str:
         if self.window is None:
@@ -97,22 +75,14 @@ class GroupedQuery(Variant):
         return {"n_heads_in_group": heads} if self.window is None else None
 
     def initialise(self, parent: ParentSubblock) -> State:
-        """The parent's weights, with its KV heads merged or selected if there are fewer (paper appendix A).
-
-        With `kv_heads="mean"` each is the mean of the heads that become one (Ainslie et al. 2023); with "importance"
-        the heads whose groups add most to the output stay as they are.
-        """
+        """The parent's weights; each KV head is the mean of those that become one (paper appendix A)."""
         assert isinstance(parent.variant, GroupedQuery)
-        parent_heads = parent.variant.num_key_value_heads
-        state = dict(parent.state)
-        if parent_heads == self.num_key_value_heads:
-            return state
-        if parent.start.kv_heads == "importance":
-            ranking = parent.statistics["group_contribution"].argsort(descending=True, stable=True)
-            kept = ranking[: self.num_key_value_heads].sort().values
-            return keep_groups(state, parent_heads, kept, parent.config)
-        merged = {name: merge_heads(state[name], parent_heads, self.num_key_value_heads) for name in _kv_tensors(state)}
-        return state | merged
+        new_heads, merged = self.num_key_value_heads, parent.variant.num_key_value_heads // self.num_key_value_heads
+        means = {
+            name: parent.state[name].unflatten(0, (new_heads, merged, -1)).double().mean(1).flatten(0, 1)
+            for name in _kv_tensors(parent.state)
+        }
+        return parent.state | {name: mean.to(parent.dtype) for name, mean in means.items()}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return 0.0 if parent.variant == self else None
@@ -137,14 +107,6 @@ class GroupedQuery(Variant):
             bias = through if bias is None else through + bias.double()
         return weight, bias
 
-    def record(self, sums: State, layer: PuzzleDecoderLayer, *inputs: Tensor) -> None:
-        """`group_contribution` [KV heads]: the norm of what each group's query heads add through their columns."""
-        heads_NH, weight_DH = inputs[0].float().flatten(0, -2), layer.get_parameter("self_attn.o_proj.weight").float()
-        groups = self.num_key_value_heads
-        parts = zip(heads_NH.chunk(groups, dim=1), weight_DH.chunk(groups, dim=1), strict=True)
-        norms = torch.stack([(heads @ weight.T).norm(dim=1).sum() for heads, weight in parts])
-        add_sum(sums, "group_contribution", norms)
-
     def _held(self, tokens: int) -> int:
         """Number of tokens whose keys and values are cached after `tokens`."""
         return tokens if self.window is None else min(tokens, self.sinks + self.window - 1)
@@ -155,42 +117,10 @@ class GroupedQuery(Variant):
         return limit if self.window is None else min(limit, self.window + self.sinks)
 
 
-def merge_heads(tensor: Tensor, old_heads: int, new_heads: int) -> Tensor:
-    """[old_heads * head_dim, ...] -> [new_heads * head_dim, ...], each new head the mean of its group of old ones."""
-    grouped = tensor.unflatten(0, (new_heads, old_heads // new_heads, -1))
-    return grouped.double().mean(1).flatten(0, 1).to(tensor.dtype)
-
-
-def keep_groups(state: State, old_heads: int, kept: Tensor, config: PuzzleConfig) -> State:
-    """The attention with only these KV heads, each with its query heads first, then some of the removed groups'.
-
-    The output projection's columns of these spare query heads are zero, so they add nothing before training.
-
-    Args:
-        old_heads: present number of KV heads.
-        kept: indices of the kept KV heads, ascending, [new_heads].
-    """
-    queries = torch.arange(config.num_attention_heads, device=kept.device).view(old_heads, -1)
-    gone = torch.ones(old_heads, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    order = torch.cat([queries[kept], queries[gone].view(len(kept), -1)], dim=1)
-    result = {name: _heads(state[name], old_heads)[kept].flatten(0, 1) for name in _kv_tensors(state)}
-    for name in (name for name in state if name.split(".")[1] == "q_proj"):
-        result[name] = _heads(state[name], order.numel())[order.flatten()].flatten(0, 1)
-    columns = state["self_attn.o_proj.weight"].unflatten(1, (order.numel(), -1))[:, order.flatten()]
-    columns.unflatten(1, order.shape)[:, :, queries.shape[1] :] = 0
-    return state | result | {"self_attn.o_proj.weight": columns.flatten(1, 2)}
-
-
 def _kv_tensors(state: State) -> set[str]:
     return {name for name in state if name.split(".")[1] in ("k_proj", "v_proj")}
 
 
-def _heads(tensor: Tensor, heads: int) -> Tensor:
-    """[heads * head_dim, ...] -> [heads, head_dim, ...]."""
-    return tensor.unflatten(0, (heads, -1))
-
-
 def _repeated(tensor: Tensor, heads: int, repeats: int) -> Tensor:
     """[heads * head_dim, ...] -> [heads * repeats * head_dim, ...], each head repeated `repeats` times in a row."""
-    return _heads(tensor, heads).repeat_interleave(repeats, 0).flatten(0, 1)
+    return tensor.unflatten(0, (heads, -1)).repeat_interleave(repeats, 0).flatten(0, 1)

@@ -4,6 +4,7 @@ Of low rank: two maps through a few channels, with nothing between them.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Variant
-from puzzle.variants.least_squares import linear_loss, reduced_rank, ridge
-from puzzle.variants.registry import register
+from puzzle.variants.base import ParentSubblock, State, Variant, register
+from puzzle.variants.least_squares import linear_loss, ridge
 
 
 class PuzzleLinearMixer(nn.Module):
@@ -49,30 +49,37 @@ class _Linear(Variant):
     kind = "linear"
     grammar = "linear"
     closed_form = True
-    description = "linear map"
-    linear: ClassVar[str]
-    """The linear module, by its name in the layer."""
+    factors: ClassVar[tuple[str, ...]]
+    """The linear modules whose product is the map, by their names in the layer; the first may have a bias."""
 
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         return not parent.closed_form
 
-    def deci(self, config: PuzzleConfig) -> dict[str, Any]:
+    def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
         return {"replace_with_linear": True}
 
     def initialise(self, parent: ParentSubblock) -> State:
-        """The ridge regression of the subblock's output on its normed input.
+        """The regression of the subblock's output on its normed input, of this rank.
 
-        With the paper's starts: the linear map that the parent's weights make.
+        With the paper's starts: the linear map that the parent's weights make, cut to this rank.
         """
         if parent.variant == self:
             return dict(parent.state)
-        made = parent.variant.linear_map(parent.state) if parent.start.method == "paper" else None
-        weight, bias = made or ridge(parent.statistics, bias=f"{self.linear}.bias" in self.shapes(parent.config))
-        state = {f"{self.linear}.weight": weight} | ({} if bias is None else {f"{self.linear}.bias": bias})
+        if parent.start.method == "paper" and (made := parent.variant.linear_map(parent.state)) is not None:
+            weight_DD, bias_D = made
+            expand_DR = None if self.size is None else torch.linalg.svd(weight_DD).U[:, : self.size]
+            matrices = [weight_DD] if expand_DR is None else [expand_DR, expand_DR.T @ weight_DD]
+        else:
+            has_bias = f"{self.factors[0]}.bias" in self.shapes(parent.config)
+            matrices, bias_D = ridge(parent.statistics, rank=self.size, bias=has_bias)
+        state = {f"{name}.weight": matrix for name, matrix in zip(self.factors, matrices, strict=True)}
+        if bias_D is not None:
+            state[f"{self.factors[0]}.bias"] = bias_D
         return parent.norm | {name: tensor.to(parent.dtype).contiguous() for name, tensor in state.items()}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return linear_loss(parent.statistics, state[f"{self.linear}.weight"], state.get(f"{self.linear}.bias"))
+        weight_DD = reduce(torch.matmul, (state[f"{name}.weight"].double() for name in self.factors))
+        return linear_loss(parent.statistics, weight_DD, state.get(f"{self.factors[0]}.bias"))
 
 
 @register
@@ -80,7 +87,7 @@ class _Linear(Variant):
 class LinearAttention(_Linear):
     subblock = "attention"
     module = PuzzleLinearMixer
-    linear = "self_attn.linear_attn"
+    factors = ("self_attn.linear_attn",)
     cell = "linear attention"
 
 
@@ -89,53 +96,28 @@ class LinearAttention(_Linear):
 class LinearFFN(_Linear):
     subblock = "ffn"
     module = PuzzleLinearMLP
-    linear = "mlp.linear_mlp"
+    factors = ("mlp.linear_mlp",)
     cell = "linear FFN"
 
 
 @register
 @dataclass(frozen=True)
-class LowRankFFN(Variant):
+class LowRankFFN(_Linear):
     subblock = "ffn"
     kind = "low_rank"
     grammar = "rank{rank}"
     module = PuzzleLowRankMLP
-    closed_form = True
+    factors = ("mlp.expand_proj", "mlp.reduce_proj")
     output_projection = "mlp.expand_proj"
     cell = "low-rank FFN"
     rank: int
-
-    @property
-    def description(self) -> str:
-        return f"linear map of rank {self.rank}"
 
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         """Smaller than the parent's FFN, and than one linear map."""
         return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
 
-    def initialise(self, parent: ParentSubblock) -> State:
-        """The reduced-rank regression from the normed input to the subblock's output.
-
-        With the paper's starts: the linear map that the parent's weights make, cut to this rank.
-        """
-        if parent.variant == self:
-            return dict(parent.state)
-        linear = parent.variant.linear_map(parent.state) if parent.start.method == "paper" else None
-        if linear is not None:
-            weight_DD, bias_D = linear
-            expand_DR = torch.linalg.svd(weight_DD).U[:, : self.rank]
-            reduce_RD = expand_DR.T @ weight_DD
-        else:
-            bias = "mlp.expand_proj.bias" in self.shapes(parent.config)
-            expand_DR, reduce_RD, bias_D = reduced_rank(parent.statistics, self.rank, bias=bias)
-        state = {"mlp.reduce_proj.weight": reduce_RD, "mlp.expand_proj.weight": expand_DR}
-        if bias_D is not None:
-            state["mlp.expand_proj.bias"] = bias_D
-        return parent.norm | {name: tensor.to(parent.dtype).contiguous() for name, tensor in state.items()}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        weight_DD = state["mlp.expand_proj.weight"].double() @ state["mlp.reduce_proj.weight"].double()
-        return linear_loss(parent.statistics, weight_DD, state.get("mlp.expand_proj.bias"))
+    def deci(self, config: PuzzleConfig) -> None:
+        """Not expressible."""
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, LowRankFFN) or wider.rank < self.rank:

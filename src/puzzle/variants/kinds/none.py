@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Variant
-from puzzle.variants.registry import register
+from puzzle.variants.base import ParentSubblock, State, Variant, register
 
 
 @dataclass(frozen=True)
@@ -14,13 +13,9 @@ class _Nothing(Variant):
     grammar = "none"
     closed_form = True
     absent = True
-    description = "left out"
 
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         return parent != self
-
-    def share(self, parent: Variant) -> float | None:
-        return 0.0
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any]:
         return {"no_op": True}
