@@ -16,9 +16,9 @@ from tests.conftest import pico_puzzle, random_tokens
 from puzzle.child import realise
 from puzzle.modeling import MODULES, PuzzleForCausalLM, save_checkpoint
 from puzzle.pipeline import Pipeline
-from puzzle.recipe import Recipe
+from puzzle.recipe import LibrarySettings, Recipe
 from puzzle.runs import create_folder, open_run
-from puzzle.variants import REGISTRY, Architecture, Start, parse_variant
+from puzzle.variants import REGISTRY, Architecture, parse_variant
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-variant.md"
 _IN_A_FRESH_PROCESS = """
@@ -73,7 +73,7 @@ def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) ->
         ["w64", "w16", "mean", "none"]
     ] * 4
     mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.subblock(1, "ffn")
-    parent = pipeline.statistics.parent_subblock(pipeline.parent, Start(), torch.device("cpu"), 1, "ffn")
+    parent = pipeline.statistics.parent_subblock(pipeline.parent, LibrarySettings(), torch.device("cpu"), 1, "ffn")
     state = mean.initialise(parent)
     assert torch.equal(state["mlp.mean"], statistics["output_mean"])
     expected = 1 - float(statistics["output_mean"].square().mean() / statistics["output_power"])

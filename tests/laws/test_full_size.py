@@ -7,7 +7,8 @@ import torch
 from tests.conftest import pico_llama
 
 from puzzle.parents import open_parent
-from puzzle.variants import ParentSubblock, Start, Variant, split_state
+from puzzle.recipe import LibrarySettings
+from puzzle.variants import ParentSubblock, Variant, split_state
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
 from puzzle.variants.least_squares import least_squares_update as refit
@@ -17,15 +18,15 @@ OWN: dict[str, Variant] = {"attention": GroupedQuery(4), "ffn": GatedFFN(48)}
 
 @pytest.mark.parametrize("variant", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("start", [Start(), Start(method="paper")], ids=["default", "paper"])
+@pytest.mark.parametrize("settings", [LibrarySettings(), LibrarySettings(start="paper")], ids=["default", "paper"])
 def test_the_own_variant_starts_as_the_parents_subblock(
-    variant: Variant, start: Start, bias: bool, tmp_path: Path
+    variant: Variant, settings: LibrarySettings, bias: bool, tmp_path: Path
 ) -> None:
     pico_llama(attention_bias=bias, mlp_bias=bias).save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
     state = split_state(parent.layer_state(2), variant.subblock)
     found = variant.initialise(
-        ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}, start=start)
+        ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}, settings=settings)
     )
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)

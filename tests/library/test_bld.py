@@ -19,10 +19,11 @@ from puzzle.distributed.state import SaveTimer
 from puzzle.library import Library, Statistics, Student, build_library
 from puzzle.library.library import nested
 from puzzle.parents import Parent
+from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run, read_tensors
 from puzzle.streams import LayerPass
 from puzzle.training import schedule
-from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, parse_variant
+from puzzle.variants import BlockVariant, LayerSpace, Space, State, parse_variant
 
 Build = Callable[..., Library]
 KV2, W16, W32 = parse_variant("attention", "kv2"), parse_variant("ffn", "w16"), parse_variant("ffn", "w32")
@@ -134,7 +135,7 @@ def test_training_is_a_plain_loop_from_merged_heads(
     """AdamW on the transformers' own modules, one variant alone."""
     steps, rate = 60, 1e-2  # with which it gets ahead of the closed form
     library = build("kv2", least_squares=False, tokens=steps * 8 * 32, learning_rate=rate)
-    own = pico_statistics.parent_subblock(pico_parent, Start(), torch.device("cpu"), 0, "attention")
+    own = pico_statistics.parent_subblock(pico_parent, LibrarySettings(), torch.device("cpu"), 0, "attention")
     parent = AutoModelForCausalLM.from_pretrained(pico_parent.path)
     config = copy.deepcopy(parent.config)
     config.num_key_value_heads = 2

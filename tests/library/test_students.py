@@ -10,9 +10,10 @@ from tests.conftest import pico_puzzle, random_tokens
 from puzzle.library import Statistics, Student
 from puzzle.library.students import update_projections
 from puzzle.parents import Parent
+from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import BlockVariant, LayerSpace, Space, Start, State, narrow_space, parse_variant
+from puzzle.variants import BlockVariant, LayerSpace, Space, State, narrow_space, parse_variant
 from puzzle.variants.least_squares import RIDGE
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def text(pico_run: Run, pico_parent: Parent) -> list[LayerPass]:
 
 @pytest.fixture
 def students(pico_parent: Parent, pico_statistics: Statistics) -> list[Student]:
-    own = pico_statistics.parent_subblock(pico_parent, Start(), CPU, 2, "attention")
+    own = pico_statistics.parent_subblock(pico_parent, LibrarySettings(), CPU, 2, "attention")
     variants = [parse_variant("attention", name) for name in ("kv2", "kv1")]
     return [Student(2, [each], pico_parent.config, each.initialise(own), 1.0, CPU) for each in variants]
 

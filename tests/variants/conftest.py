@@ -7,9 +7,8 @@ from tests.conftest import pico_puzzle
 from torch import Tensor
 
 from puzzle.modeling import PuzzleForCausalLM
-from puzzle.variants import ParentSubblock, Start, State, Subblock, parse_variant, split_state
-
-CLOSED_FORM = Start()
+from puzzle.recipe import LibrarySettings
+from puzzle.variants import ParentSubblock, State, Subblock, parse_variant, split_state
 
 
 def moments(input_ND: Tensor, output_ND: Tensor) -> State:
@@ -47,9 +46,15 @@ def pico_parent(kv_heads: int = 4, bias: bool = False) -> PuzzleForCausalLM:
 
 
 def subblock(
-    model: PuzzleForCausalLM, subblock: Subblock, statistics: State, start: Start = CLOSED_FORM, kv_heads: int = 4
+    model: PuzzleForCausalLM,
+    subblock: Subblock,
+    statistics: State,
+    settings: LibrarySettings | None = None,
+    kv_heads: int = 4,
 ) -> ParentSubblock:
     """A subblock of layer 1, in the model's dtype."""
     state = split_state(model.model.layers[1].state_dict(), subblock)
     own = parse_variant(subblock, f"kv{kv_heads}" if subblock == "attention" else "w48")
-    return ParentSubblock(config=model.config, variant=own, state=state, statistics=statistics, start=start)
+    return ParentSubblock(
+        config=model.config, variant=own, state=state, statistics=statistics, settings=settings or LibrarySettings()
+    )

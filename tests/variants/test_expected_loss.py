@@ -9,16 +9,16 @@ import torch
 from tests.variants.conftest import activation_moments, moments, pico_parent, subblock
 from torch import Tensor
 
+from puzzle.recipe import LibrarySettings
 from puzzle.variants import (
     ParentSubblock,
-    Start,
     Subblock,
     derive_space,
     parse_variant,
     prune_space,
 )
 
-STARTS = [Start(), Start(channels="independent"), Start(method="paper")]
+STARTS = [LibrarySettings(), LibrarySettings(channels="independent"), LibrarySettings(start="paper")]
 KNOWN = [("ffn", name) for name in ("w48", "w20", "rank6", "linear", "none")] + [
     ("attention", name) for name in ("kv4", "linear", "none")
 ]
@@ -41,12 +41,14 @@ def calibrated(which: Subblock, bias: bool) -> tuple[ParentSubblock, Tensor, dic
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("start", STARTS, ids=str)
+@pytest.mark.parametrize("settings", STARTS, ids=["default", "independent", "paper"])
 @pytest.mark.parametrize(("which", "name"), KNOWN)
-def test_the_expected_loss_is_the_measured_one(which: Subblock, name: str, start: Start, bias: bool) -> None:
+def test_the_expected_loss_is_the_measured_one(
+    which: Subblock, name: str, settings: LibrarySettings, bias: bool
+) -> None:
     """Also of other weights than the best ones."""
     parent, hidden_BTD, context, output_BTD = calibrated(which, bias)
-    parent, variant = replace(parent, start=start), parse_variant(which, name)
+    parent, variant = replace(parent, settings=settings), parse_variant(which, name)
     state = variant.initialise(parent)
     last = [f"{variant.output_projection}.weight", "mlp.linear_mlp.weight", "self_attn.linear_attn.weight"]
     worse = {key: 0.5 * value if key in last else value for key, value in state.items()}
@@ -58,7 +60,7 @@ def test_the_expected_loss_is_the_measured_one(which: Subblock, name: str, start
 
 @pytest.mark.parametrize("channels", ["iterative", "independent"])
 def test_it_falls_with_the_size(channels: Any) -> None:
-    parent = replace(calibrated("ffn", True)[0], start=Start(channels=channels))
+    parent = replace(calibrated("ffn", True)[0], settings=LibrarySettings(channels=channels))
     for names in (["w4", "w12", "w24", "w40", "w48"], ["rank1", "rank4", "rank9", "rank15", "linear"]):
         variants = [parse_variant("ffn", name) for name in names]
         losses = [variant.expected_loss(parent, variant.initialise(parent)) for variant in variants]

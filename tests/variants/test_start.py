@@ -9,13 +9,14 @@ from tests.variants.conftest import activation_moments, moments, pico_parent, sp
 from torch import Tensor
 from torch.nn.functional import linear
 
-from puzzle.variants import ParentSubblock, Start, State, Variant, parse_variant
+from puzzle.recipe import LibrarySettings
+from puzzle.variants import ParentSubblock, State, Variant, parse_variant
 from puzzle.variants.kinds.gated import GatedFFN
 from puzzle.variants.kinds.grouped_query import GroupedQuery
 from puzzle.variants.kinds.linear import LinearAttention, LinearFFN, LowRankFFN
 from puzzle.variants.least_squares import RIDGE, ridge
 
-PAPER = Start(method="paper")
+PAPER = LibrarySettings(start="paper")
 BIAS = pytest.mark.parametrize("bias", [False, True])
 
 
@@ -140,12 +141,12 @@ def test_the_papers_linear_map_is_attention_to_itself(heads: int, bias: bool) ->
     torch.testing.assert_close(found, output(parent, parent.variant, parent.state, tokens=1))
 
 
-@pytest.mark.parametrize("start", [Start(), PAPER], ids=str)
-def test_the_dtype_and_the_norm_are_the_parents(start: Start) -> None:
+@pytest.mark.parametrize("settings", [LibrarySettings(), PAPER], ids=["default", "paper"])
+def test_the_dtype_and_the_norm_are_the_parents(settings: LibrarySettings) -> None:
     model = deepcopy(pico_parent()).to(torch.bfloat16)
     statistics = activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32))
     for which, names in {"attention": ["kv2", "kv2win8", "linear"], "ffn": ["w16", "rank4", "linear"]}.items():
-        parent = subblock(model, which, statistics, start)
+        parent = subblock(model, which, statistics, settings)
         for state in (parse_variant(which, name).initialise(parent) for name in names):
             assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
             assert all(torch.equal(state[name], tensor) for name, tensor in parent.norm.items())

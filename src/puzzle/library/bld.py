@@ -30,7 +30,7 @@ from puzzle.runs import Run, digest, progress, read_json, read_parsed, write_jso
 from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
 from puzzle.training import remove_states, saved_names
-from puzzle.variants import BlockVariant, Space, Start, State, Subblock, Variant
+from puzzle.variants import BlockVariant, Space, State, Subblock, Variant
 
 _BYTES_PER_FIXED_PARAMETER = 12
 """What is left of them in a least-squares update: weight, best so far, and the copy that is compared with it."""
@@ -108,11 +108,11 @@ def students_at_start(
 ) -> list[Student]:
     """The students of these plans, those of a subblock one after another: they share the ranking of its channels."""
     settings, config, students = run.recipe.library, parent.config, list[Student]()
-    start, of_block = Start(method=settings.start, channels=settings.channels), settings.loss == "block"
+    of_block = settings.loss == "block"
     for (layer, subblock), group in groupby(plans, key=lambda plan: (plan.layer, plan.subblock)):
         powers, trained = statistics.layer(layer), True
         if subblocks is None:
-            own = statistics.parent_subblock(parent, start, run.device, layer, cast(Subblock, subblock))
+            own = statistics.parent_subblock(parent, settings, run.device, layer, cast(Subblock, subblock))
         for variants in (plan.variants for plan in group):
             if subblocks is None:
                 state, own_power = variants[0].initialise(own), own.statistics["output_power"]

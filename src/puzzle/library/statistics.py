@@ -36,10 +36,11 @@ from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
+from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run, progress, read_json, read_tensors, write_json, write_tensors
 from puzzle.stages import CALIBRATE, SPACE
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, Start, State, Subblock, add_sum, prune_space, split_state
+from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, State, Subblock, add_sum, prune_space, split_state
 
 _BATCH_SIZE = 8
 
@@ -64,7 +65,7 @@ class Statistics:
         return {name: value for name, value in read_tensors(self.file(layer)).items() if "." not in name}
 
     def parent_subblock(
-        self, parent: Parent, start: Start, device: torch.device, layer: int, subblock: Subblock
+        self, parent: Parent, settings: LibrarySettings, device: torch.device, layer: int, subblock: Subblock
     ) -> ParentSubblock:
         """What the variants of a subblock start from, on the device where closed forms are solved."""
         state, moments = split_state(parent.layer_state(layer), subblock), self.subblock(layer, subblock)
@@ -73,7 +74,7 @@ class Statistics:
             variant=parent.architecture.blocks[layer].subblock(subblock),
             state={name: value.to(device) for name, value in state.items()},
             statistics={name: value.to(device) for name, value in moments.items()},
-            start=start,
+            settings=settings,
         )
 
     def influence(self, num_layers: int) -> list[float]:
@@ -103,9 +104,9 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     file = stage.path / "expected.json"
     if not stage.done:
         # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
-        start, rows = Start(channels=run.recipe.library.channels), []
+        settings, rows = run.recipe.library.model_copy(update={"start": "closed_form"}), []
         for layer, which in product(range(parent.num_layers), SUBBLOCKS):
-            own = statistics.parent_subblock(parent, start, run.device, layer, which)
+            own = statistics.parent_subblock(parent, settings, run.device, layer, which)
             for variant in space.layers[layer].subblock(which):
                 rows.append([layer, which, variant.name, variant.expected_loss(own, variant.initialise(own))])
         write_json(file, rows)

@@ -7,7 +7,6 @@ from puzzle.variants import kinds
 from puzzle.variants.base import REGISTRY as REGISTRY
 from puzzle.variants.base import SUBBLOCKS as SUBBLOCKS
 from puzzle.variants.base import ParentSubblock as ParentSubblock
-from puzzle.variants.base import Start as Start
 from puzzle.variants.base import State as State
 from puzzle.variants.base import Subblock as Subblock
 from puzzle.variants.base import Variant as Variant

@@ -11,7 +11,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -20,21 +20,13 @@ from torch import Tensor, nn
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import FAMILIES, MODULE_NAMES, MODULES, PuzzleConfig, PuzzleDecoderLayer
+from puzzle.recipe import LibrarySettings
 from puzzle.variants.least_squares import rank_channels
 
 Subblock = Literal["attention", "ffn"]
 SUBBLOCKS: tuple[Subblock, Subblock] = ("attention", "ffn")
 State = dict[str, Tensor]
 """A subblock's tensors by their names in the layer, e.g. `self_attn.q_proj.weight`, its norm included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """The formulas by which variants start."""
-
-    method: Literal["closed_form", "paper"] = "closed_form"
-    """Least squares on calibration statistics; or slices, means and products of weights (paper appendix A)."""
-    channels: Literal["iterative", "independent"] = "iterative"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +38,8 @@ class ParentSubblock:
     state: State
     statistics: State
     """Moments from calibration, see `puzzle.library.statistics`."""
-    start: Start = Start()
+    settings: LibrarySettings = field(default_factory=LibrarySettings)
+    """`start` and `channels` say by which formulas variants start."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,8 +57,8 @@ class ParentSubblock:
             self.state["mlp.down_proj.weight"],
             self.statistics["activation_mean_abs"],
             self.statistics["activation_second_moment"],
-            iterative=self.start.channels == "iterative",
-            with_update=self.start.method == "closed_form",
+            iterative=self.settings.channels == "iterative",
+            with_update=self.settings.start == "closed_form",
         )
 
 

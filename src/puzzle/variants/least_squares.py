@@ -1,18 +1,8 @@
-"""Closed forms: the least-squares optimum of every map that is linear in its unknowns.
+"""Closed forms: the least-squares optimum of every map that is linear in its unknowns, in float64.
 
-All are solved in float64. Each input's second moment is raised by the share `RIDGE` of itself, as if its activations
-carried a little independent noise: that keeps the solve stable where calibration saw fewer directions than there are
-channels, and does not depend on the channels' scales, which differ by orders of magnitude.
-
-A narrower FFN of I' channels keeps the first I' of one ranking, so that its widths nest (paper section 2.1, appendix
-A). With a the activation, C = E[a a^T] damped, and W the down projection, the rankings are
-
-- independent: each channel by what it adds alone, mean|a_i| * ||W[:, i]||;
-- iterative, by backward elimination, where each choice knows what is gone already:
-    - slicing: removing the set S costs E||sum_{i in S} W_i a_i||^2 = sum_{i,j in S} G_ij with G = (W^T W) * C;
-    - with least-squares update: the others take over what they can of a removed channel. Channel i then costs
-      ||W_i||^2 / [C^-1]_ii, after which W and C^-1 are those of the channels left (optimal brain surgeon; Hassibi and
-      Stork 1993).
+Each input's second moment is raised by the share `RIDGE` of itself, as if its activations carried a little independent
+noise: that keeps the solve stable where calibration saw fewer directions than there are channels, and does not depend
+on the channels' scales, which differ by orders of magnitude.
 
 Shapes: D hidden size, I channels.
 """
@@ -106,16 +96,17 @@ def damping(second_moment: Tensor) -> Tensor:
 def rank_channels(
     down_DI: Tensor, mean_abs_I: Tensor, second_moment_II: Tensor, *, iterative: bool, with_update: bool
 ) -> Tensor:
-    """Channel indices, the last to be given up first. [I]
+    """An FFN's channels, the last to be given up first, so that widths nest (paper section 2.1, appendix A). [I]
 
     Args:
         down_DI: weight of the down projection. mean_abs_I: E|a|. second_moment_II: E[a a^T].
+        iterative: by backward elimination, where each choice knows what is gone already; else each channel by what it
+            adds alone, mean|a_i| * ||W[:, i]||.
         with_update: whether the down projection gets a least-squares update for the channels left.
     """
     down_DI = down_DI.double()
     if not iterative:
-        contribution_I = mean_abs_I.double() * down_DI.norm(dim=0)
-        return contribution_I.argsort(descending=True, stable=True)
+        return (mean_abs_I.double() * down_DI.norm(dim=0)).argsort(descending=True, stable=True)
     moment_II = second_moment_II.double()
     moment_II = moment_II + torch.diag(damping(moment_II))
     removed = _eliminate_with_update(down_DI, moment_II) if with_update else _eliminate_slices(down_DI, moment_II)
@@ -123,9 +114,9 @@ def rank_channels(
 
 
 def _eliminate_slices(down_DI: Tensor, moment_II: Tensor) -> Tensor:
-    """Channels in the order of their removal, each the one whose removal adds least to the error. [I]
+    """Channels in the order of their removal, each the one that adds least to the error. [I]
 
-    D I^2 operations for G, and I for every removal.
+    Removing the set S costs E||sum_{i in S} W_i a_i||^2 = sum_{i,j in S} G_ij with G = (W^T W) * C.
     """
     errors_II = down_DI.T @ down_DI * moment_II
     added_I = errors_II.diagonal().clone()
@@ -141,9 +132,8 @@ def _eliminate_slices(down_DI: Tensor, moment_II: Tensor) -> Tensor:
 def _eliminate_with_update(down_DI: Tensor, moment_II: Tensor) -> Tensor:
     """Channels in the order of their removal, by what their removal costs after the others took over. [I]
 
-    Removed in batches of a share of what is left, which costs about 3 I^3 operations whatever the share: 2 I^3 to
-    invert, 2/3 I^3 to update the inverse; a smaller share only reads it more often. For I = 14336 that is 9e12
-    operations, and 5 GB for the inverse and its copies.
+    Channel i costs ||W_i||^2 / [C^-1]_ii, after which W and C^-1 are those of the channels left (optimal brain surgeon;
+    Hassibi and Stork 1993). Removed in batches of a share of what is left: about 3 I^3 operations whatever the share.
     """
     scale_I = moment_II.diagonal().sqrt()  # of channels whose scales differ by orders of magnitude
     weight = down_DI * scale_I

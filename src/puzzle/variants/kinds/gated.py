@@ -53,7 +53,7 @@ class GatedFFN(Variant):
             return dict(parent.state)
         kept, down_DI = self._kept(parent), parent.state["mlp.down_proj.weight"]
         state = {name: tensor[kept].clone() if _of_channels(name) else tensor for name, tensor in parent.state.items()}
-        if parent.start.method == "paper":
+        if parent.settings.start == "paper":
             return state | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
         moment_II = parent.statistics["activation_second_moment"].double()
         updated = least_squares_update(down_DI.double(), moment_II, kept)

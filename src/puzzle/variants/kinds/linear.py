@@ -65,7 +65,7 @@ class _Linear(Variant):
         """
         if parent.variant == self:
             return dict(parent.state)
-        if parent.start.method == "paper" and (made := parent.variant.linear_map(parent.state)) is not None:
+        if parent.settings.start == "paper" and (made := parent.variant.linear_map(parent.state)) is not None:
             weight_DD, bias_D = made
             expand_DR = None if self.size is None else torch.linalg.svd(weight_DD).U[:, : self.size]
             matrices = [weight_DD] if expand_DR is None else [expand_DR, expand_DR.T @ weight_DD]
