@@ -48,7 +48,7 @@ def measure(pipeline: Pipeline) -> Iterator[dict[str, object]]:
             if row.subblock == subblock:
                 own = space.layers[row.layer].parent
                 block = f"{row.variant}+{own.ffn}" if subblock == "attention" else f"{own.attention}+{row.variant}"
-                kl = scores.row(row.layer, block).kl
+                kl = scores.by_key[row.layer, block].kl
                 yield {"layer": row.layer, "subblock": subblock, "variant": row.variant, "loss": row.loss, "kl": kl}
 
 

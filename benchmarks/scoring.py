@@ -130,7 +130,7 @@ def report_proxies(
 ) -> None:
     """A line for each cheaper score: its cost, and Spearman against the KL over all blocks and within layers."""
     blocks = {(layer, block.name): block for layer in layers for block in space.layers[layer].blocks()[1:]}
-    kl = {key: table.row(*key).kl for key in blocks}
+    kl = {key: table.by_key[key].kl for key in blocks}
     subblocks = sum(
         len(subblock) - 1 for layer in layers for subblock in (space.layers[layer].attention, space.layers[layer].ffn)
     )
@@ -218,7 +218,7 @@ def report_estimate(space: Space, tables: dict[str, ScoreTable]) -> None:
     for row in tables["estimated"].rows:
         own, block = space.layers[row.layer].parent, BlockVariant.parse(row.block)
         if own.attention != block.attention and own.ffn != block.ffn:
-            pairs.append((row, tables["all"].row(row.layer, row.block)))
+            pairs.append((row, tables["all"].by_key[row.layer, row.block]))
     error = sum(abs(row.kl - true.kl) / true.kl for row, true in pairs) / len(pairs)
     own_error = sum(true.kl_se / true.kl for _, true in pairs) / len(pairs)
     print(

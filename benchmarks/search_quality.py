@@ -87,7 +87,7 @@ def methods(
     def corrected() -> tuple[tuple[str, ...], dict[str, float]]:
         its = replace(pipeline.run, recipe=pipeline.run.recipe.model_copy(update={"target": target}))
         found = correct(its, tables, first, pipeline.true_score.scores, pipeline.library, pipeline.data)
-        return found.ranked[0].blocks, {"scoring kl": min(each.whole.kl for each in found.evaluated)}
+        return found.ranked[0].blocks, {"scoring kl": min(each.kl for each in found.evaluated)}
 
     def baseline(name: str) -> tuple[tuple[str, ...], dict[str, float]]:
         found = solve_baseline(tables, name, pipeline.run.recipe.seed)

@@ -120,9 +120,8 @@ class Totals:
 class CostRow:
     """One variant of one subblock of one layer at one batch size.
 
-    Or, as `block`, a whole block whose subblocks were not measured apart (tables of other libraries). Or, as `fixed`,
-    what every child has: embeddings, final norm, head, and the engine's time per step that belongs to no layer; `layer`
-    is then -1 and `variant` empty.
+    Or, as `block`, a whole block, in tables of other libraries. Or, as `fixed`, what every child has: embeddings, final
+    norm, head, and the engine's time per step that belongs to no layer; `layer` is then -1 and `variant` empty.
     """
 
     layer: int
@@ -210,8 +209,7 @@ class ScoreRow:
     kl_se: float
     """Standard error of `kl` over sequences."""
     lm_loss: float
-    """Negative log-likelihood of the next token, nats per token. Where not all text was scored: the parent's on all of
-    it, plus the mean difference on what was."""
+    """Nats per token. If not all text was scored: the parent's on all of it, plus the mean difference on what was."""
     top1_agreement: float
     cosine: float
     """1 - cosine of the final hidden states to the parent's, after the last norm."""
@@ -231,11 +229,9 @@ class ScoreTable(Artefact):
     rows: tuple[ScoreRow, ...]
 
     @cached_property
-    def _by_key(self) -> dict[tuple[int, str], ScoreRow]:
+    def by_key(self) -> dict[tuple[int, str], ScoreRow]:
+        """The rows by layer and block."""
         return {(row.layer, row.block): row for row in self.rows}
-
-    def row(self, layer: int, block: str) -> ScoreRow:
-        return self._by_key[layer, block]
 
     def layer(self, layer: int) -> list[ScoreRow]:
         return [row for row in self.rows if row.layer == layer]
@@ -243,25 +239,20 @@ class ScoreTable(Artefact):
     @cached_property
     def parent_blocks(self) -> list[str]:
         """The parent's own block of each layer: the first with a KL of exactly 0, others with 0 are ties."""
-        blocks: dict[int, str] = {}
-        for row in self.rows:
-            if row.kl == 0:
-                blocks.setdefault(row.layer, row.block)
-        for layer in range(self.num_layers):
-            if layer not in blocks:
-                found = f"scores of layer {layer}: no block has a KL of 0 as the parent's has"
-                raise PuzzleError(f"{found}; score it again")
-        return [blocks[layer] for layer in range(self.num_layers)]
+        first = {row.layer: row.block for row in reversed(self.rows) if row.kl == 0}
+        if lacking := [layer for layer in range(self.num_layers) if layer not in first]:
+            raise PuzzleError(f"scores of layers {lacking}: no block has a KL of 0 as the parent's has; score it again")
+        return [first[layer] for layer in range(self.num_layers)]
 
     def value(self, layer: int, block: str, score: ScoreName = "kl") -> float:
         """What the block takes away from the parent's quality; of the parent's own block exactly 0.
 
         `lm_loss` is the rise above the parent's, `task` the fall below it: both can be negative.
         """
-        value = getattr(self.row(layer, block), score)
+        value = getattr(self.by_key[layer, block], score)
         if score in ("kl", "cosine"):
             return float(value)
-        parent = getattr(self.row(layer, self.parent_blocks[layer]), score)
+        parent = getattr(self.by_key[layer, self.parent_blocks[layer]], score)
         return float(parent - value if score == "task" else value - parent)
 
     def having(self, score: ScoreName) -> "ScoreTable":
@@ -286,9 +277,7 @@ class Proof:
     status: Literal["optimal", "feasible"]
     """`optimal`: no feasible architecture is better, up to the solver's tolerance `gap`."""
     bound: float
-    """No architecture within the bounds, at any allowed batch size, has a lower sum of scores; or, where another
-    quantity was made best (`search.objective`), a better value of that.
-    """
+    """No architecture within the bounds, at any allowed batch size, has a better value of `search.objective`."""
     gap: float
     """|value - bound| / max(|value|, |bound|), 0 where both are 0."""
     solver: str
@@ -309,7 +298,7 @@ class Serving:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution(Artefact):
-    """An architecture with its predicted score and totals, and the proof."""
+    """An architecture with its predicted score and totals (`Totals.as_dict`), and the proof."""
 
     blocks: tuple[str, ...]
     """One block name a layer, such as `kv2+w512`."""
@@ -317,11 +306,10 @@ class Solution(Artefact):
     score: float
     """Sum of the blocks' scores, by default of their KL: the estimate of the child's KL."""
     predicted: dict[str, float]
-    """`Totals.as_dict` at `batch_size`."""
     parent: dict[str, float]
-    """The parent's predicted totals that relative targets refer to."""
+    """The parent's totals, which relative targets refer to."""
     asked: Bounds
-    """The target in absolute numbers: what measurements should meet."""
+    """What measurements should meet: the target."""
     bounds: Bounds
     """What the predicted totals had to meet: the target with the search's margin."""
     proof: Proof | None
@@ -339,6 +327,7 @@ class Solution(Artefact):
 class WholeScore:
     """A whole architecture of the library's blocks beside the parent: fields as in `ScoreRow`."""
 
+    blocks: tuple[str, ...]
     kl: float
     kl_se: float
     lm_loss: float
@@ -351,21 +340,10 @@ class WholeScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """An architecture within the bounds, as the scores' sum predicts it and as it is."""
-
-    blocks: tuple[str, ...]
-    predicted: float
-    """The sum of its blocks' scores."""
-    whole: WholeScore
-
-
-@dataclass(frozen=True, kw_only=True)
 class Correction(Artefact):
     """The search corrected by whole architectures: never worse than the search alone on the text that compares them."""
 
-    score: ScoreName
-    evaluated: tuple[Evaluated, ...]
+    evaluated: tuple[WholeScore, ...]
     """The search's own first, then its next best solutions."""
     ranked: tuple[Solution, ...]
     """The best first, as far as it is better by `MIN_IMPROVEMENT`; the last is the search's own."""

@@ -28,7 +28,7 @@ def test_score_equals_a_full_forward_of_the_replaced_model(
     parent_logp = log_softmax(parent(tokens_BT).logits.double(), -1)
     parent_hidden = parent.model(tokens_BT).last_hidden_state.double()
     for block in pico_space.layers[layer].blocks()[1::5]:
-        row = pico_scores.row(layer, block.name)
+        row = pico_scores.by_key[layer, block.name]
         model = with_block(parent, layer, block, pico_library)
         hidden = model.model(tokens_BT).last_hidden_state
         logp = log_softmax(model.lm_head(hidden).double(), -1)
@@ -51,10 +51,10 @@ def test_every_block_has_a_score_and_the_parents_own_score_zero(
     assert [(row.layer, row.block) for row in pico_scores.rows] == expected
     names = pico_parent.architecture.names
     assert pico_scores.total(names) == 0.0
-    assert all(pico_scores.row(i, name).top1_agreement == 1.0 for i, name in enumerate(names))
+    assert all(pico_scores.by_key[i, name].top1_agreement == 1.0 for i, name in enumerate(names))
 
 
 def test_removing_more_is_worse(pico_scores: ScoreTable) -> None:
     for layer in range(pico_scores.num_layers):
-        ffn = [pico_scores.row(layer, f"kv4+{name}").kl for name in ("w56", "w16", "none")]
+        ffn = [pico_scores.by_key[layer, f"kv4+{name}"].kl for name in ("w56", "w16", "none")]
         assert ffn == sorted(ffn)

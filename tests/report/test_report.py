@@ -131,7 +131,7 @@ def test_figures_show_what_was_chosen_and_what_it_was_worth(data: ReportData) ->
     rows = drawn["scores"]["layout"]["yaxis"]["ticktext"]
     assert rows[:4] == ["attention kv8", "attention kv2", "attention linear", "attention none"]
     assert [name for name, dots in zip(rows, heat["text"], strict=True) if dots[3]] == ["attention linear", "FFN w256"]
-    kl = data.scores.row(3, "linear+w512").kl
+    kl = data.scores.by_key[3, "linear+w512"].kl
     assert heat["z"][rows.index("attention linear")][3] == pytest.approx(math.log10(kl))
     assert heat["z"][rows.index("attention none")][1] is None
     marked = points(drawn["frontier"])

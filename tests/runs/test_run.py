@@ -67,18 +67,6 @@ def test_a_folder_whose_making_was_cut_off_is_made(tmp_path: Path, recipe: Recip
         assert run.recipe == recipe
 
 
-@pytest.mark.parametrize("mark", ["", "{", "null", '{"fmt": 1}', '{"format": 99}'])
-def test_a_damaged_mark_and_another_format_are_refused(folder: Path, recipe: Recipe, mark: str) -> None:
-    (folder / "puzzle.json").write_text(mark)
-    with pytest.raises(PuzzleError, match=r"puzzle.json: found '.*', this version reads") as caught, open_run(folder):
-        pass
-    with pytest.raises(PuzzleError, match="name another folder, or write"):
-        create_folder(folder, recipe)
-    (folder / "puzzle.json").write_text(str(caught.value).split("write ")[1].split(" into it")[0])
-    with open_run(folder):
-        pass
-
-
 SCORE = Stage(name="score", help="", reads=("score.tokens", "data"), inputs=("library",))
 PLAIN = Stage(name="plain", help="")
 

@@ -17,7 +17,7 @@ def test_the_estimate_is_the_subblocks_sum_and_what_the_block_has_beyond_it(scor
     (file,) = tmp_path.rglob("layer001.safetensors")
     values = read_tensors(file)
     for block in COMPOSED:
-        row, (attention, ffn) = table.row(1, block), block.split("+")
+        row, (attention, ffn) = table.by_key[1, block], block.split("+")
         for name, own in (("kl", 0.0), ("top1_agreement", 1.0)):
             summed = values[f"{attention}+w64.{name}"] + values[f"kv4+{ffn}.{name}"] - 2 * own
             beyond = values[f"{block}.{name}"] - own - summed[:4]
@@ -25,7 +25,7 @@ def test_the_estimate_is_the_subblocks_sum_and_what_the_block_has_beyond_it(scor
             if name == "kl":
                 assert row.kl_se == pytest.approx(float((summed.var() / 16 + beyond.var() / 4) ** 0.5))
     assert [len(values[f"{block}.kl"]) for block in (*COMPOSED, *SUBBLOCKS)] == [4, 4, 16, 16, 16]
-    assert [table.row(1, block).sequences for block in (*COMPOSED, *SUBBLOCKS)] == [4, 4, 16, 16, 16]
+    assert [table.by_key[1, block].sequences for block in (*COMPOSED, *SUBBLOCKS)] == [4, 4, 16, 16, 16]
 
 
 def test_the_estimate_is_nearer_than_the_first_share_alone(scored: Scorer, tmp_path: Path) -> None:
@@ -34,13 +34,13 @@ def test_the_estimate_is_nearer_than_the_first_share_alone(scored: Scorer, tmp_p
     for layer in range(3):
         (file,) = (tmp_path / "estimated").rglob(f"layer{layer:03d}.safetensors")
         for block in COMPOSED:
-            true = full.row(layer, block)
+            true = full.by_key[layer, block]
             first = float(read_tensors(file)[f"{block}.kl"].mean())
-            errors.append(abs(estimated.row(layer, block).kl - true.kl) / true.kl)
+            errors.append(abs(estimated.by_key[layer, block].kl - true.kl) / true.kl)
             alone.append(abs(first - true.kl) / true.kl)
-            assert estimated.row(layer, block).lm_loss == pytest.approx(true.lm_loss, rel=0.02)
+            assert estimated.by_key[layer, block].lm_loss == pytest.approx(true.lm_loss, rel=0.02)
         for block in SUBBLOCKS:
-            assert estimated.row(layer, block).kl == pytest.approx(full.row(layer, block).kl)
+            assert estimated.by_key[layer, block].kl == pytest.approx(full.by_key[layer, block].kl)
     assert sum(errors) < 0.9 * sum(alone)
 
 

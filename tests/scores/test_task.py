@@ -72,16 +72,16 @@ def test_a_task_is_named_in_the_recipe_and_found_where_the_command_is_run(
     (tmp_path / "own_task.py").write_text("def layers_with_cache(model):\n    return model.config.num_hidden_layers\n")
     table = scored(task="own_task:layers_with_cache")
     del sys.modules["own_task"]
-    assert table.row(1, "kv1+none").task == 4
-    assert table.row(1, "none+w64").task == 3
+    assert table.by_key[1, "kv1+none"].task == 4
+    assert table.by_key[1, "none+w64"].task == 3
     (stage,) = (tmp_path / "run" / "stages").glob("score-*/stage.json")
     assert json.loads(stage.read_text())["inputs"]["task"] == "own_task:layers_with_cache"
 
 
 def test_a_block_without_a_finite_number_has_no_task_score(scored: Scorer, capsys: pytest.CaptureFixture[str]) -> None:
     table = scored(function=lambda model: 1.0 if model.config.num_hidden_layers == 4 else math.inf)
-    assert table.row(2, "none+none").task is None
-    assert table.row(2, "kv1+none").task == 1.0
+    assert table.by_key[2, "none+none"].task is None
+    assert table.by_key[2, "kv1+none"].task == 1.0
     assert "warning: task score of layer 2 none+none is inf; it has none" in capsys.readouterr().out
 
 

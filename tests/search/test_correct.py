@@ -27,8 +27,8 @@ def tables(pico_scores: ScoreTable, toy_costs: CostTable, pico_run: Run) -> Tabl
     return Tables(scores=pico_scores, costs=toy_costs, target=target, settings=pico_run.recipe.search)
 
 
-def whole(kl: float) -> WholeScore:
-    return WholeScore(kl=kl, kl_se=0.0, lm_loss=kl, top1_agreement=1.0, cosine=kl)
+def whole(blocks: Sequence[str], kl: float) -> WholeScore:
+    return WholeScore(blocks=tuple(blocks), kl=kl, kl_se=0.0, lm_loss=kl, top1_agreement=1.0, cosine=kl)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def whole(kl: float) -> WholeScore:
 )
 def test_another_one_must_be_better_by_enough(tables: Tables, values: Sequence[float], ranked: Sequence[int]) -> None:
     solutions = pool(tables, 4, 1)
-    found = rerank(solutions, lambda some: [whole(value) for value in values], tables)
+    found = rerank(solutions, lambda some: [*map(whole, some, values)], tables)
     assert found.ranked == tuple(solutions[place] for place in ranked)
-    assert [each.whole.kl for each in found.evaluated] == list(values)
+    assert [each.kl for each in found.evaluated] == list(values)
     assert Correction.from_json(found.to_json()) == found
 
 
@@ -78,7 +78,7 @@ def test_it_ends_within_the_bounds_and_goes_on_after_a_kill(
             corrected()
     monkeypatch.setattr(puzzle.scores.whole, "write_json", write)
     found = corrected()
-    values = [each.whole.kl for each in found.evaluated]
+    values = [each.kl for each in found.evaluated]
     assert len(values) == 4
     assert found.ranked[-1] == solution
     assert found.evaluated[0].blocks == solution.blocks

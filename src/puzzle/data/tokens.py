@@ -23,6 +23,7 @@ from puzzle.errors import PuzzleError
 RangeName = Literal["calibration", "training", "validation", "scoring", "test"]
 RANGES: tuple[RangeName, ...] = get_args(RangeName)
 """Disjoint by document: documents with the same text are in the same range."""
+Indices = Sequence[int] | NDArray[np.int64] | slice
 TOKEN_DTYPE = np.dtype("<u4")
 
 
@@ -42,7 +43,7 @@ class TokenData:
         count = self.counts[range]
         return count if tokens is None else min(-(-tokens // self.sequence_length), count)
 
-    def sequences(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:
+    def sequences(self, range: RangeName, indices: Indices) -> Tensor:
         """Sequences of a range as int64 `[n, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`."""
         wanted = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         file, shape = self.path / f"{range}.bin", (self.num_sequences(range), self.sequence_length + 1)
@@ -76,11 +77,8 @@ class TokenData:
         epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
         return np.concatenate([order(seed, int(epoch), n)[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
 
-    def positions(self, range: RangeName, indices: Sequence[int] | NDArray[np.int64] | slice) -> Tensor:
-        """Each token's position in its document as int64 `[n, T + 1]`, for the same `indices` as `sequences`.
-
-        A document that begins before the sequence counts from the sequence's first token.
-        """
+    def positions(self, range: RangeName, indices: Indices) -> Tensor:
+        """Each token's position in its document, or in the sequence if that begins later, as int64 `[n, T + 1]`."""
         wanted = np.arange(self.num_sequences(range))[indices]
         ends = np.memmap(self.path / f"{range}.ends.bin", np.int64, "r")
         length = self.sequence_length + 1

@@ -72,26 +72,22 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return Checkpoint(path, _header(single))
-    if not index.exists():
-        raise PuzzleError(f"parent: {path} has no model.safetensors; pickled weights are not read, convert them")
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = {name: path / file for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PuzzleError(f"parent: {index} cannot be read ({one_line(error)}); get the whole checkpoint") from None
-    headers = {file: _header(file) for file in sorted(set(files.values()))}
-    return Checkpoint(path, {name: headers[file][name] for name, file in files.items() if name in headers[file]})
-
-
-def _header(file: Path) -> dict[str, Entry]:
-    if not file.exists():
-        raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
-    try:
-        with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
-            return {name: Entry(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise PuzzleError(f"parent: {file} is truncated or damaged ({one_line(error)}); get it again") from None
+    files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
+    if not files[0].exists():
+        if not index.exists():
+            raise PuzzleError(f"parent: {path} has no model.safetensors; pickled weights are not read, convert them")
+        try:
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PuzzleError(f"parent: {index} cannot be read ({one_line(error)}); get the whole checkpoint") from None
+    entries: dict[str, Entry] = {}
+    for file in files:
+        if not file.exists():
+            raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                slices = {name: handle.get_slice(name) for name in handle.keys()}
+                entries |= {name: Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise PuzzleError(f"parent: {file} is truncated or damaged ({one_line(error)}); get it again") from None
+    return Checkpoint(path, entries)

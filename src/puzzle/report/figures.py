@@ -43,9 +43,8 @@ def _figure(height: int, traces: Sequence[Any], **layout: Any) -> go.Figure:
     return go.Figure(traces, base).update_layout(**layout)
 
 
-def _layer_axis(num_layers: int) -> dict[str, Any]:
-    ends = [-0.5, num_layers - 0.5]
-    return {"title_text": "layer", "showgrid": False, "range": ends, "dtick": 1 if num_layers <= 16 else None}
+def _layer_axis(count: int) -> dict[str, Any]:
+    return {"title_text": "layer", "showgrid": False, "range": [-0.5, count - 0.5], "dtick": 1 if count <= 16 else None}
 
 
 def architecture(data: ReportData) -> go.Figure:
@@ -75,7 +74,6 @@ def architecture(data: ReportData) -> go.Figure:
 def scores(data: ReportData) -> go.Figure:
     """Layers across, variants down: the KL with that subblock alone replaced, as colour; a dot on what was chosen."""
     blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
-    by_key = {(row.layer, row.block): row for row in data.scores.rows}
     scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
     labels, z, hover, dots = list[str](), [], [], []
     for which in SUBBLOCKS:
@@ -83,16 +81,12 @@ def scores(data: ReportData) -> go.Figure:
         for variant in sorted(shown, key=lambda variant: (-(variant.size or 0), variant.name)):
             label = f"{_LABELS[which]} {variant.name}"
             names = [replace(own, **{which: variant}).name for own in parents]
-            rows = [by_key.get((layer, name)) for layer, name in enumerate(names)]
+            rows = [data.scores.by_key.get((layer, name)) for layer, name in enumerate(names)]
             values = [(getattr(row, "kl", math.nan), getattr(row, "kl_se", math.nan)) for row in rows]
             labels.append(label)
             z.append([math.log10(max(kl, _FLOOR)) for kl, _ in values])
-            hover.append(
-                [
-                    f"layer {layer}, {label}<br>KL {format_number(kl)} ± {format_number(error, 2)}"
-                    for layer, (kl, error) in enumerate(values)
-                ]
-            )
+            texts = (f"KL {format_number(kl)} ± {format_number(error, 2)}" for kl, error in values)
+            hover.append([f"layer {layer}, {label}<br>{text}" for layer, text in enumerate(texts)])
             dots.append(["●" * (block.subblock(which) == variant) for block in blocks])
     powers = [math.log10(row.kl) for row in data.scores.rows if row.kl > _FLOOR] or [-6.0, 0.0]
     ticks = [*range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]
@@ -115,8 +109,7 @@ def frontier_figure(
         quantity: its key in `QUANTITIES`.
     """
     # The parent scores 0, which a logarithmic axis cannot show: a line marks its value instead.
-    logarithmic = min(point.score for point in [*frontier, *marked.values()]) >= 0
-    logarithmic = logarithmic and all(solution.score > 0 for solution in marked.values())
+    logarithmic = min(point.score for point in frontier) >= 0 < min((each.score for each in marked.values()), default=1)
     points = [point for point in frontier if point.score > 0 or not logarithmic]
     points.sort(key=lambda point: point.predicted[quantity])
     line = {"mode": "lines+markers", "line": {"color": _SOFT, "width": 1.5}, "marker_size": 5}

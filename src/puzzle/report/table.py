@@ -85,12 +85,7 @@ METRICS = tuple(_metrics())
 def table_row(
     quality: Mapping[str, float], predicted: Mapping[str, float], measured: Mapping[str, float]
 ) -> dict[str, float]:
-    """A model's numbers by the keys of `METRICS`.
-
-    Args:
-        quality: the metrics on test text.
-        predicted, measured: by the names of `Totals.as_dict`, of the measured ones the times.
-    """
+    """A model's numbers by the keys of `METRICS`, from those of test text and those named as in `Totals.as_dict`."""
     row = dict(quality) | {key: predicted[key] for key in ("params", "weight_bytes", "kv_bytes", "memory_bytes")}
     for key, name in _TIMES.items():
         row |= {f"predicted_{name}": predicted[key], f"measured_{name}": measured[key]}
@@ -175,11 +170,7 @@ def equal_layers(solution: Solution, parent: Sequence[str]) -> list[tuple[str, s
 
 
 def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
-    """A solution for a terminal: layers, predicted totals beside the parent's, score, proof and target.
-
-    Args:
-        parent: the parent's own block of each layer.
-    """
+    """A solution for a terminal: layers, predicted totals beside the parent's, score, proof and target."""
     totals = []
     for key, quantity in COSTS.items():
         if own := solution.parent[key]:  # 0 in tables without that cost
@@ -203,12 +194,7 @@ def solution_table(solution: Solution, parent: Sequence[str]) -> RenderableType:
 
 
 def solutions_table(solutions: Sequence[Solution], parent: Sequence[str], quantity: str) -> Table:
-    """One line a solution: the quantity, absolute and as a multiple of the parent's, the score, and what has changed.
-
-    Args:
-        parent: the parent's own block of each layer.
-        quantity: its key in `QUANTITIES`.
-    """
+    """One line a solution: a quantity, absolute and as a multiple of the parent's, the score, and what has changed."""
     body = []
     for solution in solutions:
         value, proof = solution.predicted[quantity], solution.proof

@@ -13,10 +13,12 @@ DIR/architecture.json, summary.json, report.html, log.txt
 import fcntl
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import reduce
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 _MARK, _LOCK = "puzzle.json", ".lock"
-_FORMAT = '{"format":1}'
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,8 @@ class Run:
         address = digest(identity)
         folder = StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address)
         if self.only is not None and stage.name not in self.only and not folder.done:
-            raise PuzzleError(
-                f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} "
-                f"alone; run `puzzle refine {self.path}` first, without torchrun"
-            )
+            found = f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} alone"
+            raise PuzzleError(f"{found}; run `puzzle refine {self.path}` first, without torchrun")
         if self.leads:
             folder.path.mkdir(parents=True, exist_ok=True)
             if not (folder.path / "stage.json").exists():
@@ -121,12 +120,10 @@ class Run:
 
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
-        spent: dict[str, float] = {}
-        for folder in self.used:
-            if folder.done:
-                seconds = read_json(folder.path / "manifest.json")["seconds"]
-                spent[folder.name] = spent.get(folder.name, 0.0) + seconds
-        return spent
+        spent: dict[str, float] = defaultdict(float)
+        for folder in filter(attrgetter("done"), self.used):
+            spent[folder.name] += read_json(folder.path / "manifest.json")["seconds"]
+        return dict(spent)
 
     @property
     def device(self) -> "torch.device":
@@ -171,16 +168,15 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
     check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        write_text(path / _MARK, _FORMAT + "\n")
+        write_json(path / _MARK, {"format": 1})  # no other is read or written yet
         write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
 
 
 def check_new(path: Path) -> None:
-    """Refuse what cannot become a run folder and is none of a format that this version reads."""
-    if is_run_folder(path):
-        check_folder(path)
-    # Hidden files alone are what a start leaves that was cut off at once.
-    elif path.exists() and (not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir())):
+    """Refuse what is no run folder and cannot become one; a start that was cut off at once leaves only hidden files."""
+    if not path.exists() or is_run_folder(path):
+        return
+    if not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
 
 
@@ -194,13 +190,9 @@ def open_run(path: Path, on: str | None = None) -> Iterator[Run]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse what is not a run folder, or one of a format this version cannot read."""
+    """Refuse what is not a run folder."""
     if not is_run_folder(path):
         raise PuzzleError(f"{path} is not a run folder of puzzle; make one with `puzzle run RECIPE --out {path}`")
-    found = "".join((path / _MARK).read_text(encoding="utf-8").split())
-    if found != _FORMAT:
-        use = f"name another folder, or write {_FORMAT} into it if it is damaged"
-        raise PuzzleError(f"{path / _MARK}: found {found!r}, this version reads {_FORMAT}; {use}")
 
 
 def process_in(path: Path) -> int | None:
@@ -222,9 +214,8 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise PuzzleError(
-                f"{path} is in use by process {lock.read().strip() or 'unknown'}; wait for it, or name another folder"
-            ) from None
+            found = f"{path} is in use by process {lock.read().strip() or 'unknown'}"
+            raise PuzzleError(f"{found}; wait for it, or name another folder") from None
         try:
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")

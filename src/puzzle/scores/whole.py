@@ -44,7 +44,8 @@ class TrueScore:
         identity = [count, run.recipe.precision, parent.address, library.address, data.address]
         self._file = run.path / "whole" / f"{digest(identity)[:24]}.json"
         rows = read_json(self._file) if self._file.exists() else []
-        self._known: dict[Names, WholeScore] = {tuple(row.pop("blocks")): WholeScore(**row) for row in rows}
+        known = (WholeScore(**row | {"blocks": tuple(row["blocks"])}) for row in rows)
+        self._known: dict[Names, WholeScore] = {score.blocks: score for score in known}
 
     @torch.no_grad()
     def scores(self, architectures: Sequence[Names]) -> list[WholeScore]:
@@ -60,9 +61,9 @@ class TrueScore:
         with progress("whole architectures", len(missing)) as bar:
             for start in range(0, len(missing), at_once):
                 some = missing[start : start + at_once]
-                self._known |= dict(zip(some, self._measured(some), strict=True))
+                self._known |= {score.blocks: score for score in self._measured(some)}
                 self._file.parent.mkdir(exist_ok=True)
-                write_json(self._file, [{"blocks": blocks} | asdict(score) for blocks, score in self._known.items()])
+                write_json(self._file, [asdict(score) for score in self._known.values()])
                 bar.advance(len(some))
         return [self._known[blocks] for blocks in architectures]
 
@@ -84,8 +85,8 @@ class TrueScore:
         finals = zip(*self._finals(architectures), strict=True)
         batches = zip(self._batches, self._parent_states, finals, strict=True)
         metrics = [per_sequence(self._model, own, torch.stack(states), tokens) for tokens, own, states in batches]
-        for values in torch.cat(metrics, dim=1):
+        for blocks, values in zip(architectures, torch.cat(metrics, dim=1), strict=True):
             finite = bool(values.isfinite().all())
             means = values.mean(0).tolist() if finite else (math.inf, math.inf, 0.0, math.inf)
             kl_se = math.sqrt(variance_of_kl(values)) if finite else 0.0
-            yield WholeScore(kl_se=kl_se, **dict(zip(METRICS, means, strict=True)))
+            yield WholeScore(blocks=blocks, kl_se=kl_se, **dict(zip(METRICS, means, strict=True)))

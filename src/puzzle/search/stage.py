@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from puzzle.artefacts import Correction, Evaluated, Serving, Solution, WholeScore
+from puzzle.artefacts import Correction, Serving, Solution, WholeScore
 from puzzle.data import TokenData
 from puzzle.library import Library
 from puzzle.runs import Run, digest, read_parsed, write_text
@@ -64,8 +64,8 @@ def correct(
         # The best of a pool of diverse solutions may be another one of the same score.
         others = [replace(each, proof=None) for each in found if each.blocks != solution.blocks]
         correction = rerank([solution, *others], evaluate, tables)
-        best = min(each.whole.value(tables.settings.score) for each in correction.evaluated)
-        own = correction.evaluated[0].whole.value(tables.settings.score)
+        best = min(each.value(tables.settings.score) for each in correction.evaluated)
+        own = correction.evaluated[0].value(tables.settings.score)
         run.log(f"correct: {len(correction.evaluated)} architectures compared, {own:.4g} -> {best:.4g}")
         write_text(file, correction.to_json())
         folder.commit()
@@ -79,19 +79,11 @@ def rerank(
 
     Another one comes before the search's own only if it is better by `MIN_IMPROVEMENT`.
     """
-    score = tables.settings.score
     wholes = evaluate([solution.blocks for solution in solutions])
-    values = [whole.value(score) for whole in wholes]
+    values = [whole.value(tables.settings.score) for whole in wholes]
     enough = values[0] - MIN_IMPROVEMENT * abs(values[0]) if math.isfinite(values[0]) else values[0]
     better = sorted((place for place, value in enumerate(values) if value < enough), key=lambda place: values[place])
-    return Correction(
-        score=score,
-        evaluated=tuple(
-            Evaluated(blocks=solution.blocks, predicted=solution.score, whole=whole)
-            for solution, whole in zip(solutions, wholes, strict=True)
-        ),
-        ranked=tuple(solutions[place] for place in [*better, 0]),
-    )
+    return Correction(evaluated=tuple(wholes), ranked=tuple(solutions[place] for place in [*better, 0]))
 
 
 def _addresses(tables: Tables) -> dict[str, object]:
