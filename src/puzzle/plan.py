@@ -42,13 +42,14 @@ class Shapes:
             and between subblocks and norms, and what the subblocks keep.
     """
 
+    recipe: Recipe
+    children: int
+    forward: float
+
     def __init__(self, recipe: Recipe, config: PuzzleConfig, space: Space) -> None:
         self.recipe, self.config, self.space = recipe, config, space
-        length, hidden, parents = (
-            recipe.data.sequence_length,
-            config.hidden_size,
-            [each.parent for each in space.layers],
-        )
+        length, hidden = recipe.data.sequence_length, config.hidden_size
+        parents = [each.parent for each in space.layers]
         others = [[*layer.attention[1:], *layer.ffn[1:]] for layer in space.layers]
         self.num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
         self.layer_params = [parent.num_params(config) for parent in parents]
