@@ -34,7 +34,7 @@ def plain(hidden_ND: Tensor, weight_VD: Tensor, parent_ND: Tensor, parent_VD: Te
 def chunked(hidden_ND: Tensor, weight_VD: Tensor, parent_ND: Tensor, parent_VD: Tensor) -> Tensor:
     targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64)
     kl = kl_to_head(parent_ND, parent_VD)
-    return head_losses(hidden_ND, weight_VD, kl, targets_N, kl_weight=1.0, lm_weight=0.0).total
+    return head_losses(hidden_ND, weight_VD, kl, targets_N, kl_weight=1.0, lm_weight=0.0)[0]
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "chunked": chunked}

@@ -225,3 +225,10 @@ def toy_costs(pico_pipeline: Pipeline) -> CostTable:
     fixed = replace(rows[0], layer=-1, part="fixed", variant="", params=0, decode_ms=1.0)
     scenario = Scenario(engine="torch", device="cpu", dtype="float32", prompt_tokens=16, generated_tokens=2)
     return CostTable(scenario=scenario, batch_sizes=(2,), rows=(fixed, *rows))
+
+
+@pytest.fixture
+def saves_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings save after every step, so that a kill can fall between any two."""
+    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda seconds: 1)
+    monkeypatch.setattr("puzzle.distributed.state.SaveTimer.due", lambda timer: True)

@@ -6,7 +6,7 @@ from tests.conftest import pico_puzzle
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
-from puzzle.metrics import TokenMetrics, chunks, compare
+from puzzle.metrics import TokenMetrics, compare
 from puzzle.modeling import PuzzleForCausalLM
 
 TOKENS, HIDDEN, VOCABULARY = 9000, 32, 128  # more than one chunk
@@ -85,11 +85,3 @@ def test_the_divergence_of_a_tiny_change_is_not_that_of_rounded_logits(model: Pu
     assert rounded > 1.2 * float(exact.kl.mean())
     torch.testing.assert_close(found.kl.double(), exact.kl, rtol=1e-3, atol=1e-5)
     assert (found.top1.double() == exact.top1).all()
-
-
-@pytest.mark.parametrize(("vocabulary", "longest"), [(128, 8192), (4096, 256), (128_000, 256)])
-def test_chunks_cover_every_token_once(vocabulary: int, longest: int) -> None:
-    """Large vocabularies have chunks that share the reading of the head's weights."""
-    parts = list(chunks(10_000, vocabulary))
-    assert [token for part in parts for token in range(10_000)[part]] == list(range(10_000))
-    assert parts[0] == slice(0, longest)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +61,6 @@ def run(
         folder=folder,
         bar=Progress("train", STEPS),
         validate=lambda step: {"step": step, "validation_kl": task.held_out()},
-        num_points=4,
     )
     return task, trained
 
@@ -95,7 +93,7 @@ def plainly(skip: tuple[str, int] | None = None) -> dict[str, Tensor]:
 def test_training_equals_an_independent_loop(tmp_path: Path) -> None:
     task, trained = run(tmp_path)
     torch.testing.assert_close(task.parameters, plainly(), rtol=1e-4, atol=1e-5)
-    assert [point["step"] for point in trained.curve] == [0, 3, 6, 9, 12]
+    assert [point["step"] for point in trained.curve] == [0, 2, 4, 6, 8, 10, 12]
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_for_that_part_alone(tmp_path: Path) -> None:
@@ -121,11 +119,8 @@ def test_training_ends_where_every_part_has_diverged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", range(1, STEPS))
-def test_a_training_that_was_cut_off_ends_with_the_same_weights(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda seconds: 2)
-    monkeypatch.setattr(SaveTimer, "due", lambda timer: True)
+@pytest.mark.usefixtures("saves_every_step")
+def test_a_training_that_was_cut_off_ends_with_the_same_weights(at: int, tmp_path: Path) -> None:
     whole, expected = run(tmp_path / "whole")
     steps = []
 
@@ -138,7 +133,7 @@ def test_a_training_that_was_cut_off_ends_with_the_same_weights(
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "cut", killed)
     task, trained = run(tmp_path / "cut", killed)
-    assert len(steps) <= 2 * (STEPS + 2)
+    assert len(steps) <= 2 * (STEPS + 1)
     assert all(torch.equal(task.parameters[name], whole.parameters[name]) for name in whole.parameters)
     assert trained.curve == expected.curve
     assert all(torch.equal(value, expected.best[name]) for name, value in trained.best.items())
@@ -178,17 +173,6 @@ def test_of_a_saved_state_a_part_can_go_on_alone(tmp_path: Path) -> None:
     others, own = parameters("matrix", "unknown")
     assert TrainingState(tmp_path, others, [own]).restore() == 0
     assert not own.state
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_step_counters_are_where_the_optimizer_reads_them(fused: bool, tmp_path: Path) -> None:
-    """A fused optimizer's beside the weights, others' on the CPU; a device without memory stands for a GPU."""
-    there = nn.Parameter(torch.empty(3, device="meta"))
-    optimizer = torch.optim.AdamW([there])
-    optimizer.param_groups[0]["fused"] = fused
-    stored = SimpleNamespace(size=torch.Size([]), properties=SimpleNamespace(dtype=torch.float32))
-    place = TrainingState(tmp_path, {"weight": there}, [optimizer])._place("step.weight", stored)
-    assert place.is_meta is fused
 
 
 def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

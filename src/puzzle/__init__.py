@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # isort: off
     from puzzle.artefacts import CostTable as CostTable, ScoreTable as ScoreTable, Solution as Solution
-    from puzzle.child.realise import Child as Child, realise as realise
-    from puzzle.child.refine import refine as refine
+    from puzzle.child import Child as Child, realise as realise, refine as refine
     from puzzle.costs import measure_costs as measure_costs, time_models as time_models
     from puzzle.data import TokenData as TokenData, prepare_data as prepare_data
     from puzzle.distill import distil as distil

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from puzzle.distributed.group import end, launched_rank, launched_size
 from puzzle.errors import PuzzleError
 from puzzle.stages import COMMANDS, REPORT
 
@@ -60,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean stop, as with Ctrl-C
     code = _execute(arguments)
-    if launched_size() > 1:
+    if _rank() is not None:
+        from puzzle.distributed.group import end
+
         end(code)
     return code
 
 
 def _execute(arguments: argparse.Namespace) -> int:
     try:
-        if launched_size() > 1 and arguments.command != "distil":
+        if _rank() is not None and arguments.command != "distil":
             raise PuzzleError(f"torchrun: {arguments.command} is for one process; only distil is for several")
         arguments.function(arguments)
         sys.stdout.flush()
@@ -161,8 +163,8 @@ def stage(arguments: argparse.Namespace) -> None:
     """Run one stage, and what is missing before it."""
     from puzzle.runs import open_run
 
-    if launched_size() > 1:
-        from puzzle.distributed.together import open_together
+    if _rank() is not None:
+        from puzzle.distributed.tasks import open_together
 
         opening = open_together(arguments.folder)
     else:
@@ -321,8 +323,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _rank() -> int | None:
+    """Of the processes that torchrun started, the number of this one; None if it is alone."""
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1"
+    return int(os.environ["RANK"]) if several else None
+
+
 def _fail(line: str, code: int) -> int:
-    name = "puzzle" if launched_size() == 1 else f"puzzle, process {launched_rank()}"
+    name = "puzzle" if _rank() is None else f"puzzle, process {_rank()}"
     print(f"{name}: {line}", file=sys.stderr)
     return code
 

@@ -21,12 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 from puzzle.cache import cache_folder
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import autocast, multiplies_bfloat16
+from puzzle.distributed.state import remove_states
 from puzzle.parents import open_parent
 from puzzle.pipeline import plan, run_stage
 from puzzle.recipe import DataSettings, Recipe
 from puzzle.runs import StageFolder, check_new, create_folder, is_run_folder, open_run, progress, read_json, write_json
 from puzzle.stages import Stage
-from puzzle.training import Part, adamw, remove_states, train
+from puzzle.training import Part, adamw, train
 
 # How the time is divided; two children are distilled. Measuring comes on top.
 _PARENT_SHARE, _LIBRARY_SHARE, _SCORE_SHARE, _DISTIL_SHARE = 0.37, 0.10, 0.07, 0.16

@@ -1,9 +1,9 @@
 """The one way to run a model over text layer by layer, whether or not it fits in memory.
 
 A model that fits is loaded once: it is *resident*. Of a larger one, which is *streamed*, only embeddings, final norm,
-head and the layers in use hold weights. A thread reads the next layers and the next batch while these are in use, and
-what enters the layers in use is kept on disk for every batch of every text. What is counted against the memory is
-weights and what the caller asks for; what one batch takes on its way through a layer, and its logits, come on top.
+head and the layers in use hold weights; a thread reads the next ones meanwhile. What enters the layers in use is kept
+on disk for every batch of every text. Counted against the memory are weights and what the caller asks for; what one
+batch takes on its way through a layer, and its logits, come on top.
 
 Shapes: B batch, T tokens, D hidden size.
 """
@@ -31,7 +31,6 @@ from puzzle.variants import SUBBLOCKS, State, Subblock
 Texts = Mapping[str, Callable[[], Iterable[Tensor]]]
 """Named texts: each gives its batches of tokens, [B, T], in order, as often as it is called."""
 
-_NAME = "{:06d}.safetensors"
 _Item = TypeVar("_Item")
 _Read = TypeVar("_Read")
 
@@ -78,78 +77,12 @@ class LayerPass:
         return self.output_BTD[..., 0].numel()
 
 
-class Activations:
-    """Hidden states on disk: of each text the inputs of one layer, batch by batch.
-
-        FOLDER/TEXT/003/000000.safetensors     of layer 3, batch 0
-        FOLDER/TEXT/004.part/                  of layer 4, not every batch yet
-
-    They can be computed again, so that nothing waits until they are on the disk itself.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def ready(self, text: str) -> int:
-        """The layer whose inputs are complete; 0 if there is none."""
-        return max((int(folder.name) for folder in (self._folder / text).glob("[0-9][0-9][0-9]")), default=0)
-
-    def read(self, text: str, layer: int, batch: int) -> Tensor:
-        return read_tensors(self._layer(text, layer) / _NAME.format(batch))["hidden_BTD"]
-
-    @torch.no_grad()
-    def advance(
-        self,
-        text: str,
-        batches: Iterable[Tensor],
-        layers: range,
-        inputs: Callable[[tuple[int, Tensor]], Tensor],
-        forward: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Replace the inputs of the first of `layers` by the outputs of the last; batches that are there already stay.
-
-        Args:
-            inputs: the hidden states of a batch, by its number and tokens. forward: runs them through `layers`.
-        """
-        whole = self._layer(text, layers.stop)
-        part = whole.with_suffix(".part")
-        self._keep(text, self._layer(text, layers.start), part)
-        part.mkdir(parents=True, exist_ok=True)
-        missing = (item for item in enumerate(batches) if not (part / _NAME.format(item[0])).exists())
-        for (batch, _), hidden_BTD in read_ahead(missing, inputs):
-            write_tensors(part / _NAME.format(batch), {"hidden_BTD": forward(hidden_BTD)}, flush=False)
-        part.rename(whole)
-        self._keep(text, whole)
-
-    def back_to(self, text: str, layer: int) -> int:
-        """The layer, no later than `layer`, that is ready; inputs of a later one are deleted."""
-        if (ready := self.ready(text)) <= layer:
-            return ready
-        self._keep(text)
-        return 0
-
-    def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def num_bytes(self, without: Collection[str] = ()) -> int:
-        folders = [folder for folder in self._folder.glob("*") if folder.name not in without]
-        return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
-
-    def _keep(self, text: str, *folders: Path) -> None:
-        for folder in (self._folder / text).glob("*"):
-            if folder not in folders:
-                shutil.rmtree(folder)
-
-    def _layer(self, text: str, layer: int) -> Path:
-        return self._folder / text / f"{layer:03d}"
-
-
 class Stream:
     """A model for inference, any range of its layers over any text.
 
     Args:
         source: the parent, or a child on disk opened like one.
-        folder: for hidden states while they are needed; `close` deletes it.
+        folder: for hidden states while they are needed, FOLDER/TEXT/BATCH.safetensors; `close` deletes it.
         reserved_bytes: memory that the caller needs beside the model all the time.
         dtype: of weights and hidden states; None: the recipe's `precision`.
     """
@@ -157,13 +90,12 @@ class Stream:
     def __init__(
         self, run: Run, source: Parent, folder: Path, reserved_bytes: int = 0, dtype: torch.dtype | None = None
     ) -> None:
-        self._run, self._source, self.activations = run, source, Activations(folder)
-        room = memory_bytes(run.device, run.recipe.execution.memory)  # asked before any weights are loaded
+        self._run, self._source, self._folder = run, source, folder
         dtype = dtype or getattr(torch, run.recipe.precision)
-        params = [block.num_params(source.config) for block in source.architecture.blocks]
-        self.layer_bytes = [dtype.itemsize * count for count in params]
-        self.outer_bytes = dtype.itemsize * (source.num_params - sum(params))
+        self.layer_bytes = [dtype.itemsize * block.num_params(source.config) for block in source.architecture.blocks]
+        self.outer_bytes = dtype.itemsize * source.num_params - sum(self.layer_bytes)
         """Of embeddings, final norm and head, which are always held."""
+        room = memory_bytes(run.device, run.recipe.execution.memory)  # asked before any weights are loaded
         self._room = room - reserved_bytes - self.outer_bytes
         self.resident = sum(self.layer_bytes) <= self._room
         self.model = source.load(dtype=dtype, device=run.device, layers=None if self.resident else ())
@@ -238,20 +170,49 @@ class Stream:
     def prepare(self, layer: int, texts: Texts) -> None:
         """Have the inputs of `layer` on disk for every batch of `texts`; those of layer 0 are embeddings, not kept.
 
-        Goes on from the nearest layer before it that is on disk, and after a kill from the last batch that was written.
-        No more than two layers' inputs of a text are on disk at a time. A streamed model holds no layer afterwards.
+        Goes on from the nearest layer before it that is on disk, also in the middle of a text after a kill. Inputs of
+        a later layer are deleted. A streamed model holds no layer afterwards.
         """
-        starts = {name: self.activations.back_to(name, layer) for name in texts}
-        behind = {name: batches for name, batches in texts.items() if starts[name] < layer}
-        if not behind:
+        for file in (file for name in texts for file in (self._folder / name).glob("*.safetensors")):
+            if self._reached(file) > layer:
+                file.unlink()
+        if layer == 0:
             return
-        self.check_disk(behind)
-        for group in self.walk(range(min(starts.values()), layer)):
-            for name, batches in behind.items():
-                if (start := max(group.start, starts[name])) < group.stop:
-                    layers = range(start, group.stop)
-                    inputs, forward = partial(self.inputs, start, name), partial(self.forward, layers)
-                    self.activations.advance(name, batches(), layers, inputs, forward)
+        files = (self._file(name, batch) for name, batches in texts.items() for batch, _ in enumerate(batches()))
+        first = min(map(self._reached, files), default=layer)
+        if first < layer:
+            self.check_disk(texts)
+        for group in self.walk(range(first, layer)):
+            for name, batches in texts.items():
+                self.advance(name, batches(), group, self.forward)
+
+    @torch.no_grad()
+    def advance(
+        self, text: str, batches: Iterable[Tensor], layers: range, forward: Callable[[range, Tensor], Tensor]
+    ) -> None:
+        """Replace the states of a text on disk by what leaves the last of `layers`, batch by batch, if it is not there.
+
+        Args:
+            forward: runs hidden states through a range of layers, from the one that a batch has reached.
+        """
+
+        def read(numbered_BT: tuple[int, Tensor]) -> tuple[int, Tensor]:
+            layer = self._reached(self._file(text, numbered_BT[0]))
+            return layer, self.inputs(layer, text, numbered_BT)
+
+        (self._folder / text).mkdir(parents=True, exist_ok=True)
+        behind = (each for each in enumerate(batches) if self._reached(self._file(text, each[0])) < layers.stop)
+        for (batch, _), (layer, hidden_BTD) in read_ahead(behind, read):
+            states = {"hidden_BTD": forward(range(layer, layers.stop), hidden_BTD), "layer": torch.tensor(layers.stop)}
+            # They can be computed again, so that nothing waits until they are on the disk itself.
+            write_tensors(self._file(text, batch), states, flush=False)
+
+    def _file(self, text: str, batch: int) -> Path:
+        return self._folder / text / f"{batch:06d}.safetensors"
+
+    def _reached(self, file: Path) -> int:
+        """The layer whose inputs it holds; 0 if it is not there."""
+        return int(read_tensors(file)["layer"]) if file.exists() else 0
 
     @torch.no_grad()
     def inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
@@ -259,7 +220,9 @@ class Stream:
         batch, tokens_BT = numbered_BT
         if layer == 0:
             return self.embed(tokens_BT)
-        return self.activations.read(text, layer, batch).to(self.model.device)
+        states = read_tensors(self._file(text, batch))
+        assert states["layer"] == layer, f"{text} was prepared for another layer than {layer}"
+        return states["hidden_BTD"].to(self.model.device)
 
     @torch.no_grad()
     def forward(self, layers: range, hidden_BTD: Tensor) -> Tensor:
@@ -308,25 +271,23 @@ class Stream:
 
     def close(self) -> None:
         """Delete what was kept on disk."""
-        self.activations.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def check_disk(self, texts: Texts, models: int = 1) -> None:
-        """Refuse what does not fit `execution.disk`: the inputs of one layer for every text, and of a second for one
-        text at a time, beside what there is.
-
-        Args:
-            models: how many keep so much.
-        """
-        tokens = [sum(tokens_BT.numel() for tokens_BT in batches()) for batches in texts.values()]
-        token_bytes = self._source.config.hidden_size * self.model.dtype.itemsize
-        needed = models * (sum(tokens) + max(tokens)) * token_bytes + self.activations.num_bytes(without=texts)
-        execution = self._run.recipe.execution
-        allowed = disk_bytes(self._run.path, execution.disk)
-        if execution.disk is None:  # what is free does not hold what is here already
-            allowed += self.activations.num_bytes()
+    def check_disk(self, texts: Texts) -> None:
+        """Refuse what does not fit `execution.disk`: the inputs of one layer for every text, beside those of others."""
+        tokens = sum(tokens_BT.numel() for batches in texts.values() for tokens_BT in batches())
+        needed, disk = (
+            tokens * self._source.config.hidden_size * self.model.dtype.itemsize,
+            self._run.recipe.execution.disk,
+        )
+        allowed = disk_bytes(self._run.path, disk)
+        for file in self._folder.glob("*/*.safetensors"):
+            needed += 0 if file.parent.name in texts else file.stat().st_size
+            if disk is None:  # what is free does not hold what is here already
+                allowed += file.stat().st_size
         if needed > allowed:
             raise PuzzleError(
-                f"execution.disk: the activations of {sum(tokens):,} tokens ({', '.join(texts)}) take "
+                f"execution.disk: the activations of {tokens:,} tokens ({', '.join(texts)}) take "
                 f"{format_bytes(needed)}, allowed are {format_bytes(allowed)}; raise execution.disk or "
                 "execution.memory, or take fewer tokens"
             )

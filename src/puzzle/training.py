@@ -7,8 +7,10 @@ FOLDER/curve.json         held-out points, where there are any
 """
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +21,8 @@ from torch.optim import Optimizer
 
 from puzzle.device import steps_between_looks
 from puzzle.distributed.group import Group
-from puzzle.distributed.state import TrainingState, remove_states, saved_names
-from puzzle.distributed.stop import stop_when_asked
+from puzzle.distributed.state import TrainingState
 from puzzle.runs import Progress, read_json, write_json
-
-__all__ = ["Part", "Point", "Trained", "adamw", "remove_states", "saved_names", "schedule", "train"]
 
 _BETAS = (0.9, 0.95)
 """Of AdamW, as usual for language models (paper gives none; Puzzletron's default)."""
@@ -31,11 +30,11 @@ _BETAS = (0.9, 0.95)
 _MAX_SKIPS = 10
 """Steps in a row without a finite gradient, after which a part counts as diverged."""
 
-_CRITERION = "validation_kl"
-"""The figure of a held-out point that is to be low."""
+_NUM_POINTS = 10
+"""Held-out points of a training, after that of the start."""
 
 Point = dict[str, float]
-"""Figures on held-out text after a step: `step`, `validation_kl`, ..."""
+"""Figures on held-out text after a step: `step`, `validation_kl`, which is to be low, and others."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,6 @@ def train(
     folder: Path,
     bar: Progress,
     validate: Callable[[int], Point] | None = None,
-    num_points: int = 10,
 ) -> Trained:
     """Train all parts for `steps` steps, from where a training in this folder stood.
 
@@ -86,46 +84,45 @@ def train(
         gradients: runs the text of a step forward and backward; returns numbers to show beside the bar, on the device.
         warmup: share of the steps; see `schedule`.
         bar: has room for `steps`.
-        validate: the point after so many steps; called at the start and `num_points` times.
+        validate: the point after so many steps; called at the start and ten times.
 
     Raises:
         KeyboardInterrupt: after all was saved, where any of the processes was asked to stop.
     """
-    group = Group.current()
+    group, file = Group.current(), folder / "curve.json"
     trained = {name: value for part in parts for name, value in part.parameters.items()}
     best = {f"best.{name}": value.detach().clone() for name, value in trained.items()} if validate else {}
     state = TrainingState(folder, {**trained, **best}, [each for part in parts for each in part.optimizers])
-    steppers = [_Stepper(part, max_grad_norm) for part in parts]
     first = state.restore()
     bar.advance(first)
-    known = group.first(lambda: _read_curve(folder))
+    known: list[Point] = group.first(lambda: read_json(file) if file.exists() else [])
     curve = [point for point in known if point["step"] <= first]
 
     def hold_out(done: int) -> None:
         """A point of the curve; the weights are kept if it is the best."""
-        if validate is None or (done % math.ceil(steps / num_points) and done != steps):
+        if validate is None or (done % math.ceil(steps / _NUM_POINTS) and done != steps):
             return
         curve.append(validate(done))
         if _best(curve) is curve[-1]:
             for name, value in trained.items():
                 best[f"best.{name}"].copy_(value.detach())
-        group.first(lambda: write_json(folder / "curve.json", curve))
+        group.first(lambda: write_json(file, curve))
 
     if not curve:
         hold_out(0)
-    skips = [0.0] * len(parts)
+    skips = most_skips = torch.zeros(len(parts), device=next(iter(trained.values())).device)
     looked, next_look, looked_at = first, first + 1, time.monotonic()
-    with stop_when_asked() as stop:
+    with _stop_signals() as stop:
         for step in range(first, steps):
-            shown = gradients(step)
-            for stepper in steppers:
-                stepper.step(schedule(step, steps=steps, warmup=warmup))
+            shown, rate = gradients(step), schedule(step, steps=steps, warmup=warmup)
+            # Steps in a row without a finite gradient: now, and the most so far. Nothing here waits for the device.
+            skips = (skips + 1) * torch.stack([_step(part, rate, max_grad_norm) for part in parts])
+            most_skips = torch.maximum(most_skips, skips)
             done = step + 1
             hold_out(done)
             if done >= next_look or done == steps:
-                figures = [*shown.values(), *(stepper.most_skips for stepper in steppers)]
-                seen = torch.stack([figure.detach().float() for figure in figures]).tolist()
-                flags = [stop.asked, group.leads and state.due(), time.monotonic() - looked_at]
+                seen = torch.stack([*(figure.detach().float() for figure in shown.values()), *most_skips]).tolist()
+                flags = [bool(stop), group.leads and state.timer.due(), time.monotonic() - looked_at]
                 asked, due, seconds = group.sum(torch.tensor(flags)).tolist()
                 bar.advance(done - looked, **dict(zip(shown, seen, strict=False)))
                 next_look = done + steps_between_looks(seconds / group.size / (done - looked))
@@ -134,10 +131,9 @@ def train(
                     state.save(done)
                 if asked:
                     raise KeyboardInterrupt
-                skips = seen[len(shown) :]
-                if min(skips) >= _MAX_SKIPS:
+                if min(seen[len(shown) :]) >= _MAX_SKIPS:
                     break
-    diverged = [part.name for part, most in zip(parts, skips, strict=True) if most >= _MAX_SKIPS]
+    diverged = [part.name for part, most in zip(parts, most_skips.tolist(), strict=True) if most >= _MAX_SKIPS]
     return Trained(curve, {name.removeprefix("best."): value for name, value in best.items()}, diverged)
 
 
@@ -160,35 +156,43 @@ def adamw(parameters: Iterable[Tensor], learning_rate: float, *, weight_decay: f
     return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, _BETAS, fused=True)
 
 
-class _Stepper:
-    """Takes a part's steps without ever waiting for the device."""
-
-    def __init__(self, part: Part, max_grad_norm: float) -> None:
-        self.part, self._max_grad_norm = part, max_grad_norm
-        self._skips = self.most_skips = torch.zeros((), device=next(iter(part.parameters.values())).device)
-        """Steps in a row without a finite gradient: now, and the most so far."""
-
-    def step(self, rate: float) -> None:
-        """A step at this share of the highest rate; none if a gradient is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.part.parameters.values(), self._max_grad_norm)
-        whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        skipped = (~whole_norm.isfinite()).float()
-        for optimizer in self.part.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.setdefault("initial_lr", group["lr"])
-            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused ones, as torch.amp.GradScaler's
-            if getattr(optimizer, "_step_supports_amp_scaling", False) or not skipped:  # others wait for the device
-                optimizer.step()
-            optimizer.zero_grad()
-        self._skips = (self._skips + 1) * skipped
-        self.most_skips = torch.maximum(self.most_skips, self._skips)
+def _step(part: Part, rate: float, max_grad_norm: float) -> Tensor:
+    """A step at this share of the highest rate; none if a gradient is not finite: whether it was skipped, 0 or 1."""
+    norm = torch.nn.utils.clip_grad_norm_(part.parameters.values(), max_grad_norm)
+    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    skipped = (~whole_norm.isfinite()).float()
+    for optimizer in part.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.setdefault("initial_lr", group["lr"])
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused ones, as torch.amp.GradScaler's
+        if getattr(optimizer, "_step_supports_amp_scaling", False) or not skipped:  # others wait for the device
+            optimizer.step()
+        optimizer.zero_grad()
+    return skipped
 
 
 def _best(curve: Sequence[Point]) -> Point:
-    return min(curve, key=lambda point: point[_CRITERION])
+    return min(curve, key=lambda point: point["validation_kl"])
 
 
-def _read_curve(folder: Path) -> list[Point]:
-    file = folder / "curve.json"
-    curve: list[Point] = read_json(file) if file.exists() else []
-    return curve
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Note SIGTERM (preempted machines) and Ctrl-C instead of ending at once, so that the state can be saved first.
+
+    A second Ctrl-C ends a single process at once. With torchrun, one Ctrl-C may arrive twice: from the terminal and
+    from torchrun.
+    """
+    asked: list[int] = []
+    alone = Group.current().size == 1
+
+    def ask(number: int, _: object) -> None:
+        if asked and alone and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,14 +7,17 @@ import torch
 from tests.conftest import pico_puzzle, random_tokens
 
 from puzzle.data import TokenData
-from puzzle.distill.batches import Batch, Batches
+from puzzle.distill.gkd import Batches
 from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
 from puzzle.recipe import DistilSettings
 
+ALONE = Group(0, 1)
 
-def batches(data: TokenData, **settings: Any) -> Batches:
-    return Batches(data, DistilSettings.model_validate({"batch_size": 4, "tokens": 32 * 4 * 10} | settings), 0)
+
+def batches(data: TokenData, group: Group = ALONE, **settings: Any) -> Batches:
+    chosen = DistilSettings.model_validate({"batch_size": 4, "tokens": 32 * 4 * 10} | settings)
+    return Batches(data, chosen, 0, group, torch.device("cpu"))
 
 
 def test_parts_of_a_step_read_what_the_step_reads(pico_data: TokenData) -> None:
@@ -46,22 +49,21 @@ def test_documents_see_nothing_of_each_other() -> None:
     torch.testing.assert_close(packed, torch.cat([first, second], 1))
 
 
-def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing() -> None:
-    tokens_BT = torch.arange(10).reshape(5, 2)
-    batch, device = Batch("", tokens_BT, tokens_BT + 1, tokens_BT + 2), torch.device("cpu")
-    for size in (1, 2, 3, 5, 7):
-        shares = [batch.share(Group(rank, size), device) for rank in range(size)]
+@pytest.mark.parametrize("size", [2, 4])
+def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing(size: int, pico_data: TokenData) -> None:
+    """Nine held-out sequences: of the last one, all shares but one are empty."""
+    asked = {"validation_tokens": 32 * 9}
+    own = [list(batches(pico_data, Group(rank, size), **asked)) for rank in range(size)]
+    for whole, *shares in zip(batches(pico_data, **asked), *own, strict=True):
         counted = [share for share in shares if share.counted]
-        assert torch.equal(torch.cat([share.tokens_BT for share in counted]), tokens_BT)
-        assert all(torch.equal(share.tokens_BT, tokens_BT[share.first :][: len(share.tokens_BT)]) for share in counted)
-        assert all(torch.equal(share.targets_BT, share.tokens_BT + 1) for share in shares)
-        assert sum(share.num_tokens for share in shares) == batch.num_tokens
-        assert all(len(share.tokens_BT) for share in shares)
+        assert [share.first for share in counted] == list(range(0, len(whole.tokens_BT), len(counted[0].tokens_BT)))
+        for name in ("tokens_BT", "targets_BT", "positions_BT"):
+            assert torch.equal(torch.cat([getattr(share, name) for share in counted]), getattr(whole, name))
+        assert {share.name for share in shares} == {whole.name}
+        assert sum(share.num_tokens for share in shares) == whole.num_tokens
+        assert all(len(share.tokens_BT) and share.first < len(whole.tokens_BT) for share in shares)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(
-    pico_data: TokenData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Group, "current", lambda: Group(0, 5))
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(pico_data: TokenData) -> None:
     with pytest.raises(PuzzleError, match=r"parts of 12 .* by 5 processes; start 1, 2, 3, 4, 6, 12 of them"):
-        batches(pico_data, batch_size=24, accumulate=2)
+        batches(pico_data, Group(0, 5), batch_size=24, accumulate=2)

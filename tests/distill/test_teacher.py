@@ -3,18 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div
 
-from puzzle.distill.batches import Batch
-from puzzle.distill.teacher import Distillation, TopTokens, fill_cache
+from puzzle.distill.teacher import Batch, Distillation, TopTokens, fill_cache
 from puzzle.modeling import PuzzleForCausalLM
 from puzzle.recipe import DistilSettings
-
-CPU = torch.device("cpu")
 
 
 def parent() -> PuzzleForCausalLM:
@@ -75,19 +71,19 @@ def test_held_out_kl_is_computed_whatever_its_weight() -> None:
 def test_a_cache_of_all_tokens_teaches_like_the_parent(tmp_path: Path) -> None:
     teacher, student, read = parent(), child(), batch()
     live = distillation(student, teacher, cosine_weight=0, lm_weight=0.5)(read)
-    fill_cache(tmp_path, TopTokens(teacher, 10**6), [read], 1, CPU)
+    fill_cache(tmp_path, TopTokens(teacher, 10**6), [read], 1)
     cached = distillation(student, None, tmp_path, lm_weight=0.5)(read)
     torch.testing.assert_close(cached.total, live.total, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients(cached.total, student), gradients(live.total, student), rtol=1e-3, atol=1e-5)
     assert float(cached.cosine) == 0
 
 
-def test_a_cache_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     teacher, read = parent(), batch()
     other = Batch("training000001", read.tokens_BT + 1, read.targets_BT, read.positions_BT)
-    fill_cache(tmp_path, TopTokens(teacher, 3), [read], 2, CPU)
+    fill_cache(tmp_path, TopTokens(teacher, 3), [read], 2)
     seen: list[Tensor] = []
     teacher.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    fill_cache(tmp_path, TopTokens(teacher, 3), [read, other], 2, CPU)
+    fill_cache(tmp_path, TopTokens(teacher, 3), [read, other], 2)
     assert len(seen) == 1
     assert len(list(tmp_path.iterdir())) == 2

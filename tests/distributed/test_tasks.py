@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puzzle.cli import main
 from puzzle.distributed.tasks import for_layers, split
 from puzzle.errors import PuzzleError
 from puzzle.runs import Run
@@ -55,10 +54,3 @@ def test_without_ray_the_command_says_what_to_install(pico_run: Run, monkeypatch
     stage = run.open(Stage(name="tasks", help="", version=2))
     with pytest.raises(PuzzleError, match=r"^--on: ray is not installed; pip install 'puzzle-llm\[ray\]'"):
         for_layers(run, stage, lambda layers, folder: None, [1.0])
-
-
-def test_another_place_than_a_ray_cluster_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["score", str(tmp_path), "--on", "slurm"])
-    assert caught.value.code == 2
-    assert "--on: found slurm; must be ray, or ray:// and the address of its head" in capsys.readouterr().err

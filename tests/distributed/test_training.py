@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from tests.distributed.worker import compare
 
-from puzzle import cli
 from puzzle.child import realise
 from puzzle.errors import PuzzleError
 from puzzle.pipeline import Pipeline, run_stage
@@ -107,19 +106,12 @@ def test_a_training_goes_on_after_stops_and_deaths_on_other_numbers_of_processes
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-3)
 
 
-def test_other_commands_are_for_one_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(cli, "end", ended.append)
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    cli.main(["search", "run"])
-    assert ended == [2]
-    assert (
-        capsys.readouterr().err
-        == "puzzle, process 1: torchrun: search is for one process; only distil is for several\n"
-    )
+def test_other_commands_are_for_one_process() -> None:
+    launched = os.environ | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}
+    command = [sys.executable, "-m", "puzzle", "search", "run"]
+    process = subprocess.run(command, env=launched, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "puzzle, process 1: torchrun: search is for one process; only distil is for several\n"
 
 
 def test_a_run_of_several_works_on_its_stages_alone(pico_run: Run, tmp_path: Path) -> None:

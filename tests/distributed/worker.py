@@ -12,9 +12,9 @@ import torch
 
 from puzzle.child import realise
 from puzzle.distill import distil, distillation_curve, gkd
-from puzzle.distributed.group import end, launched_rank
+from puzzle.distributed.group import end
 from puzzle.distributed.state import SaveTimer
-from puzzle.distributed.together import open_together
+from puzzle.distributed.tasks import open_together
 from puzzle.errors import PuzzleError
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import DistilSettings
@@ -45,9 +45,9 @@ def disturb(run: Run, dies: int, stops: int) -> None:
     gradients = gkd._gradients
 
     def disturbed(run: Run, model: Any, batches: Any, step: int) -> Any:
-        if step == dies and launched_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == dies and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == stops and launched_rank() == 2:
+        if step == stops and os.environ["RANK"] == "2":
             os.kill(os.getpid(), signal.SIGTERM)
         return gradients(run, model, batches, step)
 

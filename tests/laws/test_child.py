@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from puzzle.child import realise, swapped_logits
-from puzzle.library import Library
+from puzzle.child import realise
+from puzzle.library import Library, final_states
 from puzzle.parents import Parent
 from puzzle.runs import Run
 from puzzle.variants import Architecture, Space
@@ -22,7 +22,9 @@ def test_a_saved_child_equals_the_parent_with_blocks_swapped(
     chosen = random.Random(seed)
     architecture = Architecture(tuple(chosen.choice(layer.blocks()) for layer in pico_space.layers))
     child = realise(pico_run, pico_parent, pico_library, architecture.names)
-    expected = swapped_logits(pico_parent.load(layers=()), pico_library, architecture, TOKENS_BT)
+    model = pico_parent.load(layers=())
+    ((final_BTD,),) = final_states(pico_library, model, [architecture.names], [TOKENS_BT])
+    expected = model.logits(final_BTD)
     assert torch.equal(child.load()(TOKENS_BT).logits, expected)
     assert not torch.equal(expected, pico_parent.load()(TOKENS_BT).logits)
     assert child.architecture == architecture == Architecture.of(child.load().config)

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
-from puzzle.distributed.state import SaveTimer
 from puzzle.library import Library, Statistics, Student, build_library
 from puzzle.library.library import nested
 from puzzle.parents import Parent
@@ -111,12 +110,11 @@ def test_nothing_is_trained_twice(build: Build, coupled: bool) -> None:
     assert len(second.index.rows) == len(first.index.rows) + 4 * new
 
 
+@pytest.mark.usefixtures("saves_every_step")
 @pytest.mark.parametrize("memory", [None, 1])
 def test_a_library_killed_again_and_again_is_the_same(
-    memory: int | None, build: Build, pico_data: TokenData, pico_library: Library, monkeypatch: pytest.MonkeyPatch
+    memory: int | None, build: Build, pico_data: TokenData, pico_library: Library
 ) -> None:
-    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
-    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda _: 1)
     kills, library = 0, None
     while library is None:
         try:

@@ -1,5 +1,4 @@
 """Global knowledge distillation."""
 
-from puzzle.distill.gkd import distil, distillation_curve
-
-__all__ = ["distil", "distillation_curve"]
+from puzzle.distill.gkd import distil as distil
+from puzzle.distill.gkd import distillation_curve as distillation_curve

@@ -6,28 +6,30 @@ of sums.
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from numpy import int64
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from puzzle.child import Child
-from puzzle.data import TokenData
-from puzzle.distill.batches import Batches
-from puzzle.distill.teacher import Distillation, TopTokens, fill_cache
+from puzzle.data import RangeName, TokenData
+from puzzle.distill.teacher import Batch, Distillation, TopTokens, fill_cache
 from puzzle.distributed.group import Group
-from puzzle.distributed.sharding import collect, fill, release, shard, sync_gradients
-from puzzle.distributed.together import train_on_cluster
+from puzzle.distributed.state import collect, fill, remove_states, shard
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent
+from puzzle.recipe import DistilSettings
 from puzzle.runs import Run, progress, read_json
 from puzzle.stages import DISTIL, TEACHER
-from puzzle.training import Part, Point, adamw, remove_states, train
+from puzzle.training import Part, Point, adamw, train
 
 
 def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str = "child") -> Child:
@@ -43,11 +45,13 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
         return distilled
     settings = run.recipe.distil
     if run.on is not None:
+        from puzzle.distributed.ray import train_on_cluster
+
         work = partial(distil, parent=parent, child=child, data=data, label=label)
         train_on_cluster(run, work, settings.batch_size // settings.accumulate)
         return distilled
-    batches = Batches(data, settings, run.recipe.seed)
-    model = _build(run, parent, child, _cache(run, parent, data, batches))
+    batches = Batches(data, settings, run.recipe.seed, Group.current(), run.device)
+    model = _build(run, parent, child, _cache(run, parent, data))
     parameters = dict(model.student.requires_grad_(True).named_parameters())
     optimizer = adamw(parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay)
     with progress(f"GKD of the {label}", batches.steps) as bar:
@@ -69,121 +73,138 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
             run.log_warning("distil: held-out KL was lowest before training, so the child is what it started from")
         elif best is not trained.curve[-1]:
             run.log(f"distil: the child is that of step {best['step']:.0f}, where held-out KL was lowest")
-        _save(child, weights, distilled, parent)
+        student = child.load()
+        student.load_state_dict(weights, strict=False)
+        shutil.rmtree(distilled.path, ignore_errors=True)
+        save_checkpoint(student, distilled.path, extra_files_from=parent.path)
         folder.commit(tokens=trained.curve[-1]["tokens"], best_step=best["step"], validation_kl=best["validation_kl"])
         remove_states(folder.path)
     Group.current().wait()
     return distilled
 
 
+class Batches:
+    """The training and validation text of one distillation, by step, as far as one of several processes reads it."""
+
+    def __init__(
+        self, data: TokenData, settings: DistilSettings, seed: int, group: Group, device: torch.device
+    ) -> None:
+        self._data, self._settings, self._seed, self._group, self._device = data, settings, seed, group, device
+        self._size = settings.batch_size // settings.accumulate
+        if self._size % group.size:
+            fitting = ", ".join(str(count) for count in range(1, self._size + 1) if self._size % count == 0)
+            raise PuzzleError(
+                f"distil.batch_size: {settings.batch_size} sequences, in parts of {self._size} (distil.accumulate), "
+                f"cannot be shared evenly by {group.size} processes; start {fitting} of them, or change these settings"
+            )
+        self.tokens_per_step = settings.batch_size * data.sequence_length
+        self.steps = math.ceil(settings.tokens / self.tokens_per_step)
+
+    def training(self, step: int) -> Iterator[Batch]:
+        """The step's batches, of as many sequences each."""
+        indices = self._data.training_indices(step, self._settings.batch_size, self._seed)
+        for part in range(self._settings.accumulate):
+            name = f"training{step * self._settings.accumulate + part:06d}"
+            yield self._batch(name, "training", indices[part * self._size : (part + 1) * self._size])
+
+    def validation(self) -> Iterator[Batch]:
+        """Held-out text; the last batch may be smaller."""
+        wanted = math.ceil(self._settings.validation_tokens / self._data.sequence_length)
+        count = min(wanted, self._data.num_sequences("validation"))
+        for index, start in enumerate(range(0, count, self._size)):
+            yield self._batch(f"validation{index:06d}", "validation", range(start, min(start + self._size, count)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch that the distillation asks for."""
+        for step in range(self.steps):
+            yield from self.training(step)
+        yield from self.validation()
+
+    def _batch(self, name: str, source: RangeName, indices: range | NDArray[int64]) -> Batch:
+        first, end = (len(indices) * rank // self._group.size for rank in (self._group.rank, self._group.rank + 1))
+        rows = range(first, end) or range(1)
+        own = indices[rows.start : rows.stop]
+        sequences = self._data.sequences(source, own).to(self._device)
+        positions = self._data.positions(source, own)[:, :-1].to(self._device) if self._settings.documents else None
+        return Batch(name, sequences[:, :-1], sequences[:, 1:], positions, rows.start, int(first < end))
+
+
 def distillation_curve(child: Child) -> list[Point]:
-    """Steps, tokens, and the loss and KL on validation text along the way."""
+    """Steps, tokens, and the KL on validation text along the way."""
     curve: list[Point] = read_json(child.path.with_name("curve.json"))
     return curve
 
 
 def _gradients(run: Run, model: Distillation, batches: Batches, step: int) -> Mapping[str, Tensor]:
     """The gradients of a step, from its parts one after another; what processes hold is summed after the last."""
-    count, kl, cosine = run.recipe.distil.accumulate, torch.zeros(()), torch.zeros(())
+    count = run.recipe.distil.accumulate
+    kl = cosine = torch.zeros((), device=run.device)
     for index, batch in enumerate(batches.training(step)):
-        sync_gradients(model, index + 1 == count)
-        losses = model(batch.share(Group.current(), run.device))
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(index + 1 == count)
+        losses = model(batch)
         (losses.total / count).backward()
-        kl, cosine = kl.to(losses.kl) + losses.kl / count, cosine.to(losses.cosine) + losses.cosine / count
+        kl, cosine = kl + losses.kl / count, cosine + losses.cosine / count
     return {"kl": kl, "cosine": cosine}
 
 
 @torch.no_grad()
 def _validate(run: Run, model: Distillation, batches: Batches, step: int) -> Point:
-    """KL(parent || child) in nats on validation text, and the loss with that as its KL."""
-    group, settings = Group.current(), run.recipe.distil
-    sums_4 = torch.zeros(4, dtype=torch.float64, device=run.device)
+    """KL(parent || child) in nats on validation text."""
+    sums_2 = torch.zeros(2, dtype=torch.float64, device=run.device)
     for batch in batches.validation():
-        own = batch.share(group, run.device)
-        _, kl, cosine, lm = model(own)
-        sums_4 += own.num_tokens * torch.stack([kl, cosine, lm, torch.ones_like(kl)]).double()
-    release(model)
-    *sums, tokens = group.sum(sums_4).tolist()
-    kl, cosine, lm = (part / tokens for part in sums)
-    if not math.isfinite(kl):
+        kl = model(batch).kl
+        sums_2 += batch.num_tokens * torch.stack([kl, torch.ones_like(kl)]).double()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward pass, it would keep what it gathered
+    kl_sum, tokens = Group.current().sum(sums_2).tolist()
+    if not math.isfinite(kl_sum):
         raise PuzzleError(f"distil: the loss is not finite at step {step}; lower distil.learning_rate")
-    return {
-        "step": step,
-        "tokens": step * batches.tokens_per_step,
-        "loss": settings.kl_weight * kl + settings.cosine_weight * cosine + settings.lm_weight * lm,
-        "validation_kl": kl,
-    }
+    return {"step": step, "tokens": step * batches.tokens_per_step, "validation_kl": kl_sum / tokens}
 
 
 def _build(run: Run, parent: Parent, child: Child, cache: Path | None) -> Distillation:
-    """Child and teacher, filled after they are shared out, so that no process ever holds more than its share."""
-    precision: torch.dtype = getattr(torch, run.recipe.precision)
-    source = child.source()
-    student = empty_model(source.config)
-    teacher = None if cache is not None else empty_model(parent.config)
-    _shard_layers(run, student, precision)
-    if teacher is not None:
-        _shard_layers(run, teacher)
+    """Child and teacher; the child's layers recompute their activations in the backward pass, if asked for."""
+    source, precision = child.source(), getattr(torch, run.recipe.precision)
+    student, teacher = empty_model(source.config), empty_model(parent.config) if cache is None else None
     model = Distillation(student, teacher, cache, run.recipe.distil, precision)
-    shard(model, run.device)
-    _load(run, student, source, torch.float32)
-    if teacher is not None:
-        _load(run, teacher, parent, precision)
+    _fill(run, model, [(student, source, torch.float32)] + ([(teacher, parent, precision)] if teacher else []))
     if run.recipe.execution.checkpointing:
-        _checkpoint_layers(student)
+        # Set on the layers themselves: the model's own method has another name in each version of transformers, and
+        # training mode would bring dropout.
+        layers: Iterable[Any] = student.model.layers
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     return model
 
 
-def _shard_layers(run: Run, model: PuzzleForCausalLM, products: torch.dtype | None = None) -> None:
-    for layer in model.model.layers:
-        if any(True for _ in layer.parameters()):
-            shard(layer, run.device, products)
+def _fill(run: Run, whole: nn.Module, models: Sequence[tuple[PuzzleForCausalLM, Parent, torch.dtype]]) -> None:
+    """Share out the models in `whole`, then give them their weights: no process ever holds more than its share."""
+    layers = [layer for model, _, _ in models for layer in model.model.layers]
+    shard(whole, layers, run.device, getattr(torch, run.recipe.precision))
+    for model, source, dtype in models:
+        fill(model, source.tensors(), run.device, dtype)
+        finish(model, run.device)
 
 
-def _load(run: Run, model: PuzzleForCausalLM, source: Parent, dtype: torch.dtype) -> None:
-    fill(model, source.tensors(), run.device, dtype)
-    finish(model, run.device)
-
-
-def _checkpoint_layers(model: PuzzleForCausalLM) -> None:
-    """Layers recompute their activations in the backward pass; dropout, which training mode would bring, stays off.
-
-    Set on the layers themselves: the model's own method has another name in each version of transformers.
-    """
-    layers: Iterable[Any] = model.model.layers
-    for layer in layers:
-        layer.gradient_checkpointing = layer.training = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def _cache(run: Run, parent: Parent, data: TokenData, batches: Batches) -> Path | None:
+def _cache(run: Run, parent: Parent, data: TokenData) -> Path | None:
     """The parent's top tokens of every batch on disk, if asked for; children that read the same batches share them."""
-    kept = run.recipe.distil.teacher_cache
+    kept, group = run.recipe.distil.teacher_cache, Group.current()
     if kept is None:
         return None
     run.log(
-        f"distil: from the parent's {kept} likeliest tokens; hidden states are not compared, "
-        "and the KL counts all other tokens as one"
+        f"distil: from the parent's {kept} likeliest tokens, all others counting as one; no cosine of hidden states"
     )
     folder = run.open(TEACHER, parent=parent, data=data)
-    Group.current().wait()  # until the first has made the folder
+    group.wait()  # until the first has made the folder
     if not folder.done:
-        model = empty_model(parent.config)
-        _shard_layers(run, model)
-        top_tokens = TopTokens(model, kept)
-        shard(top_tokens, run.device)
-        _load(run, model, parent, getattr(torch, run.recipe.precision))
+        top_tokens = TopTokens(empty_model(parent.config), kept)
+        _fill(run, top_tokens, [(top_tokens.model, parent, getattr(torch, run.recipe.precision))])
+        batches = Batches(data, run.recipe.distil, run.recipe.seed, Group(0, 1), run.device)
         total = batches.steps * run.recipe.distil.accumulate
-        fill_cache(folder.path / "batches", top_tokens, batches, total, run.device)
-        Group.current().wait()
+        fill_cache(folder.path / "batches", top_tokens, batches, total)
+        group.wait()
         if run.leads:
             folder.commit()
     return folder.path / "batches"
-
-
-def _save(child: Child, weights: Mapping[str, Tensor], distilled: Child, parent: Parent) -> None:
-    """The child with these weights in place of its own, as a checkpoint."""
-    student = child.load()
-    student.load_state_dict(dict(weights), strict=False)
-    shutil.rmtree(distilled.path, ignore_errors=True)
-    save_checkpoint(student, distilled.path, extra_files_from=parent.path)

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, N = B * T, D hidden size, V vocabulary, K tokens kept
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,6 @@ _MIN_CHUNK_TOKENS = 48
 
 KL = Callable[[slice, Tensor], Tensor]
 """KL of each token in a slice of the batch, [N], from the child's log-probabilities of them, [N, V]; differentiable."""
-
-
-class HeadLosses(NamedTuple):
-    """Means over tokens, scalars."""
-
-    total: Tensor
-    """`kl_weight` times the KL and `lm_weight` times the LM loss: this one has a gradient."""
-    kl: Tensor
-    lm: Tensor
-    """0 where it has no weight: it is not computed. So is the KL."""
 
 
 def kl_to_head(parent_ND: Tensor, weight_VD: Tensor) -> KL:
@@ -63,7 +53,7 @@ def kl_to_top_tokens(ids_NK: Tensor, logp_NK: Tensor) -> KL:
 
 def head_losses(
     hidden_ND: Tensor, weight_VD: Tensor, kl: KL, targets_N: Tensor, *, kl_weight: float, lm_weight: float
-) -> HeadLosses:
+) -> tuple[Tensor, Tensor, Tensor]:
     """KL to the parent and LM loss from the child's hidden states after its final norm.
 
     The head, the losses and their gradients are computed together in the forward pass, in chunks of tokens, so that
@@ -73,21 +63,17 @@ def head_losses(
     Args:
         weight_VD: the head's, tied to the embeddings or not.
         targets_N: the tokens that follow in the text.
+
+    Returns:
+        The weighted sum with its gradient, KL and LM loss, means over tokens; 0 for what has no weight.
     """
     if not (kl_weight or lm_weight):
-        return HeadLosses(*hidden_ND.new_zeros(3).unbind())
+        return hidden_ND.new_zeros(()), hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
 
-    def losses(rows: slice, logits_NV: Tensor) -> Tensor:
-        """Sums of KL and LM loss over a chunk, [2]."""
-        logq_NV = log_softmax(logits_NV, -1)
-        zero = logq_NV.new_zeros(())
-        lm = -logq_NV.gather(-1, targets_N[rows].unsqueeze(-1)).sum() if lm_weight else zero
-        return torch.stack([kl(rows, logq_NV).sum() if kl_weight else zero, lm])
-
-    own = torch.promote_types(hidden_ND.dtype, torch.float32)
-    weights_2 = torch.tensor([kl_weight, lm_weight], dtype=own, device=hidden_ND.device)
     wanted = [torch.is_grad_enabled() and value.requires_grad for value in (hidden_ND, weight_VD)]
-    return HeadLosses(*_HeadLosses.apply(hidden_ND, weight_VD, losses, weights_2, wanted))  # type: ignore[no-untyped-call]
+    weights = (kl_weight, lm_weight)
+    total, *means = _HeadLosses.apply(hidden_ND, weight_VD, kl, targets_N, weights, wanted)  # type: ignore[no-untyped-call]
+    return total, means[0], means[1]
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -98,8 +84,9 @@ class _HeadLosses(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
-        losses: Callable[[slice, Tensor], Tensor],
-        weights_2: Tensor,
+        kl: KL,
+        targets_N: Tensor,
+        weights: tuple[float, float],
         wanted: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         product, num_tokens = product_dtype(hidden_ND), len(hidden_ND)
@@ -107,14 +94,18 @@ class _HeadLosses(torch.autograd.Function):
         operand_VD = float32_operand(cast_VD)
         grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
         grad_VD = torch.zeros_like(weight_VD) if wanted[1] else None
-        sums_2 = torch.zeros_like(weights_2)
+        own = torch.promote_types(hidden_ND.dtype, torch.float32)
+        weights_2 = torch.tensor(weights, dtype=own, device=hidden_ND.device)
+        sums_2, zero = torch.zeros_like(weights_2), weights_2.new_zeros(())
         size = max(_MIN_CHUNK_TOKENS, logits_at_once(hidden_ND.device) // len(weight_VD))
         with full_precision(hidden_ND.device):
             for start in range(0, num_tokens, size):
                 rows = slice(start, min(start + size, num_tokens))
                 logits_NV = float32_product(cast_ND[rows], operand_VD).requires_grad_(any(wanted))
                 with torch.set_grad_enabled(any(wanted)):
-                    found_2 = losses(rows, logits_NV)
+                    logq_NV = log_softmax(logits_NV, -1)
+                    lm = -logq_NV.gather(-1, targets_N[rows].unsqueeze(-1)).sum() if weights[1] else zero
+                    found_2 = torch.stack([kl(rows, logq_NV).sum() if weights[0] else zero, lm])
                     total = (weights_2 * found_2).sum() / num_tokens
                 sums_2 += found_2.detach()
                 if not any(wanted):
@@ -128,16 +119,16 @@ class _HeadLosses(torch.autograd.Function):
                     grad_VD += gradient_NV.T @ cast_ND[rows]
         ctx.gradients = (grad_ND, grad_VD)
         means_2 = sums_2 / num_tokens
-        kl, lm = means_2.unbind()
-        ctx.mark_non_differentiable(kl, lm)
-        return (weights_2 * means_2).sum(), kl, lm
+        kl_mean, lm_mean = means_2.unbind()
+        ctx.mark_non_differentiable(kl_mean, lm_mean)
+        return (weights_2 * means_2).sum(), kl_mean, lm_mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of head_losses can be asked for once"
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), None, None, None)
+        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 4)
 
 
 def cosine_loss(child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Shapes: B batch, T tokens, N = B * T, D hidden size, V vocabulary, K tokens kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from puzzle.device import autocast, float32_operand, float32_product
-from puzzle.distill.batches import Batch
 from puzzle.distill.losses import KL, cosine_loss, head_losses, kl_to_head, kl_to_top_tokens
 from puzzle.distributed.group import Group
 from puzzle.modeling import PuzzleForCausalLM
@@ -20,6 +20,27 @@ from puzzle.recipe import DistilSettings
 from puzzle.runs import progress, read_tensors, write_tensors
 
 _CHUNK_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that a process runs at once: its share of a batch."""
+
+    name: str
+    """Of the whole batch, such as `training000012`: no other batch of the training has it."""
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    positions_BT: Tensor | None
+    """In its own document, where documents are kept apart: models attend within stretches of rising positions."""
+    first: int = 0
+    """Where its sequences begin in the whole batch."""
+    counted: int = 1
+    """0 of a share that stands in for an empty one, since no process may leave out a forward."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that count in means."""
+        return self.counted * self.tokens_BT.numel()
 
 
 class Losses(NamedTuple):
@@ -99,7 +120,8 @@ class Distillation(nn.Module):
         assert self._cache is not None
         first = batch.first * batch.tokens_BT.shape[1]
         device, rows = batch.tokens_BT.device, slice(first, first + batch.tokens_BT.numel())
-        cached = {name: value[rows].to(device) for name, value in read_tensors(_file(self._cache, batch)).items()}
+        tensors = read_tensors(self._cache / f"{batch.name}.safetensors")
+        cached = {name: value[rows].to(device) for name, value in tensors.items()}
         output = self.student.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
         hidden_ND = output.last_hidden_state.flatten(0, 1)
         kl = kl_to_top_tokens(cached["ids_NK"].long(), cached["log_probabilities_NK"])
@@ -128,26 +150,21 @@ class TopTokens(nn.Module):
 
 
 @torch.no_grad()
-def fill_cache(folder: Path, top_tokens: TopTokens, batches: Iterable[Batch], total: int, device: torch.device) -> None:
-    """Write the parent's top tokens of each of `total` batches, each process in its turn; those on disk are kept."""
-    group = Group.current()
+def fill_cache(folder: Path, top_tokens: TopTokens, batches: Iterable[Batch], total: int) -> None:
+    """Write the parent's top tokens of each of `total` batches, each process in its turn; those on disk are kept.
+
+    Args:
+        batches: whole ones.
+    """
+    group, read = Group.current(), iter(batches)
     folder.mkdir(exist_ok=True)
     with progress("teacher cache", total) as bar:
-        for batch in _turns(batches, group):
-            lacks = not _file(folder, batch).exists()
-            if group.any(lacks)[0]:
-                tensors = top_tokens(batch.share(Group(0, 1), device))
+        while turn := list(islice(read, group.size)):
+            batch = turn[min(group.rank, len(turn) - 1)]  # of too few, some repeat what another has
+            file = folder / f"{batch.name}.safetensors"
+            lacks = not file.exists()
+            if group.sum(torch.tensor(float(lacks))):
+                tensors = top_tokens(batch)
                 if lacks:
-                    write_tensors(_file(folder, batch), tensors)
-            bar.advance(group.size)
-
-
-def _turns(batches: Iterable[Batch], group: Group) -> Iterator[Batch]:
-    """Every so many-th batch; where they do not come out even, the last process repeats what another has."""
-    read = iter(batches)
-    while turn := list(islice(read, group.size)):
-        yield turn[min(group.rank, len(turn) - 1)]
-
-
-def _file(folder: Path, batch: Batch) -> Path:
-    return folder / f"{batch.name}.safetensors"
+                    write_tensors(file, tensors)
+            bar.advance(len(turn))

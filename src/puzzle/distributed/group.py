@@ -10,13 +10,16 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from puzzle.device import claim_gpu, collective_backend
 from puzzle.errors import PuzzleError
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed import Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -35,100 +38,64 @@ class Group:
 
     @classmethod
     def current(cls) -> "Group":
-        """The group that `start` made, or this process alone."""
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls(0, 1)
+        """The group that this process has joined, or this process alone."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls(0, 1)
 
     @property
     def leads(self) -> bool:
         """Whether it has rank 0, which alone writes, logs and locks."""
         return self.rank == 0
 
-    def sum(self, values: "torch.Tensor") -> "torch.Tensor":
+    def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the CPU; bit for bit equal in all of them."""
-        import torch.distributed as dist
-
         total = values.detach().cpu().clone()
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set in any process."""
-        import torch
-
-        return [count > 0 for count in self.sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
-
     def first(self, function: Callable[[], T]) -> T:
         """The result of `function` in rank 0, for all; a `PuzzleError` there is raised in all."""
         if self.size == 1:
             return function()
-        import torch.distributed as dist
-
-        found: list[object] = [None, None]
+        found: list[Any] = [None]
         if self.leads:
             try:
-                found[0] = function()
+                found = [function()]
             except PuzzleError as error:
-                found[1] = error
+                found = [error]
         dist.broadcast_object_list(found)
-        if isinstance(found[1], PuzzleError):
-            raise found[1]
-        return found[0]  # type: ignore[return-value]
+        if isinstance(found[0], PuzzleError):
+            raise found[0]
+        result: T = found[0]
+        return result
 
     def wait(self) -> None:
         """A barrier."""
-        self.any(False)
+        self.sum(torch.zeros(()))
 
 
-def launched_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def launched_rank() -> int:
-    """This process's number among them."""
-    return int(os.environ["RANK"]) if launched_size() > 1 else 0
-
-
-def start(device: "torch.device") -> Group:
-    """Make the process group of what torchrun started; on GPUs, each process uses the GPU of its local rank."""
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
-
-    from puzzle.device import claim_gpu, collective_backend
-
+def start(device: torch.device) -> Group:
+    """Join what torchrun started; on GPUs, each process uses the GPU of its local rank."""
     claim_gpu(device, int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(rendezvous("env://"))
-    dist.init_process_group(
-        collective_backend(device),
-        store=_fresh(store, rank, size),
-        rank=rank,
-        world_size=size,
-        timeout=TIMEOUT,
-    )
-    return Group.current()
+    return join(device, _fresh(store, rank, size), rank, size)
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone."""
-    import torch.distributed as dist
+def join(device: torch.device, store: Store, rank: int, size: int) -> Group:
+    """Make this process one of a group, of which rank 0 alone prints from here on."""
+    dist.init_process_group(collective_backend(device), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    if rank > 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return Group(rank, size)
 
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
 
-
-def _fresh(store: "Store", rank: int, size: int) -> "Store":
+def _fresh(store: Store, rank: int, size: int) -> Store:
     """A prefix of the store that holds no keys of an earlier attempt.
 
     After a restart, torchrun hands out the same store with the addresses of the dead processes: 10 of 12 restarts of
     three processes failed (torch 2.13, 2026-11-21). So rank 0 chooses a new prefix and collects a token from every
     other rank; a rank uses a prefix once its own token is listed there, so that it cannot join an earlier attempt.
     """
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
     token = uuid.uuid4().hex
     if rank == 0:
         store.set("first", token)
@@ -143,13 +110,16 @@ def _fresh(store: "Store", rank: int, size: int) -> "Store":
         time.sleep(_POLL_S)
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo/" in str(error))
+
+
 def end(code: int) -> NoReturn:
     """Exit one of several processes at once, without the interpreter's shutdown.
 
     That races with gloo's threads and sometimes aborts (SIGABRT) after all work is done.
     """
-    import torch.distributed as dist
-
     if code == 0 and dist.is_initialized():
         Group.current().wait()
         dist.destroy_process_group()

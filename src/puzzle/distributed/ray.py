@@ -4,34 +4,30 @@ Every machine has this program installed, and sees the run folder, the parent an
 """
 
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed import TCPStore, destroy_process_group  # type: ignore[attr-defined]
 
-from puzzle.device import collective_backend
-from puzzle.distributed.group import TIMEOUT, is_lost_peer
+from puzzle.distributed.group import TIMEOUT, is_lost_peer, join
+from puzzle.distributed.tasks import TOGETHER
 from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import Run, progress
 
 try:
     import ray
     from ray.exceptions import RayError, RayTaskError
-    from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
 except ImportError:
     raise PuzzleError("--on: ray is not installed; pip install 'puzzle-llm[ray]', on every machine") from None
 
 _RETRIES = 10
 """Restarts of a task or a training after its process or machine was lost."""
-
-_FILES = "ray"
-"""Ray Train's own folder in the run folder; deleted afterwards."""
 
 
 class Cluster:
@@ -53,108 +49,84 @@ class Cluster:
         if device == "cuda" and not gpus:
             raise PuzzleError("execution.device: found 'cuda', and no machine of the cluster has a GPU")
         cpus = [int(node.get("CPU", 0)) for node in nodes]
-        on_gpus = gpus > 0 and device != "cpu"
-        room = sum(cpus) // gpus if on_gpus else max(cpus, default=0)
-        self._threads = max(1, min(torch.get_num_threads(), room))
-        self.workers = gpus if on_gpus else sum(count // self._threads for count in cpus)
-        self._on_gpus, self._folder = on_gpus, run.path
+        self.on_gpus = gpus > 0 and device != "cpu"
+        room = sum(cpus) // gpus if self.on_gpus else max(cpus, default=0)
+        self.threads = max(1, min(torch.get_num_threads(), room))
+        self.workers = gpus if self.on_gpus else sum(count // self.threads for count in cpus)
         if not self.workers:
             raise PuzzleError(f"--on: the cluster {run.on} offers neither GPUs nor CPUs; start a worker machine")
 
-    def run(self, label: str, function: Callable[..., object], items: Sequence[tuple[Any, ...]]) -> None:
-        """Call `function` on every item. An error in one ends all; items of lost processes are started again."""
-        # Ray ends a process after a task on a GPU, so that the next one finds the memory free.
-        resources = {"num_gpus": 1, "num_cpus": 1} if self._on_gpus else {"num_cpus": self._threads}
-        work = ray.remote(max_retries=_RETRIES, **resources)(_work)
-        shared = ray.put(function)
-        waiting = [work.remote(Path.cwd(), self._threads, shared, item) for item in items]
+    def run(
+        self, label: str, function: Callable[..., object], items: Sequence[tuple[Any, ...]], retries: int = _RETRIES
+    ) -> None:
+        """Call `function` on every item. An error in one ends all; items of lost processes are started again.
+
+        Raises:
+            LostProcessError: an item's processes were lost more often than `retries`.
+        """
+        resources = {"num_gpus": 1, "num_cpus": 1} if self.on_gpus else {"num_cpus": self.threads}
+        # A process does one item, so that the next one finds the GPU's memory free.
+        work = ray.remote(max_retries=retries, max_calls=1, **resources)(_work)
+        shared, lost = ray.put(function), None
+        waiting = [work.remote(Path.cwd(), self.threads, shared, item) for item in items]
         try:
             with progress(f"{label} on {min(self.workers, len(items))} workers", len(items)) as bar:
                 while waiting:
                     done, waiting = ray.wait(waiting)
-                    ray.get(done)
+                    try:
+                        ray.get(done)
+                    except RayTaskError as error:
+                        cause = cast(Exception, error.cause)
+                        if not is_lost_peer(cause):
+                            if not isinstance(cause, PuzzleError):
+                                cause.add_note(str(error))  # the traceback over there
+                            raise cause from None
+                        lost = cause  # the peer may still tell why it ended
                     bar.advance(len(done))
-        except RayTaskError as error:
-            cause = cast(Exception, error.cause)
-            if not isinstance(cause, PuzzleError):
-                cause.add_note(str(error))  # the traceback over there
-            raise cause from None
         except RayError as error:
-            raise PuzzleError(
-                f"--on: a task of {label} was lost {_RETRIES + 1} times ({one_line(error)}); look at the machines "
-                "(memory?), then run the same command again: it goes on where it stood"
-            ) from None
+            lost = error
         finally:
             for task in waiting:
                 ray.cancel(task, force=True)
-
-    def together(self, function: Callable[[], object], size: int) -> None:
-        """Call `function` in `size` processes at once, a `Group`, by Ray Train.
-
-        Raises:
-            LostProcessError: one was lost, and all were ended.
-        """
-        backend = collective_backend(torch.device("cuda" if self._on_gpus else "cpu"))
-        trainer = _Trainer(
-            partial(_work, Path.cwd(), self._threads, function, ()),
-            torch_config=TorchConfig(backend=backend, timeout_s=int(TIMEOUT.total_seconds())),
-            scaling_config=ScalingConfig(
-                num_workers=size,
-                use_gpu=self._on_gpus,
-                resources_per_worker={"CPU": 1 if self._on_gpus else self._threads},
-            ),
-            run_config=RunConfig(name=_FILES, storage_path=str(self._folder.absolute())),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _cause(error) from None
-        finally:
-            shutil.rmtree(self._folder / _FILES, ignore_errors=True)
+        if lost is not None:
+            raise LostProcessError(
+                f"--on: a process of {label} was lost ({one_line(lost)}); look at the machines (memory?), then run the "
+                "same command again: it goes on where it stood"
+            )
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    def _register_sigint_handler(self, controller: object) -> None:
-        """Ray's own handler would swallow Ctrl-C."""
+class LostProcessError(PuzzleError):
+    """A process, or its machine, is gone."""
 
 
-class LostProcessError(Exception):
-    """A process of a group, or its machine, is gone."""
+def train_on_cluster(run: Run, train: Callable[[Run], object], sequences: int) -> None:
+    """Call `train` with the run on as many workers of the cluster `run.on` as divide `sequences`, all at once; again if
+    one is lost, on those left. This process holds the run folder's lock.
 
-
-def train_together(run: Run, function: Callable[[], object], sequences: int) -> None:
-    """Call `function` on as many workers of the cluster as divide `sequences`; again if one is lost, on those left.
-
-    Raises:
-        PuzzleError: the function raised it, or processes were lost too often.
+    Args:
+        train: can be pickled, and resumes from its own state.
     """
-    for _ in range(_RETRIES + 1):
+    for attempt in range(_RETRIES + 1):
         cluster = Cluster(run)
         size = max(count for count in range(1, cluster.workers + 1) if sequences % count == 0)
         run.log(f"GKD on {size} of {cluster.workers} workers")
+        store = TCPStore(ray.util.get_node_ip_address(), 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        work = partial(_train, run, train, store.host, store.port, size)
         try:
-            return cluster.together(function, size)
+            cluster.run("GKD", work, [(rank,) for rank in range(size)], retries=0)
+            return
         except LostProcessError as lost:
-            run.log_warning(f"a process was lost ({one_line(lost)}); training goes on from its last saved state")
-            ray.shutdown()  # only this frees what Ray Train reserved
-    raise PuzzleError(
-        f"--on: processes were lost {_RETRIES + 1} times; look at the machines (memory?), then run the same command "
-        "again: it goes on where it stood"
-    )
+            if attempt == _RETRIES:
+                raise
+            run.log_warning(f"{lost.args[0].partition(';')[0]}; training goes on from its last saved state")
 
 
-def _cause(error: TrainingFailedError) -> Exception:
-    """The error of a process itself, or `LostProcessError` where one was lost."""
-    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    # A lost process is Ray's error; the others report a broken connection to it.
-    own = [each for each in failures if not type(each).__module__.startswith("ray.") and not is_lost_peer(each)]
-    mistakes = [failure for failure in own if isinstance(failure, PuzzleError)]
-    if mistakes:
-        return mistakes[0]
-    if not own or len(own) < len(failures):
-        return LostProcessError(one_line(error))
-    own[0].add_note(str(error))  # the traceback over there
-    return own[0]
+def _train(run: Run, train: Callable[[Run], object], host: str, port: int, size: int, rank: int) -> None:
+    """Runs in each of the processes that train together."""
+    group = join(run.device, TCPStore(host, port, timeout=TIMEOUT), rank, size)
+    train(replace(run, on=None, leads=group.leads, only=TOGETHER))
+    group.wait()
+    destroy_process_group()
 
 
 def _work(folder: Path, threads: int, function: Callable[..., object], item: tuple[Any, ...]) -> None:

@@ -1,31 +1,37 @@
-"""Training state on disk, written by all processes, each its share; any other number of them can go on from it.
+"""What several processes hold their shares of: models (FSDP2), and the state of a training on disk.
+
+Any other number of processes can go on from such a state; a process alone holds everything whole.
 
 FOLDER/training000320/*.safetensors    parameters, moments and step counters after step 320, from each process a file
+                      tensors.json     their names; written last: the state is whole
 
 Written by `torch.distributed.checkpoint` as safetensors, so that nothing is ever unpickled.
 """
 
-import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from puzzle.device import mesh_type
 from puzzle.distributed.group import Group
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
+from puzzle.runs import read_json, write_json
 
 CHECKPOINT_INTERVAL_S = 30.0
 """Work lost at most when a training is killed, unless saving takes long."""
@@ -36,9 +42,51 @@ _PAUSE_PER_SAVE = 20
 _ASSUMED_BYTES_PER_S = 5e8
 """Speed of the first save, before one was measured."""
 
-_NAME = "training{}"
-_PART = ".part"
-"""Ends the name of a folder that is not whole yet."""
+_NAMES = "tensors.json"
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one
+
+
+def shard(whole: nn.Module, parts: Iterable[nn.Module], device: torch.device, products: torch.dtype) -> None:
+    """Leave each process its share of the parameters of a module still without memory, which is then filled.
+
+    The `forward` of each part, and of `whole` for what is in no part, gathers them and lets them go; gradients come out
+    as the mean over all processes.
+
+    Args:
+        products: the dtype in which parameters of the parts are gathered; gradients are summed in float32.
+    """
+    if (size := Group.current().size) == 1:
+        return
+    mesh = init_device_mesh(mesh_type(device), (size,))
+    for module in (*parts, whole):
+        if any(True for _ in module.parameters()):
+            gathered = None if module is whole else products
+            policy = MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model without memory its parameters, one at a time: of each, this process keeps its share."""
+    wanted = dict(model.named_parameters())
+    state = {}
+    for name, tensor in tensors:
+        value, place = tensor.to(device, dtype), wanted[name]
+        if isinstance(place, DTensor):
+            # Every process has read the file: nothing needs to be sent.
+            value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+        state[name] = value
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process, one at a time; the others get none of them."""
+    leads, found = Group.current().leads, {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if leads:
+            found[name] = full.cpu()
+    return found
 
 
 class SaveTimer:
@@ -72,20 +120,9 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> None:
-        self._folder, self._parameters, self._group = folder, parameters, Group.current()
-        self._owners = {
-            parameter: (optimizer, group)
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        copies = 1 + 2 * len(self._owners) / max(1, len(parameters))
-        self._timer = SaveTimer(int(copies * sum(value.numel() * value.itemsize for value in parameters.values())))
-        self._saved_steps = 0
-
-    def due(self) -> bool:
-        """Whether to save now, as far as the clock of this process says."""
-        return self._timer.due()
+        self._folder, self._parameters, self._optimizers = folder, parameters, optimizers
+        self._group = Group.current()
+        self.timer = SaveTimer(3 * sum(value.nbytes for value in parameters.values()))  # with two moments
 
     def restore(self) -> int:
         """Load the newest saved state, if it has all of these parameters; returns the number of steps done, or 0.
@@ -95,118 +132,59 @@ class TrainingState:
         Raises:
             PuzzleError: it is damaged.
         """
-        steps = self._group.first(lambda: _newest(self._folder))
-        if not steps:
+        path, names = self._group.first(partial(_newest, self._folder))
+        if path is None or not {f"parameter.{name}" for name in self._parameters} <= names:
             return 0
-        reader, stored = _read(self._folder, steps)
-        if not self._parameters.keys() <= _names(stored):
-            return 0
-        wanted = {key: facts for key, facts in stored.items() if key.partition(".")[2] in self._parameters}
-        tensors = {key: self._place(key, facts) for key, facts in wanted.items()}
-        with _quiet(), _explained(self._folder, steps):
-            load(tensors, storage_reader=reader, no_dist=self._group.size == 1)
-        for parameter, (optimizer, _) in self._owners.items():
-            optimizer.state[parameter] = {}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind != "parameter":
-                optimizer, _ = self._owners[self._parameters[name]]
-                optimizer.state[self._parameters[name]][kind] = value
-        self._saved_steps = steps
-        return steps
+        moved = {name.partition(".")[2] for name in names if not name.startswith("parameter.")}
+        for name, parameter in self._parameters.items():
+            if name in moved:
+                parameter.grad = torch.zeros_like(parameter)
+        for optimizer in self._optimizers:
+            optimizer.step()  # makes moments and counters, where it wants them; what they hold is loaded
+            optimizer.zero_grad()
+        try:
+            reader = HuggingFaceStorageReader(str(path))
+            reader.read_metadata()  # of a damaged file, `load` itself would log a traceback
+            load(self._tensors(), storage_reader=reader, no_dist=self._group.size == 1)
+        except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
+            raise PuzzleError(
+                f"{path} is damaged ({one_line(error)}); delete it, and run the same command again"
+            ) from None
+        return int(path.name.removeprefix("training"))
 
     def save(self, steps: int) -> None:
         """Write it; all processes call this together, and one state is on disk at any time."""
-        if steps == self._saved_steps:
-            return
-        tensors = {}
-        for name, parameter in self._parameters.items():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            if parameter in self._owners:
-                for kind, value in self._owners[parameter][0].state[parameter].items():
-                    tensors[f"{kind}.{name}"] = value
-        path = _folder_of(self._folder, steps)
-        part = path.with_suffix(_PART)
-        self._group.first(lambda: shutil.rmtree(part, ignore_errors=True))
-        with self._timer.saving(), _quiet():
-            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        path, tensors = self._folder / f"training{steps:06d}", self._tensors()
+        self._group.first(partial(shutil.rmtree, path, ignore_errors=True))  # of an attempt that was killed
+        with self.timer.saving():
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
             save(tensors, storage_writer=writer, no_dist=self._group.size == 1)
-        self._group.first(lambda: self._finish(part, path))
-        self._saved_steps = steps
+            self._group.first(lambda: write_json(path / _NAMES, list(tensors)))
+        self._group.first(lambda: remove_states(self._folder, keep=path))
 
-    def _finish(self, part: Path, path: Path) -> None:
-        _flush(part)
-        part.rename(path)
-        _flush(self._folder)
-        for other in self._folder.glob(_NAME.format("*")):
-            if other != path:
-                shutil.rmtree(other)
-
-    def _place(self, key: str, stored: Any) -> Tensor:
-        """Where a stored tensor is read to: the parameter itself, or memory for a moment, shared out as it is."""
-        kind, _, name = key.partition(".")
-        parameter = self._parameters[name].detach()
-        if kind == "parameter":
-            return parameter
-        if isinstance(parameter, DTensor) and stored.size == parameter.shape:
-            return torch.zeros_like(parameter, dtype=stored.properties.dtype)
-        # Step counters stay on the CPU but for fused optimizers, whose kernels read them where the weights are.
-        moved = kind != "step" or self._owners[self._parameters[name]][1].get("fused")
-        return torch.zeros(stored.size, dtype=stored.properties.dtype, device=parameter.device if moved else "cpu")
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"parameter.{name}": parameter.detach() for name, parameter in self._parameters.items()}
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                found |= {f"{kind}.{names[parameter]}": value for kind, value in state.items()}
+        return found
 
 
 def saved_names(folder: Path) -> set[str]:
     """Names of the parameters in the newest state that is saved in `folder`; none if there is no state."""
-    steps = _newest(folder)
-    return _names(_read(folder, steps)[1]) if steps else set()
+    names = _newest(folder)[1]
+    return {name.removeprefix("parameter.") for name in names if name.startswith("parameter.")}
 
 
-def remove_states(folder: Path) -> None:
+def remove_states(folder: Path, keep: Path | None = None) -> None:
     """Delete what only a training that goes on would need."""
-    for path in folder.glob(_NAME.format("*")):
-        shutil.rmtree(path)
+    for path in folder.glob("training*/"):
+        if path != keep:
+            shutil.rmtree(path)
 
 
-def _newest(folder: Path) -> int:
-    found = [path for path in folder.glob(_NAME.format("*")) if path.suffix != _PART]
-    return max((int(path.name.removeprefix(_NAME.format(""))) for path in found), default=0)
-
-
-def _folder_of(folder: Path, steps: int) -> Path:
-    return folder / _NAME.format(f"{steps:06d}")
-
-
-def _read(folder: Path, steps: int) -> tuple[HuggingFaceStorageReader, dict[str, Any]]:
-    """The reader of a saved state, and what is in it."""
-    with _explained(folder, steps):
-        reader = HuggingFaceStorageReader(str(_folder_of(folder, steps)))
-        return reader, dict(reader.read_metadata().state_dict_metadata)
-
-
-def _names(stored: Mapping[str, Any]) -> set[str]:
-    return {key.partition(".")[2] for key in stored if key.startswith("parameter.")}
-
-
-@contextmanager
-def _explained(folder: Path, steps: int) -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
-        path = _folder_of(folder, steps)
-        raise PuzzleError(f"{path} is damaged ({error}); delete it, and run the same command again") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that one process is one."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _newest(folder: Path) -> tuple[Path | None, set[str]]:
+    """The newest state that is whole, and the names of its tensors."""
+    file = max(folder.glob(f"training*/{_NAMES}"), default=None)
+    return (None, set()) if file is None else (file.parent, set(read_json(file)))

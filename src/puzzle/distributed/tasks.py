@@ -1,35 +1,48 @@
-"""A stage's work on layers as independent tasks: one task for all layers here, or one a worker on a Ray cluster.
+"""The work of a run in several processes: a stage's layers as independent tasks, and one run folder opened by all.
 
-A task is a range of layers. Its results are files of its own in the run folder, so it can be started again anywhere and
-resumes from them. Only the process of the command holds the run folder's lock and marks stages as finished.
+A task is a range of layers: all of them here, or one range for each worker of a Ray cluster. Its results are files of
+its own in the run folder, so it can be started again anywhere and resumes from them. Only the process of the command
+holds the run folder's lock and marks stages as finished.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
-from puzzle.runs import Run, StageFolder
+from puzzle.device import choose_device
+from puzzle.distributed.group import is_lost_peer, start
+from puzzle.errors import PuzzleError, one_line
+from puzzle.recipe import Recipe
+from puzzle.runs import Run, StageFolder, check_folder, open_run
 
-LayerTask = Callable[[range, Path], object]
-"""Processes a range of layers. The folder is for resuming; it is deleted when all tasks are done."""
+TOGETHER = ("teacher", "distil")
+"""The stages that several processes work on as one."""
 
 
-def for_layers(run: Run, stage: StageFolder, task: LayerTask, costs: Sequence[float]) -> None:
+def for_layers(run: Run, stage: StageFolder, task: Callable[[range, Path], object], costs: Sequence[float]) -> None:
     """Call `task` once with all layers, or on a cluster with a range for each worker, in parallel.
 
     Args:
-        task: can be pickled, if there is a cluster.
+        task: processes a range of layers, with a folder for resuming, which is deleted when all tasks are done. It can
+            be pickled, if there is a cluster.
         costs: of each layer, roughly, in any unit: ranges cost about the same.
     """
+
+    def place(layers: range) -> tuple[range, Path]:
+        folder = stage.path / f"part{layers.start:03d}-{layers.stop:03d}"
+        folder.mkdir(exist_ok=True)
+        return layers, folder
+
     if run.on is None:
-        task(*_part(stage, range(len(costs))))
+        task(*place(range(len(costs))))
     else:
         from puzzle.distributed.ray import Cluster
 
         cluster = Cluster(run)
-        parts = [_part(stage, layers) for layers in split(costs, cluster.workers)]
-        cluster.run(stage.name, task, parts)
+        cluster.run(stage.name, task, [place(layers) for layers in split(costs, cluster.workers)])
     for folder in stage.path.glob("part*/"):
         shutil.rmtree(folder)
 
@@ -43,7 +56,24 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
     return [range(start, start + owners.count(owner)) for owner, start in first.items()]
 
 
-def _part(stage: StageFolder, layers: range) -> tuple[range, Path]:
-    folder = stage.path / f"part{layers.start:03d}-{layers.stop:03d}"
-    folder.mkdir(exist_ok=True)
-    return layers, folder
+@contextmanager
+def open_together(path: Path) -> Iterator[Run]:
+    """The run in `path` for each process that torchrun started; rank 0 holds its lock, and alone writes and prints.
+
+    All stages before `TOGETHER` must be finished.
+    """
+    check_folder(path)
+    recipe = Recipe.read(path / "recipe.yaml")
+    group = start(choose_device(recipe.execution.device))
+    with ExitStack() as stack:
+        opened = [Run(path, recipe, leads=False)]
+        group.first(lambda: opened.append(stack.enter_context(open_run(path))))
+        try:
+            yield replace(opened[-1], only=TOGETHER)
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise PuzzleError(
+                f"another of the {group.size} processes was lost ({one_line(error)}); torchrun starts all again if "
+                "--max-restarts allows, and so does the same command; nothing saved is lost"
+            ) from None

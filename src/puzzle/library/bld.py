@@ -21,6 +21,7 @@ import torch
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
+from puzzle.distributed.state import remove_states, saved_names
 from puzzle.distributed.tasks import for_layers
 from puzzle.library.library import Library, nested
 from puzzle.library.statistics import Statistics
@@ -29,7 +30,6 @@ from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, read_parsed, write_json, write_tensors, write_text
 from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
-from puzzle.training import remove_states, saved_names
 from puzzle.variants import BlockVariant, Space, State, Subblock, Variant
 
 _BYTES_PER_FIXED_PARAMETER = 12

@@ -10,7 +10,6 @@ from tests.library.conftest import CutData, Killed
 
 from puzzle.child import Child, realise, refine
 from puzzle.data import TokenData
-from puzzle.distributed.state import SaveTimer
 from puzzle.errors import PuzzleError
 from puzzle.evaluate import evaluate
 from puzzle.library import Library
@@ -116,17 +115,10 @@ def test_a_streamed_parent_gives_the_same_child(
     assert left == {"stage.json", "clock.json", "manifest.json", "checkpoint", "architecture.json", "layers.json"}
 
 
+@pytest.mark.usefixtures("saves_every_step")
 def test_a_refinement_killed_again_and_again_ends_with_the_same_weights(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    pico_run: Run,
-    pico_parent: Parent,
-    pico_data: TokenData,
-    child: Child,
-    refined: Child,
+    tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenData, child: Child, refined: Child
 ) -> None:
-    monkeypatch.setattr(SaveTimer, "due", lambda _: True)
-    monkeypatch.setattr("puzzle.training.steps_between_looks", lambda _: 1)
     run, kills, again = run_with(pico_run, tmp_path), 0, None
     while again is None:
         try:

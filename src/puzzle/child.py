@@ -1,0 +1,214 @@
+"""The child: the library's weights put together as a checkpoint that runs (law 5), and its sequential refinement.
+
+A block of the library has only seen its inputs in the parent; in the child, it gets what the blocks before it made of
+the text. So in refinement, from the first layer that differs from the parent's, every block is trained on its inputs in
+the child, the layers before it refined already, towards the parent's output of that layer. Of both models one layer at
+a time is in use; its inputs are kept on disk for every batch.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from puzzle.data import TokenData
+from puzzle.device import autocast
+from puzzle.library import Library, Student, final_states, fit, held_out, student_texts
+from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
+from puzzle.parents import Parent, open_parent
+from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors, write_text
+from puzzle.stages import BLD_BYTES, REALISE, REFINE
+from puzzle.streams import LayerPass, Stream, read_ahead
+from puzzle.variants import Architecture, State
+
+_CHECK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Child:
+    """A child on disk."""
+
+    path: Path
+    """A Hugging Face checkpoint."""
+    address: str
+    architecture: Architecture
+
+    def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PuzzleForCausalLM:
+        """The child, for inference."""
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+        return model.to(device).eval().requires_grad_(False)
+
+    def source(self) -> Parent:
+        """Opened like a parent, so that it can be streamed."""
+        return open_parent(str(self.path), address=self.address)
+
+
+def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...]) -> Child:
+    """Put the child of these blocks together, save it, and check that it computes what the library's blocks compute.
+
+    Args:
+        blocks: one block name a layer, such as `kv2+w512`.
+    """
+    architecture = Architecture.parse(blocks)
+    stage = run.open(REALISE, parent=parent, library=library, blocks=list(blocks))
+    child = Child(stage.path / "checkpoint", stage.address, architecture)
+    if not stage.done:
+        _save(parent, child, lambda layer: library.block_state(layer, architecture.blocks[layer]))
+        error = _largest_difference(run, parent, library, child)
+        stage.commit(params=child.source().num_params, reload_logit_error=error)
+    return child
+
+
+def refine(run: Run, parent: Parent, child: Child, data: TokenData) -> Child:
+    """Train the child's blocks one after another, each on its inputs in the child.
+
+    `layers.json` tells each layer's loss on held-out text before and after, which is never above that before: the
+    better weights are kept (law 4). It is E||x - x'||^2 / E||x - x0||^2, with x0 the parent's input and x its output.
+
+    With `refine.tokens` 0, and for a child that is the parent, it is the child itself.
+    """
+    pairs = enumerate(zip(child.architecture.blocks, parent.architecture.blocks, strict=True))
+    first = next((layer for layer, (block, own) in pairs if block != own), parent.num_layers)
+    if run.recipe.refine.tokens == 0 or first == parent.num_layers:
+        return child
+    stage = run.open(REFINE, parent=parent, child=child, data=data)
+    refined = Child(stage.path / "checkpoint", stage.address, child.architecture)
+    if stage.done:
+        return refined
+    refinement = _Refinement(run, parent, child, data, stage.path / "work", first)
+    rows = refinement.rows()
+    improved = sum(row["loss"] < row["initial_loss"] for row in rows)
+    run.log(f"refine: {improved} of {len(rows)} layers came closer to the parent's")
+    write_json(stage.path / "layers.json", rows)
+    _save(parent, refined, refinement.state)
+    stage.commit(layers=len(rows), improved=improved)
+    shutil.rmtree(stage.path / "work")
+    return refined
+
+
+class _Refinement:
+    """The layers from `first` on, one after another; what is finished is on disk, in `folder`, and not done again."""
+
+    def __init__(self, run: Run, parent: Parent, child: Child, data: TokenData, folder: Path, first: int) -> None:
+        self._run, self._folder, self._layers = run, folder, range(first, parent.num_layers)
+        folder.mkdir(exist_ok=True)
+        self._child, self._blocks = child.source(), child.architecture.blocks
+        batch_size = run.recipe.refine.batch_size
+        self._steps = math.ceil(run.recipe.refine.tokens / (batch_size * data.sequence_length))
+        self._texts = student_texts(data, run.recipe, batch_size, self._steps)
+        self._child_texts = {f"child-{name}": batches for name, batches in self._texts.items()}
+        params = max(block.num_params(parent.config) for block in self._blocks)
+        self._stream = Stream(run, parent, folder / "activations", reserved_bytes=BLD_BYTES * params)
+
+    def rows(self) -> list[dict[str, float]]:
+        """Refine what is not yet; the losses of every layer."""
+        self._stream.check_disk({**self._texts, **self._child_texts})
+        files = {layer: self._folder / f"layer{layer:03d}.json" for layer in self._layers}
+        done = sum(file.exists() for file in files.values())
+        with progress("refine", self._steps * len(files), self._steps * done) as bar:
+            for layer, file in files.items():
+                if not file.exists():
+                    self._prepare(layer)
+                    write_json(file, self._refine(layer, bar))
+        return [read_json(file) for file in files.values()]
+
+    def state(self, layer: int) -> State:
+        """A layer's weights: refined, if they are."""
+        file = self._folder / f"layer{layer:03d}.safetensors"
+        return read_tensors(file) if file.exists() else self._child.layer_state(layer)
+
+    def _prepare(self, layer: int) -> None:
+        """Have the inputs of `layer` in both models; those of the first layer are the parent's in both."""
+        self._stream.prepare(layer, self._texts)
+        if layer == self._layers.start:
+            self._stream.prepare(layer, self._child_texts)
+            return
+        before = self._student(layer - 1)
+
+        def forward(layers: range, hidden_BTD: Tensor) -> Tensor:
+            assert layers == range(layer - 1, layer), f"the child's text has not reached layer {layer - 1}"
+            context = self._stream.model.model.context(hidden_BTD)
+            with autocast(hidden_BTD.device, hidden_BTD.dtype):
+                return (hidden_BTD.float() + before.output(hidden_BTD.float(), context)).to(hidden_BTD.dtype)
+
+        for text, batches in self._child_texts.items():
+            self._stream.advance(text, batches(), range(layer - 1, layer), forward)
+
+    def _refine(self, layer: int, bar: Progress) -> dict[str, float]:
+        student, training = self._student(layer), self._folder / f"training{layer:03d}"
+        passes, precision = partial(self._passes, layer), self._stream.model.dtype
+
+        def measured() -> tuple[float, float]:
+            """Its loss, and the power of its target."""
+            return held_out([student], passes("validation"), precision)[student.name]
+
+        student.power = measured()[1] or 1.0  # 1 for a layer of the parent that adds nothing
+        initial = loss = measured()[0]
+        if student.parameters():
+            start, rate = student.state(), self._run.recipe.refine.learning_rate
+            text = partial(passes, "training")
+            fit([student], text, steps=self._steps, learning_rate=rate, precision=precision, folder=training, bar=bar)
+            loss = measured()[0]
+            write_tensors(self._folder / f"layer{layer:03d}.safetensors", student.state() if loss < initial else start)
+        shutil.rmtree(training, ignore_errors=True)
+        return {"layer": layer, "initial_loss": initial, "loss": min(loss, initial)}
+
+    def _student(self, layer: int) -> Student:
+        config, device = self._stream.model.config, self._run.device
+        return Student(layer, self._blocks[layer].subblocks, config, self.state(layer), 1.0, device, loss="refined")
+
+    def _passes(self, layer: int, text: str, first: int = 0) -> Iterator[list[LayerPass]]:
+        """The parent's layer on every batch from number `first` on, with the child's inputs in place of its own."""
+        batches, inputs = self._texts[text], partial(self._stream.inputs, layer, f"child-{text}")
+        child_inputs = read_ahead(islice(enumerate(batches()), first, None), inputs)
+        for layer_passes in self._stream.passes(range(layer, layer + 1), text, batches(), first):
+            _, hidden_BTD = next(child_inputs)
+            yield [replace(next(layer_passes), inputs_BTD={"attention": hidden_BTD})]
+
+
+def _save(parent: Parent, child: Child, layer_state: Callable[[int], State]) -> None:
+    """Write a child's checkpoint, and beside it `architecture.json`.
+
+    One layer is in memory at a time: each is written to a file of its own first, and files are mapped, not read.
+
+    Args:
+        layer_state: a layer's weights by their names in the layer, float32.
+    """
+    write_text(child.path.with_name("architecture.json"), child.architecture.to_json())
+    parts = child.path.with_name("parts")
+    for folder in (parts, child.path):
+        shutil.rmtree(folder, ignore_errors=True)
+    parts.mkdir()
+    write_tensors(parts / "outer.safetensors", parent.embeddings_and_head())
+    for layer in range(parent.num_layers):
+        named = {f"model.layers.{layer}.{name}": tensor for name, tensor in layer_state(layer).items()}
+        write_tensors(parts / f"layer{layer:03d}.safetensors", named)
+    model = empty_model(child.architecture.configure(parent.config))
+    state = {name: tensor for file in parts.iterdir() for name, tensor in read_tensors(file).items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    save_checkpoint(finish(model, "cpu"), child.path, extra_files_from=parent.path)
+    shutil.rmtree(parts)
+
+
+@torch.no_grad()
+def _largest_difference(run: Run, parent: Parent, library: Library, child: Child) -> float:
+    """Largest difference of logits between the saved child and the parent with the library's blocks swapped in."""
+    tokens_BT = torch.arange(_CHECK_TOKENS, device=run.device).remainder(parent.config.vocab_size).unsqueeze(0)
+    model = parent.load(device=run.device, layers=())
+    ((swapped_BTD,),) = final_states(library, model, [child.architecture.names], [tokens_BT])
+    expected = model.logits(swapped_BTD)
+    stream = Stream(run, child.source(), child.path.with_name("activations"), dtype=torch.float32)
+    (final_BTD,) = stream.finals("check", lambda: [tokens_BT])
+    stream.close()
+    error, scale = (float(each.abs().max()) for each in (stream.model.logits(final_BTD) - expected, expected))
+    assert error <= 1e-4 * max(scale, 1.0), f"the saved child is off by {error} of {scale}; this is a bug"
+    return error
