@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from setting import opened, recipe
 
-from puzzle import CostTable, Pipeline, Recipe, distil, realise, solve
+from puzzle import CostTable, Pipeline, Recipe, distil, realise, solve, true_scores
 from puzzle.errors import PuzzleError
 from puzzle.evaluate import evaluate
 from puzzle.recipe import TargetSettings
@@ -86,7 +87,8 @@ def methods(
 
     def corrected() -> tuple[tuple[str, ...], dict[str, float]]:
         its = replace(pipeline.run, recipe=pipeline.run.recipe.model_copy(update={"target": target}))
-        found = correct(its, tables, first, pipeline.true_score.scores, pipeline.library, pipeline.data)
+        evaluate = partial(true_scores, pipeline.run, pipeline.parent, pipeline.data, pipeline.library)
+        found = correct(its, tables, first, evaluate, pipeline.library, pipeline.data)
         return found.ranked[0].blocks, {"scoring kl": min(each.kl for each in found.evaluated)}
 
     def baseline(name: str) -> tuple[tuple[str, ...], dict[str, float]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # isort: off
     from puzzle.pipeline import Pipeline as Pipeline, run_stage as run_stage
     from puzzle.recipe import Recipe as Recipe
     from puzzle.runs import Run as Run, create_folder as create_folder, open_run as open_run
-    from puzzle.scores import TrueScore as TrueScore, score as score
+    from puzzle.scores import score as score, true_scores as true_scores
     from puzzle.search.solve import frontier as frontier, solve as solve
     from puzzle.search.tables import Tables as Tables
     from puzzle.variants import Architecture as Architecture, Space as Space, derive_space as derive_space

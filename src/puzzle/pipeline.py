@@ -9,7 +9,7 @@ settings nor its inputs have changed.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +32,7 @@ from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
 from puzzle.report import ReportData, final_table, model_card, render, summary, table_row
 from puzzle.runs import Run, write_json, write_text
-from puzzle.scores import TrueScore, score
+from puzzle.scores import score, true_scores
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
 from puzzle.stages import COMMANDS
 from puzzle.variants import Space, derive_space, narrow_space
@@ -137,16 +137,12 @@ class Pipeline:
         return self.met.solution
 
     @cached_property
-    def true_score(self) -> TrueScore:
-        """Scores whole architectures of the library, not block by block."""
-        return TrueScore(self.run, self.parent, self.data, self.library)
-
-    @cached_property
     def solution(self) -> Solution:
         """The best of the pool as a whole, if `correct.tokens` asks, and if it meets the target as measured."""
         if not self.run.recipe.corrected:
             return self.searched
-        tables, evaluate = self.met.tables, self.true_score.scores
+        tables = self.met.tables
+        evaluate = partial(true_scores, self.run, self.parent, self.data, self.library)
         found = correct(self.run, tables, self.searched, evaluate, self.library, self.data)
         return first_met(self.run, self.parent, tables, found.ranked)
 

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from puzzle.library import Library
 from puzzle.parents import Parent
 from puzzle.recipe import CorrectSettings, Recipe, TargetSettings
 from puzzle.runs import Run
-from puzzle.scores import TrueScore
+from puzzle.scores import true_scores
 from puzzle.search import Tables, correct, pool, solve, violations
 from puzzle.search.stage import MIN_IMPROVEMENT, rerank
 
@@ -62,8 +63,8 @@ def test_it_ends_within_the_bounds_and_goes_on_after_a_kill(
     solution = solve(tables)
 
     def corrected() -> Correction:
-        true = TrueScore(run, pico_parent, pico_data, pico_library)
-        return correct(run, tables, solution, true.scores, pico_library, pico_data)
+        evaluate = partial(true_scores, run, pico_parent, pico_data, pico_library)
+        return correct(run, tables, solution, evaluate, pico_library, pico_data)
 
     write = puzzle.scores.whole.write_json
 
@@ -88,7 +89,6 @@ def test_it_ends_within_the_bounds_and_goes_on_after_a_kill(
         totals = tables.costs.totals(each.blocks, each.batch_size)
         assert not violations(totals.as_dict(), solution.bounds)
         assert tables.scores.total(each.blocks) == pytest.approx(each.score)
-    monkeypatch.setattr(TrueScore, "scores", None)
     assert correct(run, tables, solution, lambda some: [], pico_library, pico_data) == found
 
 

@@ -10,8 +10,7 @@ The digest is that of everything that the result follows from, so that nothing i
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -134,11 +133,11 @@ def _train_layers(
     Args:
         folder: for activations and training state, from which a training that was cut off goes on.
     """
-    missing = defaultdict(list)
-    for plan in plans:
-        if plan.layer in layers and not plan.row_file(run.path).exists():
-            missing[plan.layer].append(plan)
-    if not missing:
+
+    def missing(some: Container[int]) -> list[StudentPlan]:
+        return [plan for plan in plans if plan.layer in some and not plan.row_file(run.path).exists()]
+
+    if not (to_train := sorted({plan.layer for plan in missing(layers)})):
         return
     stream, settings = Stream(run, parent, folder / "activations"), run.recipe.library
     steps = math.ceil(settings.tokens / (settings.batch_size * data.sequence_length))
@@ -147,12 +146,11 @@ def _train_layers(
     begun = {int(name.partition(".")[0]) for name in saved_names(folder)}
 
     def training_bytes(layer: int) -> int:
-        return BLD_BYTES * sum(plan.num_params for plan in missing[layer])
+        return BLD_BYTES * sum(plan.num_params for plan in missing([layer]))
 
-    for group in stream.groups(sorted(missing), training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
+    for group in stream.groups(to_train, training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
         stream.prepare(group.start, texts)
-        together = [plan for layer in group for plan in missing.pop(layer, [])]
-        _train_group(run, stream, texts, group, together, make, steps, folder)
+        _train_group(run, stream, texts, group, missing(group), make, steps, folder)
     stream.close()
 
 

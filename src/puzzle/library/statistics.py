@@ -114,10 +114,8 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     losses = {(layer, which, variant): loss for layer, which, variant, loss in read_json(file)}
     pruned = prune_space(space, losses, parent.config, ratio)
     before, after = (sum(map(len, each.names)) for each in (space, pruned))
-    if before != after:
-        run.log(
-            f"space: {before - after} of {before} variants start {ratio:g} times worse than a smaller one; left out"
-        )
+    if gone := before - after:
+        run.log(f"space: {gone} of {before} variants start {ratio:g} times worse than a smaller one; left out")
     return pruned
 
 

@@ -64,7 +64,7 @@ def score(
             num_layers=len(layers),
             sequences=data.num_sequences("scoring", settings.tokens),
             sequence_length=data.sequence_length,
-            rows=tuple(ScoreRow(**row) for layer in layers for row in read_json(_rows_file(stage.path, layer))),
+            rows=tuple(ScoreRow(**row) for layer in layers for row in read_json(stage.path / f"layer{layer:03d}.json")),
         )
         write_text(table_file, table.to_json())
         stage.commit()
@@ -76,16 +76,13 @@ def _costs(space: Space) -> list[float]:
     return [len(layer.blocks()) * (len(space.layers) - index) for index, layer in enumerate(space.layers)]
 
 
-def _rows_file(path: Path, layer: int) -> Path:
-    return path / f"layer{layer:03d}.json"
-
-
 @torch.no_grad()
 def _score_layers(
     run: Run, data: TokenData, library: Library, space: Space, task: Task | None, out: Path, layers: range, folder: Path
 ) -> None:
     """The task of a range of layers, also in another process: those that have no file yet."""
-    missing = [layer for layer in layers if not _rows_file(out, layer).exists()]
+    files = {layer: out / f"layer{layer:03d}.json" for layer in layers}
+    missing = [layer for layer, file in files.items() if not file.exists()]
     if not missing:
         return
     parent, dtype, costs = library.parent, getattr(torch, run.recipe.precision), _costs(space)
@@ -114,22 +111,24 @@ def _score_layers(
             single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
             for block, rest in scorer.blocks(modules, single, scorer.rest).items():
                 values[block] = torch.cat([values[block], rest])
-            columns = {f"{block}.{name}": values[block][:, i] for block in values for i, name in enumerate(METRICS)}
-            write_tensors(out / f"layer{layer:03d}.safetensors", columns)
+            columns = {
+                f"{block.name}.{name}": values[block][:, i] for block in values for i, name in enumerate(METRICS)
+            }
+            write_tensors(files[layer].with_suffix(".safetensors"), columns)
             rows = []
             for block, found in {own: unchanged, **values}.items():
                 if not found.isfinite().all():
-                    run.log_warning(f"score of layer {layer} {block} is not finite; it cannot be chosen")
+                    run.log_warning(f"score of layer {layer} {block.name} is not finite; it cannot be chosen")
                     continue
                 halves = [BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)]
                 parts = [values[half] for half in halves] if len(found) < len(unchanged) else []
                 row = {"layer": layer, "block": block.name, **_figures(found, unchanged, parts)}
                 if task is not None:
                     model = partial(with_block, stream.model, layer, block, library)
-                    label = "parent" if block == own else f"layer {layer} {block}"
+                    label = "parent" if block == own else f"layer {layer} {block.name}"
                     row["task"] = task_score(run, task, folder / "task.json", label, model)
                 rows.append(row)
-            write_json(_rows_file(out, layer), rows)
+            write_json(files[layer], rows)
             bar.advance(costs[layer])
     stream.close()
 

@@ -54,17 +54,12 @@ def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float
     """
     weight = weight.double()
     second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
-    power = output_power(statistics)
+    power = statistics["output_power"].double() * len(weight)
     error = power - 2 * (weight * cross).sum() + (weight @ second * weight).sum()
     if bias is not None:
         missed = weight @ statistics["input_mean"].double() - statistics["output_mean"].double()
         error = error + bias.double() @ (bias.double() + 2 * missed)
     return float(error / power)
-
-
-def output_power(statistics: State) -> Tensor:
-    """E||y||^2 of a subblock's output. []"""
-    return statistics["output_power"].double() * len(statistics["output_mean"])
 
 
 def least_squares_update(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:

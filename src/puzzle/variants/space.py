@@ -46,9 +46,6 @@ class BlockVariant:
             raise PuzzleError(f"block {name!r} is not of the form attention+ffn, such as kv2+w512 or none+linear")
         return cls(parse_variant("attention", attention), parse_variant("ffn", ffn))
 
-    def __str__(self) -> str:
-        return self.name
-
 
 @dataclass(frozen=True)
 class Architecture:

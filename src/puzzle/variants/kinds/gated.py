@@ -10,10 +10,12 @@ from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants.base import ParentSubblock, State, Variant, register
-from puzzle.variants.least_squares import least_squares_update, output_power
+from puzzle.variants.least_squares import least_squares_update
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 """Default widths as shares of the parent's (paper section 2.1)."""
+_ROWS = ("mlp.gate_proj", "mlp.up_proj")
+"""Modules whose tensors' rows are the channels."""
 
 
 @register
@@ -52,12 +54,12 @@ class GatedFFN(Variant):
         if parent.variant == self:
             return dict(parent.state)
         kept, down_DI = self._kept(parent), parent.state["mlp.down_proj.weight"]
-        state = {name: tensor[kept].clone() if _of_channels(name) else tensor for name, tensor in parent.state.items()}
+        rows = {name: tensor[kept].clone() for name, tensor in parent.state.items() if name.startswith(_ROWS)}
         if parent.settings.start == "paper":
-            return state | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
+            return parent.state | rows | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
         moment_II = parent.statistics["activation_second_moment"].double()
         updated = least_squares_update(down_DI.double(), moment_II, kept)
-        return state | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
+        return parent.state | rows | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
@@ -69,14 +71,15 @@ class GatedFFN(Variant):
         left_DI = parent.state["mlp.down_proj.weight"].to(torch.float64, copy=True)
         left_DI[:, self._kept(parent)] -= state["mlp.down_proj.weight"].double()
         moment_II = parent.statistics["activation_second_moment"].double()
-        return float((left_DI @ moment_II * left_DI).sum() / output_power(parent.statistics))
+        power = parent.statistics["output_power"].double() * len(left_DI)
+        return float((left_DI @ moment_II * left_DI).sum() / power)
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
             return None
         missing = wider.intermediate_size - self.intermediate_size
         widened = {"mlp.down_proj.weight": pad(state["mlp.down_proj.weight"], (0, missing))}
-        for name in filter(_of_channels, state):
+        for name in (name for name in state if name.startswith(_ROWS)):
             widened[name] = pad(state[name], (0, 0) * (state[name].ndim - 1) + (0, missing))
         return state | widened
 
@@ -90,8 +93,3 @@ class GatedFFN(Variant):
     def _kept(self, parent: ParentSubblock) -> Tensor:
         """Indices of the kept channels, ascending. [I']"""
         return parent.channels[: self.intermediate_size].sort().values
-
-
-def _of_channels(name: str) -> bool:
-    """Whether a tensor's rows are the FFN's channels."""
-    return name.split(".")[1] in ("gate_proj", "up_proj")

@@ -56,7 +56,7 @@ class _Linear(Variant):
         return not parent.closed_form
 
     def deci(self, config: PuzzleConfig) -> dict[str, Any] | None:
-        return {"replace_with_linear": True}
+        return {"replace_with_linear": True} if self.size is None else None
 
     def initialise(self, parent: ParentSubblock) -> State:
         """The regression of the subblock's output on its normed input, of this rank.
@@ -115,9 +115,6 @@ class LowRankFFN(_Linear):
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         """Smaller than the parent's FFN, and than one linear map."""
         return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
-
-    def deci(self, config: PuzzleConfig) -> None:
-        """Not expressible."""
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, LowRankFFN) or wider.rank < self.rank:
