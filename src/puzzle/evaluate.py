@@ -26,24 +26,17 @@ _QUALITIES = {"test_loss": "lm_loss", "top1": "top1", "kl": "kl", "top1_agreemen
 """By their names in the result table, those in `TokenMetrics`, which says what they are."""
 
 
+@torch.no_grad()
 def evaluate(run: Run, parent: Parent, child: Child | None, data: TokenData, label: str) -> dict[str, float]:
     """Means over the test text of `child`, or of the parent itself where that is None: `test_loss`, `top1`, `kl`,
-    `top1_agreement`. Neither needs to fit in memory.
+    `top1_agreement`. Neither needs to fit in memory, and each has its own head: after GKD they differ.
     """
     stage = run.open(EVALUATE, parent=parent, model=child or parent, data=data)
-    if not stage.done:
-        stage.commit(**_measure(run, parent, child, data, label, stage.path))
-    return dict(stage.facts)
-
-
-@torch.no_grad()
-def _measure(
-    run: Run, parent: Parent, child: Child | None, data: TokenData, label: str, folder: Path
-) -> dict[str, float]:
-    """The model's own head on its own hidden states: norms and heads of parent and child differ after GKD."""
+    if stage.done:
+        return dict(stage.facts)
     sources = [parent] if child is None else [parent, child.source()]
     other_bytes = getattr(torch, run.recipe.precision).itemsize * parent.num_params * (len(sources) - 1)
-    streams = [Stream(run, each, folder / f"activations{place}", other_bytes) for place, each in enumerate(sources)]
+    streams = [Stream(run, each, stage.path / f"activations{place}", other_bytes) for place, each in enumerate(sources)]
     tokens = data.num_sequences("test", run.recipe.evaluate.tokens) * data.sequence_length
     inputs = partial(data.inputs, "test", _BATCH_SIZE, tokens)
     sums = torch.zeros(len(_QUALITIES), dtype=torch.float64, device=run.device)
@@ -60,6 +53,7 @@ def _measure(
     means = dict(zip(_QUALITIES, (sums / tokens).tolist(), strict=True))
     if not all(map(math.isfinite, means.values())):
         raise PuzzleError(f"evaluate: the {label} is not finite on test text ({means}); lower distil.learning_rate")
+    stage.commit(**means)
     return means
 
 
@@ -68,7 +62,7 @@ def measure_speed(
 ) -> dict[str, dict[str, float]]:
     """Prefill, decode and throughput of every model, measured in turns in one go, by the names of `Totals.as_dict`.
 
-    Models of the same blocks are timed once: weights do not change the time (docs/numbers.md).
+    Models of the same blocks are timed once: weights do not change the time.
     """
     architectures = {name: model.architecture for name, model in models.items()}
     timed = {architecture: name for name, architecture in architectures.items()}
@@ -84,16 +78,11 @@ def measure_speed(
         measured = time_models(tasks, costs.scenario, run.recipe.cost.repeats)
         rows = {blocks: _row(each, costs.scenario, batch_size) for blocks, each in zip(timed, measured, strict=True)}
         stage.commit(rows={name: rows[blocks] for name, blocks in architectures.items()})
-    facts: dict[str, dict[str, float]] = stage.facts["rows"]
-    return facts
+    return dict(stage.facts["rows"])
 
 
 def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[str]:
-    """A line for each checkpoint and batch size, measured as every figure here, and one that says on what.
-
-    Args:
-        assignments: settings of the recipe's scenario, such as `engine=vllm`.
-    """
+    """How fast checkpoints are in a scenario of these settings (`engine=vllm`), a line for each and batch size."""
     given = parse_overrides(list(assignments), example="engine=vllm")
     settings = validate(ScenarioSettings, {key.removeprefix("scenario."): given[key] for key in given}, "scenario")
     for path in checkpoints:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from puzzle.artefacts import Scenario
-from puzzle.costs import ENGINES, Engine, Model, Sample
-from puzzle.costs.engine import shapes_of
+from puzzle.costs import ENGINES, Sample
+from puzzle.costs.engine import Engine, Model, shapes_of
 from puzzle.parents import Parent, open_parent
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, create_folder, open_run

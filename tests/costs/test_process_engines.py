@@ -11,7 +11,8 @@ from tests.conftest import pico_puzzle
 from tests.engines.readers import required
 
 from puzzle.artefacts import Scenario
-from puzzle.costs import ENGINES, Engine, Sample
+from puzzle.costs import ENGINES, Sample
+from puzzle.costs.engine import Engine
 from puzzle.costs.torch_engine import keeps_memory
 from puzzle.engines.environments import MODULES, python_of
 from puzzle.errors import PuzzleError

@@ -8,7 +8,8 @@ import pytest
 from tests.costs.conftest import FakeEngine
 
 from puzzle.artefacts import Scenario
-from puzzle.costs import Sample, ratio_standard_error, relative_standard_error, summarise, time_models
+from puzzle.costs import Sample, relative_standard_error, summarise, time_models
+from puzzle.costs.timing import ratio_standard_error
 from puzzle.parents import Parent
 from puzzle.variants import Architecture
 

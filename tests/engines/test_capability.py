@@ -21,25 +21,17 @@ def config_of(*blocks: str, **overrides: object) -> PuzzleConfig:
 
 
 def table() -> str:
-    """All readers as a Markdown table; footnotes say what is written instead, or why something cannot run."""
-    notes: dict[str, int] = {}
-
-    def cell(name: str, row: str) -> str:
-        reason = READERS[name].refusal(row)
-        note = READERS[name].runs[row] if reason is None else reason
-        number = f" ({notes.setdefault(note, len(notes) + 1)})" if note else ""
-        return ("yes" if reason is None else "no") + number
-
-    rows = READERS["hf"].runs
+    """All readers as a Markdown table."""
+    with kind_from_outside():
+        blocks = [BlockVariant.parse(block) for block in matrix.ALTERNATIVES.values()]
+    cells = dict.fromkeys(variant.cell for block in blocks for variant in block.subblocks)
     lines = [["", *READERS], ["---"] * (len(READERS) + 1)]
-    lines += [[row, *(cell(name, row) for name in READERS)] for row in rows]
+    lines += [[cell, *("yes" if cell in reader.runs else "no" for reader in READERS.values())] for cell in cells]
     lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in READERS.values())])
     for what in ("family", "hidden_act", "rope_type"):
         lines.append([what, *(", ".join(reader.limits.get(what, ["all"])) for reader in READERS.values())])
-    lines_of_text = [f"| {' | '.join(line)} |" for line in lines]
-    footnotes = [f"{number}. {note}" for note, number in notes.items()]
     engines = [f"- `{name}`: {reader.engine}" for name, reader in READERS.items()]
-    return "\n".join([*lines_of_text, "", *footnotes, "", *engines, ""])
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *engines, ""])
 
 
 def test_the_table_in_the_documentation_is_this_one() -> None:
@@ -47,9 +39,7 @@ def test_the_table_in_the_documentation_is_this_one() -> None:
 
 
 def test_every_row_of_the_table_is_measured() -> None:
-    with kind_from_outside():
-        blocks = [BlockVariant.parse(block) for block in matrix.ALTERNATIVES.values()]
-    assert {variant.cell for block in blocks for variant in block.subblocks} == set(READERS["hf"].runs)
+    assert all(f"\n| {cell} | yes" in table() for cell in READERS["hf"].runs)
 
 
 def test_the_matrix_of_the_docs_is_what_is_measured(llama_cpp: readers.Ask, vllm: readers.Ask, tmp_path: Path) -> None:
@@ -92,7 +82,7 @@ def test_kinds_from_outside_run_where_the_code_in_the_checkpoint_does() -> None:
         config = config_of("kv4+w256", "kv4+gain")
         assert refusals(config, "hf") == refusals(config, "vllm") == []
         for name in ("deci", "gguf"):
-            with pytest.raises(PuzzleError, match=r"layer 1: ffn gain \(other kinds\): this format cannot express it"):
+            with pytest.raises(PuzzleError, match=r"layer 1: ffn gain \(other kinds\): .* cannot run it"):
                 require(config, name)
 
 

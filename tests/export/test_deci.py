@@ -101,20 +101,21 @@ def test_nothing_is_written_of_what_is_refused(
     save_child: SaveChild, tmp_path: Path, write: Callable[[Path, Path], Path]
 ) -> None:
     _, child = save_child("kv4+w256", "kv4+rank4")
-    with pytest.raises(PuzzleError, match="layer 1"):
+    with pytest.raises(PuzzleError, match=r"layer 1|kv4\+rank4"):
         write(child, tmp_path / "out")
+    with pytest.raises(PuzzleError, match=r"config\.json cannot be read"):
+        write(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_are_no_child(save_child: SaveChild, tmp_path: Path) -> None:
-    _, child = save_child("kv4+w48")
-    with pytest.raises(PuzzleError, match=r"config\.json cannot be read"):
-        export_deci(tmp_path, tmp_path / "out")
-    with pytest.raises(PuzzleError, match="holds a llama model"):
-        export_deci(export_stock(child, tmp_path / "llama"), tmp_path / "out")
+@torch.no_grad()
+def test_a_plain_llama_is_exported_as_well(save_child: SaveChild, tmp_path: Path) -> None:
+    model, child = save_child("kv2+w20", "kv2+w20", head_dim=8)
+    folder, tokens = export_deci(export_stock(child, tmp_path / "llama"), tmp_path / "out"), random_tokens(2, 16)
+    torch.testing.assert_close(as_puzzle(folder)(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
 
 
-@WRITERS
+@pytest.mark.parametrize("write", [export_deci, export_stock])
 def test_only_checkpoints_are_replaced_and_never_the_child(
     save_child: SaveChild, tmp_path: Path, write: Callable[[Path, Path], Path]
 ) -> None:

@@ -66,8 +66,8 @@ def test_rows_are_layers_but_for_the_gaps_of_llama_cpp(save_child: SaveChild, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"type": "Unigram"}}, "is Unigram; only byte-level BPE"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "SentencePiece-like BPE"),
+        ({"model": {"type": "Unigram"}}, "is Unigram and not byte-level BPE"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "is BPE and not byte-level BPE"),
         ({"normalizer": {"type": "Lowercase"}}, "normalises text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "splits text by .*Whitespace"),
         ({"added_tokens": ADDED_TOKENS}, "has the token 260, the model only 260"),

@@ -47,8 +47,11 @@ class Engine(ABC):
     @cached_property
     def environment(self) -> Mapping[str, str]:
         """What a figure must be quoted with."""
-        device = torch.device(self.scenario.device)
-        return {"engine": self.version, "device": device_name(device), "threads": str(torch.get_num_threads())}
+        return {"engine": self.version, "device": device_name(self.device), "threads": str(torch.get_num_threads())}
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.scenario.device)
 
     def conditions(self) -> AbstractContextManager[None]:
         """What must hold around all measurements that are compared, such as a running process."""
@@ -56,11 +59,7 @@ class Engine(ABC):
 
     @abstractmethod
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
-        """Time a model: for each batch size a sample a round.
-
-        Raises:
-            PuzzleError: the engine cannot run it, or it does not fit into the device's memory.
-        """
+        """For each batch size a sample a round; a `PuzzleError` if it cannot run here, or does not fit into memory."""
 
 
 def shapes_of(model: Model) -> PuzzleConfig:

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,6 +42,8 @@ class ProcessEngine(Engine):
     """With a place for its version."""
     variables: Mapping[str, str] = {}
     """Added to the process's environment."""
+    _process: Any
+    """A `Popen` with pipes."""
 
     @property
     def version(self) -> str:
@@ -55,7 +58,7 @@ class ProcessEngine(Engine):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | dict(self.variables),
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **self.variables},
         )
         try:
             yield
@@ -63,32 +66,19 @@ class ProcessEngine(Engine):
             self._process.communicate()
 
     def _ask(self, model: Path, batch_sizes: Sequence[int], rounds: int, **options: Any) -> list[list[Sample]]:
-        """For each batch size a sample a round; a `PuzzleError` if the engine refuses, or dies of the request.
-
-        Args:
-            options: what the worker needs to know besides.
-        """
-        request = {
-            "model": str(model),
-            "batch_sizes": list(batch_sizes),
-            "rounds": rounds,
-            "prompt_tokens": self.scenario.prompt_tokens,
-            "generated_tokens": self.scenario.generated_tokens,
-            "threads": torch.get_num_threads(),
-            **options,
-        }
-        requests, answers, engine = self._process.stdin, self._process.stdout, self.scenario.engine
-        assert requests is not None
-        assert answers is not None
+        """For each batch size a sample a round; a `PuzzleError` if the engine refuses, or dies of the request."""
+        request = {"model": str(model), "batch_sizes": list(batch_sizes), "rounds": rounds, **options}
+        request |= {**asdict(self.scenario), "threads": torch.get_num_threads()}
         with suppress(BrokenPipeError):  # then there is no answer either
-            requests.write(json.dumps(request) + "\n")
-            requests.flush()
-        if not (line := answers.readline()):
-            code = self._process.wait()
-            raise PuzzleError(f"scenario.engine: {engine}'s process ended with {code}; run it by hand to see why")
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        if not (line := self._process.stdout.readline()):
+            ended = f"{self.scenario.engine}'s process ended with {self._process.wait()}"
+            raise PuzzleError(f"scenario.engine: {ended}; run it by hand to see why")
         answer = json.loads(line)
         if "error" in answer:
-            raise PuzzleError(f"scenario.engine: {engine} cannot run this ({one_line(answer['error'])})")
+            reason = one_line(answer["error"])
+            raise PuzzleError(f"scenario.engine: {self.scenario.engine} cannot run this ({reason})")
         return [[Sample(*pair) for pair in pairs] for pairs in answer["samples"]]
 
 
@@ -120,9 +110,8 @@ class VLLMEngine(ProcessEngine):
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)
-        self._device = torch.device(scenario.device)
         # Servers preload an allocator that keeps memory, as vLLM does where it brings one.
-        self.variables = MEMORY_KEPT if keeps_memory(self._device) else {}
+        self.variables = MEMORY_KEPT if keeps_memory(self.device) else {}
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a checkpoint in the code that vLLM chooses, which for a parent may be its own, or shapes in ours."""
@@ -132,7 +121,7 @@ class VLLMEngine(ProcessEngine):
         cache_bytes = sum(variant.kv_bytes(config, tokens, dtype) for variant in variants)
         cache_gib = _CACHE_GIB + math.ceil(cache_bytes / 2**30)
         release_memory()
-        settings = {"dtype": self.scenario.dtype, "gpu_memory_utilization": _MEMORY_SHARE * free_share(self._device)}
+        settings = {"dtype": self.scenario.dtype, "gpu_memory_utilization": _MEMORY_SHARE * free_share(self.device)}
         with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
             if isinstance(model, PuzzleConfig):
                 save_configuration(model, Path(folder))

@@ -15,34 +15,32 @@ from typing import Annotated
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample, shapes_of
 from puzzle.errors import PuzzleError, one_line
 from puzzle.explain import explain
 from puzzle.modeling import PuzzleConfig
+from puzzle.recipe import Section
 from puzzle.variants import Architecture, Variant
 
-Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class Machine(BaseModel):
+class Machine(Section):
     """One data sheet; see machines.yaml for the units."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    peak_tflops: dict[str, Positive]
-    memory_gb_s: Positive
-    memory_gb: Positive
-    link_gb_s: Positive = 32.0
-    link_us: Annotated[float, Field(ge=0)] = 10.0
-    node_devices: Annotated[int, Field(ge=1)] = 8
-    network_gb_s: Positive = 12.5
+    peak_tflops: dict[str, PositiveFloat]
+    memory_gb_s: PositiveFloat
+    memory_gb: PositiveFloat
+    link_gb_s: PositiveFloat = 32.0
+    link_us: NonNegativeFloat = 10.0
+    node_devices: PositiveInt = 8
+    network_gb_s: PositiveFloat = 12.5
     compute_share: Share = 0.6
     bandwidth_share: Share = 0.8
-    layer_us: Annotated[float, Field(ge=0)] = 2.0
+    layer_us: NonNegativeFloat = 2.0
 
 
 class RooflineEngine(Engine):
@@ -55,8 +53,9 @@ class RooflineEngine(Engine):
         self._machine, self._devices = read_machine(scenario.device)
         self._dtype: torch.dtype = getattr(torch, scenario.dtype)
         if scenario.dtype not in self._machine.peak_tflops:
-            known = ", ".join(self._machine.peak_tflops)
-            raise PuzzleError(f"scenario.dtype: {scenario.device} has no rate for {scenario.dtype}; use one of {known}")
+            raise PuzzleError(
+                f"scenario.dtype: found {scenario.dtype}; use one of {', '.join(self._machine.peak_tflops)}"
+            )
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
@@ -66,8 +65,7 @@ class RooflineEngine(Engine):
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Calculate a prefill, and a decode step in the middle of the answer, from a model's shapes."""
         config, prompt = shapes_of(model), self.scenario.prompt_tokens
-        middle = prompt + self.scenario.generated_tokens // 2
-        steps = ((prompt, prompt), (1, middle))
+        steps = ((prompt, prompt), (1, prompt + self.scenario.generated_tokens // 2))
         return [[Sample(*(self._step_ms(config, size, *step) for step in steps))] * rounds for size in batch_sizes]
 
     def _step_ms(self, config: PuzzleConfig, batch_size: int, new: int, context: int) -> float:
@@ -90,23 +88,17 @@ class RooflineEngine(Engine):
         return 1e3 * (seconds + 1e-6 * self._machine.layer_us * len(blocks))
 
     def _seconds(self, operations: float, moved_bytes: float) -> float:
-        machine = self._machine
-        rate = 1e12 * machine.peak_tflops[self.scenario.dtype] * machine.compute_share * self._devices
-        bandwidth = 1e9 * machine.memory_gb_s * machine.bandwidth_share * self._devices
+        rate = 1e12 * self._machine.peak_tflops[self.scenario.dtype] * self._machine.compute_share * self._devices
+        bandwidth = 1e9 * self._machine.memory_gb_s * self._machine.bandwidth_share * self._devices
         return max(operations / rate, moved_bytes / bandwidth)
 
 
 def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine, int]:
-    """A data sheet by the name of a known machine or of a YAML file, and how many devices: `8xh100-sxm`.
-
-    Args:
-        setting: where the name was given, for errors.
-    """
+    """A data sheet by the name of a known machine or of a YAML file, and how many devices: `8xh100-sxm`."""
     count, machine = re.findall(r"^(?:([1-9][0-9]*)x)?(.+)", name)[0]
     known = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
     try:
-        other = {} if machine in known else yaml.safe_load(Path(machine).read_text(encoding="utf-8"))
-        (sheet,) = other.values() or [known[machine]]
+        (sheet,) = [known[machine]] if machine in known else yaml.safe_load(Path(machine).read_text("utf-8")).values()
         return Machine.model_validate(sheet), int(count or 1)
     except OSError:
         raise PuzzleError(

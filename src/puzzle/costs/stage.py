@@ -1,13 +1,13 @@
 """The stage `cost`: every variant of every layer in the recipe's scenario, measured on the engine.
 
-Measurements are on disk at once, for a restart and for later runs: the same stack takes the same time. They lie in the
-user's cache folder, one file for each stack and batch size, addressed by the shapes of its blocks, the scenario, and
-the engine's versions and device. So parents of one shape share them, whatever their weights.
+Measurements are on disk at once, for a restart and for later runs: in the user's cache folder, one file for each stack
+and batch size, addressed by shapes, scenario, and the engine's versions and device. So parents of one shape share them.
 """
 
+import itertools
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,6 @@ from puzzle.costs.timing import (
     typical,
     without_drift,
 )
-from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
@@ -43,12 +42,9 @@ _OFF = 0.05
 
 
 def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSettings | None = None) -> CostTable:
-    """What every variant of every layer costs in the recipe's scenario: memory from shapes, times from the engine.
+    """What every variant of every layer costs in the recipe's scenario, or that of `settings`.
 
-    The address holds shapes, scenario and machine but no weights: models of one shape cost the same.
-
-    Args:
-        settings: of another scenario.
+    Memory from shapes, times from the engine. The address holds no weights: models of one shape cost the same.
     """
     run.apply_threads()
     settings = settings or run.recipe.scenario
@@ -67,43 +63,42 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
         return read_parsed(file, CostTable.from_json)
     blocks, batch_sizes = stacks_of(space, parent.config), tuple(dict.fromkeys(settings.batch_sizes))
     stacks = {name: Architecture(stack).configure(parent.config) for name, stack in blocks.items()}
+    folder = stage.path / "measurements"
+    if run.recipe.cost.reuse:
+        with suppress(OSError, RuntimeError):  # a home that is read-only, or that nobody knows
+            (shared := cache_folder() / "costs").mkdir(parents=True, exist_ok=True)
+            folder = shared if os.access(shared, os.W_OK) else folder
+    folder.mkdir(exist_ok=True)
     with engine.conditions():
-        samples = _measure(run, engine, stacks, batch_sizes, stage.path / "measurements")
+        samples = _measure(run, engine, stacks, batch_sizes, folder)
     rows: list[CostRow] = []
-    for batch_size in batch_sizes:
-        of_stacks = {name: samples[name, batch_size] for name in stacks}
-        rows += cost_rows(parent.config, space, scenario, batch_size, of_stacks)
+    for size in batch_sizes:
+        rows += cost_rows(parent.config, space, scenario, size, {name: samples[name, size] for name in stacks})
     table = CostTable(scenario=scenario, batch_sizes=batch_sizes, rows=tuple(rows), environment=environment)
     write_text(file, table.to_json())
-    stage.commit(measurements=sum(map(len, samples.values())))
+    stage.commit()
     return table
 
 
 def scenario_of(settings: ScenarioSettings, device: torch.device) -> Scenario:
     """What is measured, on the device that the engine uses if this one is there."""
-    devices = {"roofline": settings.machine, "llama.cpp": "cpu"}
-    return Scenario(
-        engine=settings.engine,
-        device=devices.get(settings.engine, str(device)),
-        dtype=settings.dtype,
-        prompt_tokens=settings.prompt_tokens,
-        generated_tokens=settings.generated_tokens,
-    )
+    used = {"roofline": settings.machine, "llama.cpp": "cpu"}.get(settings.engine, str(device))
+    return Scenario(**settings.model_dump(exclude={"machine", "batch_sizes"}), device=used)
 
 
 def _measure(
-    run: Run, engine: Engine, stacks: Mapping[str, PuzzleConfig], batch_sizes: Sequence[int], own_folder: Path
+    run: Run, engine: Engine, stacks: Mapping[str, PuzzleConfig], batch_sizes: Sequence[int], folder: Path
 ) -> Samples:
-    """As many rounds of every stack: `cost.repeats`, up to `MOST` times as many where times scatter.
+    """`cost.repeats` rounds of every stack, up to `MOST` times as many where times scatter.
 
-    Kept measurements are taken where there are, the others measured in turns.
+    Measurements that are kept in `folder` are taken, the others measured in turns.
     """
-    scenario, rounds, folder = engine.scenario, run.recipe.cost.repeats, _folder(own_folder, run.recipe.cost.reuse)
-    samples: Samples = {(name, batch_size): [] for name in stacks for batch_size in batch_sizes}
+    scenario, rounds = engine.scenario, run.recipe.cost.repeats
+    samples: Samples = {(name, batch_size): [] for batch_size in batch_sizes for name in stacks}
     setting = [asdict(scenario), dict(engine.environment)]
     files = {
-        (name, batch_size): folder / f"{digest([*setting, _shapes(stacks[name]), batch_size])}.json"
-        for name, batch_size in samples
+        (name, size): folder / f"{digest([*setting, _shapes(stacks[name]), size])}.json"
+        for name, size in samples
         if name != PADS
     }
 
@@ -116,21 +111,21 @@ def _measure(
 
     def error() -> float:
         """The typical stack's relative standard error, without what slowed a whole round."""
-        times_ms = without_drift([requests_ms(each, scenario) for each in _equally_many(samples).values()])
+        times_ms = without_drift([requests_ms(each, scenario) for each in samples.values()])
         return statistics.median(map(relative_standard_error, times_ms))
 
     for batch_size in batch_sizes:
-        kept = {task: each for task in files if task[1] == batch_size for each in _read(files[task])}
+        kept = {task: read_json(file) for task, file in files.items() if task[1] == batch_size and file.exists()}
         if not kept:
             continue
         pads: Samples = {(PADS, batch_size): samples[PADS, batch_size]}
         measure_in_turns(engine, stacks, pads, rounds, lambda: True, "costs of the pads")
         now_ms = requests_ms(samples[PADS, batch_size], scenario)
         allowed = max(_OFF, 2 * relative_standard_error(now_ms))
-        changes = {task: typical(now_ms) / pads_ms - 1 for task, (pads_ms, _) in kept.items()}
+        changes = {task: typical(now_ms) / each["pads_ms"] - 1 for task, each in kept.items()}
         used = [task for task, change in changes.items() if abs(change) <= allowed]
         for task in used:
-            samples[task] += kept[task][1]
+            samples[task] += itertools.starmap(Sample, kept[task]["samples"])
         run.log(
             f"costs at batch {batch_size}: of {len(stacks) - 1} stacks {len(kept)} are in {folder}; the pads take "
             f"{max(changes.values(), key=abs):+.1%} now; using {len(used)}, measuring the others"
@@ -141,31 +136,7 @@ def _measure(
             f"costs: times scatter, the typical stack's is known to {2 * left:.0%} only; close other programs, "
             "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
         )
-    return _equally_many(samples)
-
-
-def _folder(own: Path, shared: bool) -> Path:
-    """For measurements: in the user's cache, or `own` if that is not wanted, or cannot be written."""
-    with suppress(OSError, RuntimeError):  # a home that is read-only, or that nobody knows
-        folder = cache_folder() / "costs" if shared else own
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    own.mkdir(exist_ok=True)
-    return own
-
-
-def _read(file: Path) -> Iterator[tuple[float, list[Sample]]]:
-    """The pads' time and the samples of a file; nothing where there is none, or it is damaged."""
-    with suppress(PuzzleError, KeyError, TypeError):
-        kept = read_json(file)
-        yield kept["pads_ms"], [Sample(*each) for each in kept["samples"]]
-
-
-def _equally_many(samples: Samples) -> Samples:
-    """As many of every stack as there are of each."""
-    least = min(map(len, samples.values()))
-    return {task: each[:least] for task, each in samples.items()}
+    return samples
 
 
 def _shapes(config: PuzzleConfig) -> str:

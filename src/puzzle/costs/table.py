@@ -47,11 +47,7 @@ def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
 def cost_rows(
     config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, samples: Mapping[str, Sequence[Sample]]
 ) -> Iterator[CostRow]:
-    """The rows at one batch size: what is fixed, then every variant of every layer.
-
-    Args:
-        samples: by the name of the stack, as many of each, one a round.
-    """
+    """The rows at one batch size: what is fixed, then every variant of every layer; from samples of each stack."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
     sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in _variants(space)}
     prefill_ms, decode_ms = (
@@ -72,10 +68,7 @@ def cost_rows(
 
 
 def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """What each part adds to a model's time: `attention kv2`, `ffn none`, `last ffn w16` in the last layer, `fixed`.
-
-    At least 0, where noise says otherwise.
-    """
+    """What each part adds to a model's time: `attention kv2`, `ffn none`, `last ffn w16`, `fixed`; at least 0."""
     stack_ms = dict(zip(rounds_ms, map(typical, without_drift([*rounds_ms.values()])), strict=True))
     empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[PADS]) / EMPTY_LAYERS
     parts_ms = {stack: (time_ms - stack_ms[PADS]) / COPIES - empty_layer_ms for stack, time_ms in stack_ms.items()}
@@ -97,12 +90,7 @@ def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequ
 
 
 def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int) -> Cost:
-    """Parameters, weight bytes and KV bytes of one subblock, its norm and biases included.
-
-    Args:
-        dtype: in which weights and KV cache are held.
-        tokens: of one sequence at full length, prompt and generated.
-    """
+    """Of one subblock, norm and biases included, held in `dtype`; `tokens` of one sequence, prompt and generated."""
     return Cost(
         params=variant.num_params(config),
         weight_bytes=variant.weight_bytes(config, dtype),

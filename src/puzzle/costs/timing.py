@@ -35,12 +35,10 @@ def time_models(
     rounds: int,
     enough: Callable[[list[list[Sample]]], bool] | None = None,
 ) -> list[list[Sample]]:
-    """Samples of whole models, one a round, measured in turns: what slows the machine for a while slows all of them.
+    """Samples of whole models at a batch size each, measured in turns: what slows the machine slows all of them.
 
-    Args:
-        models: architectures (`Architecture.configure`) or checkpoints on disk, each with its batch size.
-        rounds: at least; up to `MOST` times as many.
-        enough: whether the samples so far suffice; by default if `ratio_standard_error` is at most 1.5 %.
+    One a round, up to `MOST` times as many as asked for until they are `enough`: by default, until their
+    `ratio_standard_error` is at most 1.5 %.
     """
     named = {str(index): model for index, (model, _) in enumerate(models)}
     samples: Samples = {(str(index), batch_size): [] for index, (_, batch_size) in enumerate(models)}
@@ -64,13 +62,9 @@ def measure_in_turns(
     label: str,
     keep: Callable[[Task], None] = lambda task: None,
 ) -> None:
-    """Add to `samples`, those with the fewest first, until all have `rounds`, and up to `MOST` times as many.
+    """Add to `samples`, those with the fewest first, until all have `rounds`, then until `enough` or `MOST` times that.
 
-    Inside the engine's conditions. One that is slow to start measures `rounds` at once, others one.
-
-    Args:
-        enough: whether the samples suffice, when all have `rounds`.
-        keep: called with every task that has new samples.
+    Inside the engine's conditions; `keep` is called with every task that has new samples.
     """
     while (done := min(map(len, samples.values()))) < rounds or (done < MOST * rounds and not enough()):
         tasks = [task for task, each in samples.items() if len(each) == done]
@@ -124,9 +118,11 @@ def without_drift(times_ms: Sequence[Sequence[float]]) -> list[list[float]]:
     """Times of models that took turns, [models, rounds], as if all rounds had been equally slow: typically so.
 
     What slows the machine for a while slows all models: by the median over them of their times relative to their own
-    medians. So three rounds predict the ratio of two models better than five did as they are (docs/numbers.md).
+    medians. So three rounds predict the ratio of two models better than five did as they are (docs/numbers.md). Rounds
+    that not all models have are left out.
     """
-    times_MR = np.array(times_ms)
+    rounds = min(map(len, times_ms))
+    times_MR = np.array([each[:rounds] for each in times_ms])
     slowdown_R = np.median(times_MR / np.median(times_MR, axis=1, keepdims=True), axis=0)
     corrected: list[list[float]] = (times_MR / slowdown_R * typical(slowdown_R)).tolist()
     return corrected

@@ -1,8 +1,7 @@
 """The engine `torch`: the model as transformers' `generate` runs it, eager, with a cache that grows by concatenation.
 
-A forward frees and asks for tensors of many megabytes. By default glibc gives such memory back to the kernel at once,
-and the next tensor pays for every page again: a third of the prefill at small sizes, and a different share each time
-(docs/numbers.md). Servers preload an allocator that keeps memory (tcmalloc, jemalloc); here glibc is told to.
+A forward frees tensors of many megabytes. By default glibc gives these back to the kernel at once, and the next tensor
+pays for every page again (docs/numbers.md). Servers preload an allocator that keeps memory; here glibc is told to.
 
 Shapes: B batch, T tokens.
 """
@@ -11,18 +10,16 @@ import ctypes
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import transformers
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.engine import Engine, Model, Sample
+from puzzle.costs.engine import Engine, Model, Sample, shapes_of
 from puzzle.device import device_name, is_gpu, times_ms
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
-from puzzle.parents import open_parent
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
@@ -40,14 +37,13 @@ def keeps_memory(device: torch.device) -> bool:
 
 
 class TorchEngine(Engine):
-    """Shapes with random weights, and checkpoints with their own."""
+    """Shapes, those of a checkpoint too, with random weights: they do not change the time."""
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)
-        self._device, self._dtype = torch.device(scenario.device), getattr(torch, scenario.dtype)
-        self._pool = torch.empty(0, dtype=self._dtype, device=self._device)
-        self._loaded: dict[Path, PuzzleForCausalLM] = {}
-        self._warm: set[object] = set()
+        self._dtype: torch.dtype = getattr(torch, scenario.dtype)
+        self._pool = torch.empty(0, dtype=self._dtype, device=self.device)
+        self._warm: set[tuple[str, int]] = set()
 
     @property
     def version(self) -> str:
@@ -56,7 +52,7 @@ class TorchEngine(Engine):
     @contextmanager
     def conditions(self) -> Iterator[None]:
         """Let the process keep what it frees until the end of the block."""
-        if not keeps_memory(self._device):
+        if not keeps_memory(self.device):
             yield
             return
         libc = ctypes.CDLL(None)
@@ -72,13 +68,8 @@ class TorchEngine(Engine):
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a model; an uncounted run before the first starts threads and heap (on a GPU: for each shape)."""
-        if isinstance(model, PuzzleConfig):
-            runnable, shape = self.build(model), str(model.blocks) if is_gpu(self._device) else ""
-        else:
-            if model not in self._loaded:  # they stay for the next round
-                self._loaded[model] = open_parent(str(model)).load(dtype=self._dtype, device=self._device)
-            runnable, shape = self._loaded[model], str(model)
-        measured = []
+        runnable, measured = self.build(shapes_of(model)), []
+        shape = str(runnable.config.blocks) if is_gpu(self.device) else ""
         for batch_size in batch_sizes:
             if (shape, batch_size) not in self._warm:
                 time_model(runnable, self.scenario, batch_size)
@@ -92,11 +83,11 @@ class TorchEngine(Engine):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         sizes = [-(-shape.numel() // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
         if sum(sizes) > len(self._pool):
-            self._pool = torch.empty(sum(sizes), dtype=self._dtype, device=self._device).normal_(std=0.02)
+            self._pool = torch.empty(sum(sizes), dtype=self._dtype, device=self.device).normal_(std=0.02)
         parts = zip(shapes.items(), self._pool[: sum(sizes)].split(sizes), strict=True)
         state = {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
         model.load_state_dict(state, strict=False, assign=True)
-        return finish(model, self._device)
+        return finish(model, self.device)
 
 
 @torch.no_grad()

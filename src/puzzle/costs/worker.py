@@ -12,7 +12,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 Request = dict[str, Any]
@@ -31,18 +30,15 @@ def time_llama_cpp(request: Request) -> Samples:
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if model is None:
         raise ValueError("the file is not loaded; see llama.cpp's log")
+    rounds = range(request["rounds"])
     try:
-        rounds, sizes = range(request["rounds"]), request["batch_sizes"]
-        return [[_llama_cpp_round(model, request, size) for _ in rounds] for size in sizes]
+        return [[_llama_cpp_round(model, request, size) for _ in rounds] for size in request["batch_sizes"]]
     finally:
         llama_cpp.llama_model_free(model)
 
 
 def _llama_cpp_round(model: Any, request: Request, size: int) -> tuple[float, float]:
-    """A prefill, after a micro-batch that does not count; then decode steps around the middle of the answer.
-
-    Every sequence of the batch has a cache of its own.
-    """
+    """A prefill, after a micro-batch that does not count; then decode steps around the middle of the answer."""
     import llama_cpp
 
     prompt, generated, steps = request["prompt_tokens"], request["generated_tokens"], request["steps"]
@@ -58,7 +54,9 @@ def _llama_cpp_round(model: Any, request: Request, size: int) -> tuple[float, fl
     if context is None:
         raise MemoryError("no context of this batch size and length; see llama.cpp's log")
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    batch, length, clock_ms = llama_cpp.llama_batch_init(tokens_at_once, 0, 1), 0, _clock(request)
+    batch, length = llama_cpp.llama_batch_init(tokens_at_once, 0, 1), 0
+    # Of one thread the processor's time says more: it leaves out what other programs take.
+    clock = time.process_time if request["threads"] == 1 else time.perf_counter
 
     def read_ms(tokens: int) -> float:
         """Milliseconds in which every sequence reads so many tokens more, with the logits of its last."""
@@ -70,11 +68,11 @@ def _llama_cpp_round(model: Any, request: Request, size: int) -> tuple[float, fl
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, sequence
             batch.logits[index] = offset == tokens - 1
         length += tokens
-        began = clock_ms()
+        began = clock()
         if (code := llama_cpp.llama_decode(context, batch)) != 0:
             raise RuntimeError(f"llama_decode ended with {code}")
         llama_cpp.llama_synchronize(context)
-        return clock_ms() - began
+        return 1e3 * (clock() - began)
 
     read_ms(min(prompt, -(-_MICRO_BATCH // size)))
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)  # has written every page of the cache
@@ -89,10 +87,9 @@ def _llama_cpp_round(model: Any, request: Request, size: int) -> tuple[float, fl
 
 
 def time_vllm(request: Request) -> Samples:
-    """A checkpoint, in one engine for all batch sizes and rounds.
+    """A checkpoint, in one engine; the request also has "cache_gib", for a CPU, and further "settings" of the engine.
 
-    A prefill is a batch of requests for one token; a decode step what each further token adds. The request also has
-    "cache_gib", for a CPU, and further "settings" of the engine.
+    A prefill is a batch of requests for one token; a decode step what each further token adds.
     """
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
@@ -108,17 +105,16 @@ def time_vllm(request: Request) -> Samples:
 
     gc.freeze()  # else each of the engine's many collections looks through all modules: half the time of its start
     prompt, generated, cuda = request["prompt_tokens"], request["generated_tokens"], torch.cuda.is_available()
-    largest, clock_ms = max(request["batch_sizes"]), _clock(request, waits=cuda)
+    largest = max(request["batch_sizes"])
+    clock = time.perf_counter if cuda or request["threads"] > 1 else time.process_time  # as for llama.cpp
 
     def answer_ms(batch_size: int, tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": [(7 * row + column) % vocabulary for column in range(prompt)]}
-            for row in range(batch_size)
-        ]
+        rows = ([(7 * row + column) % vocabulary for column in range(prompt)] for row in range(batch_size))
+        prompts = [{"prompt_token_ids": row} for row in rows]
         parameters = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0)
-        began = clock_ms()
+        began = clock()
         llm.generate(prompts, parameters, use_tqdm=False)
-        return clock_ms() - began
+        return 1e3 * (clock() - began)
 
     try:
         llm = LLM(
@@ -142,16 +138,6 @@ def time_vllm(request: Request) -> Samples:
         llm = None
         cleanup_dist_env_and_memory()
         gc.collect()
-
-
-def _clock(request: Request, waits: bool = False) -> Callable[[], float]:
-    """Reads milliseconds. Of one thread the processor's time says more: it leaves out what other programs take.
-
-    Args:
-        waits: for a GPU, which takes no time of the processor.
-    """
-    clock = time.process_time if request["threads"] == 1 and not waits else time.perf_counter
-    return lambda: 1e3 * clock()
 
 
 if __name__ == "__main__":

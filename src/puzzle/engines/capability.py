@@ -17,18 +17,12 @@ class Reader:
     """What one engine can run of one format."""
 
     engine: str
-    runs: Mapping[str, str]
-    """By `Variant.cell`: what is written instead, with the same result; empty: the subblock as it is."""
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    """Why a cell that is not in `runs` cannot run, where the format itself could express it."""
+    runs: frozenset[str]
+    """Of every `Variant.cell`; docs/engines.md says where something else is written, with the same result."""
     limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Of the whole model, `family`, `hidden_act` or `rope_type`: the values that can run."""
     one_window: bool = False
     """Whether all windows must have the same size."""
-
-    def refusal(self, cell: str) -> str | None:
-        """Why subblocks of this cell cannot run; None: they can."""
-        return None if cell in self.runs else self.refuses.get(cell, "this format cannot express it")
 
     def refused_windows(self, attentions: Iterable[Variant]) -> list[str]:
         """Why windows of these sizes cannot run together: one reason, or none."""
@@ -37,35 +31,19 @@ class Reader:
         return [f"windows of {', '.join(map(str, sizes))} tokens: {self.engine} runs one size"] if one else []
 
 
-_SIZES = {"fewer KV heads": "", "narrower FFN": ""}
+_DECI = frozenset({"fewer KV heads", "narrower FFN", "no attention", "no FFN"})
 # What runs wherever the code in the checkpoint does.
-_OWN_CODE = _SIZES | dict.fromkeys(
-    ("linear attention", "no attention", "low-rank FFN", "linear FFN", "no FFN", "window", "other kinds"), ""
-)
-_NO_LINEAR = "vLLM's DeciLM has no linear replacements"
+_OWN_CODE = _DECI | {"linear attention", "low-rank FFN", "linear FFN", "window", "other kinds"}
 
 READERS: Mapping[str, Reader] = {
-    "hf": Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks": ""}),
-    "vllm": Reader(
-        engine="vLLM's Transformers backend, with the hf checkpoint",
-        runs=_OWN_CODE,
-        refuses={"window with sinks": "vLLM's attention has no sinks"},
-        one_window=True,
-    ),
+    "hf": Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks"}),
+    "vllm": Reader(engine="vLLM's Transformers backend, with the hf checkpoint", runs=_OWN_CODE, one_window=True),
     "deci": Reader(
-        engine="vLLM's own DeciLMForCausalLM",
-        runs=_SIZES | {"no attention": "in the first layer: one KV head with zero weights", "no FFN": ""},
-        refuses={"linear attention": _NO_LINEAR, "linear FFN": _NO_LINEAR},
-        limits={"family": ("llama",), "hidden_act": ("silu",)},
+        engine="vLLM's own DeciLMForCausalLM", runs=_DECI, limits={"family": ("llama",), "hidden_act": ("silu",)}
     ),
     "gguf": Reader(
         engine="llama.cpp, architecture deci",
-        runs={
-            **_SIZES,
-            "linear attention": "",
-            "no attention": "in the first layer: a linear attention with zero weights",
-            "no FFN": "an FFN of width 32 with zero weights",
-        },
+        runs=_DECI | {"linear attention"},
         limits={"family": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3")},
     ),
 }
@@ -90,10 +68,10 @@ def refusals(config: PuzzleConfig, name: str) -> list[str]:
     ]
     found += reader.refused_windows(block.attention for block in blocks)
     return found + [
-        f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reason}"
+        f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reader.engine} cannot run it"
         for layer, block in enumerate(blocks)
         for variant in block.subblocks
-        if (reason := reader.refusal(variant.cell)) is not None
+        if variant.cell not in reader.runs
     ]
 
 
@@ -107,15 +85,14 @@ def require(config: PuzzleConfig, name: str) -> None:
 def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Space:
     """`space` without the variants that one of these readers cannot run.
 
-    Raises:
-        PuzzleError: a reader cannot run the parent itself, or needs windows of one size.
+    A `PuzzleError` if one cannot run the parent itself, or needs windows of one size.
     """
     readers = [READERS[name] for name in names]
     for name in names:
         require(config, name)
 
     def kept(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-        return tuple(each for each in variants if all(reader.refusal(each.cell) is None for reader in readers))
+        return tuple(each for each in variants if all(each.cell in reader.runs for reader in readers))
 
     space = Space(tuple(LayerSpace(kept(layer.attention), kept(layer.ffn)) for layer in space.layers))
     for reader in readers:

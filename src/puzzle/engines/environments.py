@@ -56,10 +56,7 @@ ENVIRONMENTS: Mapping[str, Environment] = {
 
 
 def installed() -> dict[str, Path | None]:
-    """Every environment with its interpreter, None where it is not installed.
-
-    `PUZZLE_ENGINES` names another folder of environments than the user's cache.
-    """
+    """Every environment with its interpreter, None where it is not installed."""
     found: dict[str, Path | None] = {}
     for name, environment in ENVIRONMENTS.items():
         own, beside = _folder() / name / "bin" / "python", importlib.util.find_spec(MODULES[environment.engine])
@@ -79,9 +76,8 @@ def python_of(engine: str) -> Path:
 def version_of(engine: str) -> str:
     """Of an engine's package; a `PuzzleError` if its environment is incomplete."""
     python, module = python_of(engine), MODULES[engine]
-    code = "import sys; from importlib.metadata import packages_distributions, version; "
-    code += "print(version(packages_distributions()[sys.argv[1]][0]))"
-    done = subprocess.run([str(python), "-c", code, module], capture_output=True, text=True, check=False)
+    code = f"from importlib.metadata import *; print(version(packages_distributions()[{module!r}][0]))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise PuzzleError(f"{python} has no {module}; `puzzle engines install {python.parent.parent.name}` mends it")
     return done.stdout.strip()
@@ -113,8 +109,8 @@ def install(name: str) -> None:
 
 
 def _folder() -> Path:
-    own = os.environ.get("PUZZLE_ENGINES")
-    return Path(own) if own else cache_folder() / "engines"
+    """`PUZZLE_ENGINES`, or in the user's cache."""
+    return Path(os.environ.get("PUZZLE_ENGINES") or cache_folder() / "engines")
 
 
 def _call(command: list[str]) -> None:

@@ -15,24 +15,14 @@ from puzzle.stages import EXPORT
 
 
 def convert(child: Path, to: str, dtype: GGUFType) -> Path:
-    """Write a child's folder in another format beside it; returns the new folder or file.
+    """Write a child's folder as `deci`, `gguf` (whose matrices have this dtype) or `llama` beside it.
 
-    Args:
-        to: `deci`, `gguf` or `llama`; anything else is the child as it is.
-        dtype: of a GGUF file.
-
-    Raises:
-        PuzzleError: the format cannot hold the child.
+    Returns the new folder or file; for `hf` the child as it is. A `PuzzleError` if the format cannot hold the child.
     """
-    match to:
-        case "gguf":
-            return export_gguf(child, child.with_name(f"{child.name}-{dtype}.gguf"), dtype=dtype)
-        case "deci":
-            return export_deci(child, child.with_name(f"{child.name}-deci"))
-        case "llama":
-            return export_stock(child, child.with_name(f"{child.name}-llama"))
-        case _:
-            return child
+    if to == "gguf":
+        return export_gguf(child, child.with_name(f"{child.name}-{dtype}.gguf"), dtype=dtype)
+    writers = {"deci": export_deci, "llama": export_stock}
+    return writers[to](child, child.with_name(f"{child.name}-{to}")) if to in writers else child
 
 
 def export_hf(run: Run, child: Child, card: str) -> Path:

@@ -1,7 +1,4 @@
-"""Configuration of a DeciLM model: a Llama whose layers differ, as `block_configs` says.
-
-This file travels inside checkpoints and imports nothing of the package that wrote them.
-"""
+"""Configuration of a DeciLM model, a Llama whose layers differ; it travels inside checkpoints without puzzle."""
 
 from typing import Any
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from puzzle.engines.capability import require
-from puzzle.errors import PuzzleError
-from puzzle.export.checkpoint import layers_of, open_child, silent
+from puzzle.export.checkpoint import layers_of, silent
 from puzzle.export.gguf_tokenizer import add_tokenizer
 from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.parents import open_parent
 from puzzle.runs import write_atomically
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -64,15 +64,10 @@ class _Row(NamedTuple):
 def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     """Write the child at `source` as the file `target`, with its tokenizer.
 
-    Args:
-        dtype: of matrices; vectors are f32. A matrix whose rows q8_0 cannot divide into blocks of 32 is f16.
-
-    Raises:
-        PuzzleError: llama.cpp cannot run a layer or the tokenizer.
+    Matrices have the `dtype`, but f16 where q8_0 cannot divide rows into blocks of 32; vectors are f32. A `PuzzleError`
+    if llama.cpp cannot run a layer or the tokenizer.
     """
-    if target.is_dir():
-        raise PuzzleError(f"export to gguf: {target} is a folder; name a file")
-    child = open_child(source)
+    child = open_parent(str(source))
     require(child.config, "gguf")
     head_dim = child.config.head_dim
     assert head_dim is not None
@@ -90,17 +85,12 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
         add_tokenizer(writer, child.path, child.config.vocab_size)
         _write(writer, child.config, dtype, encoded)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, write)
     return target
 
 
 def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path:
-    """Write a model of these shapes as the file `target`, to be timed: random weights, and no tokenizer.
-
-    Raises:
-        PuzzleError: llama.cpp cannot run a layer.
-    """
+    """Write a model of these shapes as the file `target`, to be timed: random weights, and no tokenizer."""
     require(config, "gguf")
     noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 32)))
     noise_bytes = {kind: _quantised(noise, kind).view(np.uint8) for kind in (Type.F16, Type[dtype.upper()])}
@@ -118,12 +108,7 @@ def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path
     return target
 
 
-def _write(
-    writer: Any,
-    config: PuzzleConfig,
-    dtype: GGUFType,
-    encoded: Callable[[str, Source, torch.Size, Type], NDArray[Any]],
-) -> None:
+def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable[..., NDArray[Any]]) -> None:
     """Metadata and header, then the tensors one at a time, as `encoded` from name, source, shape and type."""
     rows = _rows(config)
     writer.add_type("model")
@@ -138,12 +123,11 @@ def _write(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
-    sizes = {
-        writer.add_head_count: [row.heads for row in rows],
-        writer.add_head_count_kv: [row.kv_heads for row in rows],
-        writer.add_feed_forward_length: [row.width for row in rows],
-    }
-    for add, values in sizes.items():
+    for add, values in (
+        (writer.add_head_count, [row.heads for row in rows]),
+        (writer.add_head_count_kv, [row.kv_heads for row in rows]),
+        (writer.add_feed_forward_length, [row.width for row in rows]),
+    ):
         # Tools that show or quantise a file ask for a scalar where layers agree.
         add(values[0] if len(set(values)) == 1 else values)
     parameters, tensors = dict(empty_model(config).named_parameters()), []
@@ -162,8 +146,7 @@ def _write(
 
 
 def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
-    quantised: NDArray[Any] = gguf.quantize(values.float().contiguous().numpy(), kind)
-    return quantised
+    return gguf.quantize(values.float().contiguous().numpy(), kind)
 
 
 def _tensors(config: PuzzleConfig, rows: list[_Row]) -> dict[str, Source]:

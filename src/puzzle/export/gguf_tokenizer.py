@@ -28,15 +28,12 @@ _PRE_TOKENIZERS = {
     ((_QWEN2, _BYTES), False): "qwen2",
 }
 """llama.cpp's name for a sequence of splits, and whether whole words in the vocabulary are taken without merging."""
-_NO_MERGE = "none"
-"""Of a tokenizer of single bytes: the list may not be empty, and an entry without a space merges nothing."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Write a checkpoint's tokenizer; a `PuzzleError` if llama.cpp would split text in another way.
+    """Write a checkpoint's tokenizer, padded to the model's `vocab_size`.
 
-    Args:
-        vocab_size: of the model; rows of the embeddings that no token has are padding.
+    A `PuzzleError` if llama.cpp would split text in another way.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
@@ -53,7 +50,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in types])
     writer.add_token_types([*types.values()])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
-    special.merges = list(special.merges) or [_NO_MERGE]
+    # Of single bytes: the list may not be empty, and an entry without a space merges nothing.
+    special.merges = list(special.merges) or ["none"]
     ids = special.special_token_ids
     # Every token that ends a generation shall end it in llama.cpp too, which knows by itself those of common names.
     defaults = folder / "generation_config.json"
@@ -77,8 +75,7 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     splits = tuple(map(_split, entry["pretokenizers"] if entry["type"] == "Sequence" else [entry]))
     name = _PRE_TOKENIZERS.get((splits, bool(model.get("ignore_merges"))))
     if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "SentencePiece-like BPE" if model["type"] == "BPE" else model["type"]
-        problem = f"is {kind}; only byte-level BPE is supported"
+        problem = f"is {model['type']} and not byte-level BPE, which alone is supported"
     elif normalizer is not None:
         problem = f"normalises text ({normalizer['type']}), llama.cpp does not"
     elif name is None:
