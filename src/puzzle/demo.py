@@ -42,9 +42,6 @@ _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"
 _VOCAB_SIZE = 2048
 _BATCH_SIZE = 4
 _SEQUENCE_LENGTH = 256
-_MUON_RATE = 0.02
-_ADAMW_RATE = 3e-3
-_TIMED_STEPS = 6
 _OPTIMIZER_FACTOR = 1.3
 """What Muon and AdamW add to the time of a step (measured at these sizes, 2 cores, 2026-11)."""
 
@@ -88,11 +85,7 @@ def _recipe(parent: Path, data: DataSettings, tokens: float) -> Recipe:
 
 
 def _trained_parent(seconds: float) -> tuple[Path, DataSettings, float]:
-    """Folder of the parent, its text, and the speed of its training in tokens per second.
-
-    Args:
-        seconds: how long to train it if it is not there; more steps than that allows are not planned.
-    """
+    """Folder of the parent, trained for so long if it is not there; its text; tokens per second of its training."""
     disable_progress_bar()  # transformers' own
     folder = cache_folder() / f"demo-{_VERSION}-python-{platform.python_version()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,18 +122,9 @@ def _save_start(folder: Path, corpus: Path) -> None:
     tokenizer.train_from_iterator(texts[::4], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
+    sizes = {"vocab_size": _VOCAB_SIZE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -153,7 +137,7 @@ def _pretrain(stage: StageFolder, start: Path, parent: Path, data: TokenData, se
     parameters = dict(model.named_parameters())
     matrices = {name: value for name, value in parameters.items() if value.ndim == 2 and ".layers." in name}
     others = [value for name, value in parameters.items() if name not in matrices]
-    muon = torch.optim.Muon(matrices.values(), lr=_MUON_RATE, weight_decay=0.0)
+    muon = torch.optim.Muon(matrices.values(), lr=0.02, weight_decay=0.0)
 
     def gradients(step: int) -> dict[str, Tensor]:
         tokens_BT = data.training_batch(step, _BATCH_SIZE, seed=0)
@@ -166,7 +150,7 @@ def _pretrain(stage: StageFolder, start: Path, parent: Path, data: TokenData, se
     plan_file = stage.path / "plan.json"
     if not plan_file.exists():
         times = []
-        for step in range(_TIMED_STEPS):  # thrown away; the fastest is the machine's own speed
+        for step in range(6):  # thrown away; the fastest is the machine's own speed
             began = time.perf_counter()
             gradients(step)
             model.zero_grad()
@@ -175,7 +159,7 @@ def _pretrain(stage: StageFolder, start: Path, parent: Path, data: TokenData, se
         speed = _BATCH_SIZE * _SEQUENCE_LENGTH / step_seconds
         write_json(plan_file, {"steps": max(1, math.floor(seconds / step_seconds)), "tokens_per_second": speed})
     planned = read_json(plan_file)
-    part, steps = Part("parent", parameters, [muon, adamw(others, _ADAMW_RATE)]), planned["steps"]
+    part, steps = Part("parent", parameters, [muon, adamw(others, 3e-3)]), planned["steps"]
     with progress("train the parent", steps) as bar:
         train([part], gradients, steps=steps, warmup=0.03, max_grad_norm=1.0, folder=stage.path, bar=bar)
     model.save_pretrained(parent)

@@ -77,10 +77,6 @@ def test_a_foreign_folder(tmp_path: Path) -> None:
         status(tmp_path)
 
 
-def test_trained_variants_and_stages_without_a_command_are_shown(folder: Path, recipe: Recipe) -> None:
-    (folder / "variants").mkdir()
-    (folder / "variants" / "some.safetensors").write_bytes(bytes(3000))
+def test_stages_without_a_command_are_shown(folder: Path, recipe: Recipe) -> None:
     Run(folder, recipe).open(Stage(name="pretrain", help="")).commit()
-    lines = status(folder)
-    assert "  variants     3.00 kB, trained once for all libraries" in lines
-    assert any(line.startswith("  pretrain     done in 0 s") for line in lines)
+    assert any(line.startswith("  pretrain     done in 0 s") for line in status(folder))

@@ -115,10 +115,7 @@ def _write(file: Path, start: int, data: bytes) -> None:
 def _batches(
     sources: Sequence[Source], tokenizer: "PreTrainedTokenizerBase", position: _Position
 ) -> Iterator[tuple[list[tuple[str, bool]], _Position]]:
-    """The texts that are not empty, each with whether it was a conversation, and the position after them.
-
-    From `position` on, about `_BATCH_CHARACTERS` together.
-    """
+    """From `position` on, texts that are not empty, each with whether it is a conversation; the position after them."""
     batch: list[tuple[str, bool]] = []
     characters, size, first = 0, position.size, position.document
     for index, source in enumerate(sources[position.source :], position.source):

@@ -34,7 +34,7 @@ class Document(NamedTuple):
     place: str
     """For error messages: a file, `file:line` or `name row N`."""
     size: float
-    """In the unit of its source's size, for the progress bar."""
+    """For the progress bar, see `Source.size`."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,9 @@ class Source:
 
 
 def open_sources(settings: DataSettings, memory: Path) -> list[Source]:
-    """Find the sources in the recipe's order, folders in the order of their file names; hash what is new.
+    """Find the sources in the recipe's order, folders in the order of their file names.
 
-    Args:
-        memory: file that keeps the files' hashes, and the commits of datasets, so that a later push to a dataset does
-            not change a run that has begun.
-
-    Raises:
-        PuzzleError: there is no such source, or nothing in it can be read.
+    The file `memory` keeps the files' hashes, and the datasets' commits: a later push changes no run that has begun.
     """
     with remembered(memory) as known:
         return [source for name in settings.source for source in _open(name, settings, known)]

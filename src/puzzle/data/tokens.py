@@ -68,10 +68,9 @@ class TokenData:
         return self.sequences("training", self.training_indices(step, batch_size, seed))
 
     def training_indices(self, step: int, batch_size: int, seed: int) -> NDArray[np.int64]:
-        """The sequences of a step's global batch.
+        """The sequences of a step's global batch: every epoch takes all of them in an order of its own.
 
-        Every epoch takes all sequences in an order of its own. Sample i of a training is the same however its batches
-        are cut into steps and processes, so the number of samples taken is all that a resumed training needs.
+        Sample i of a training is the same however its batches are cut into steps and processes.
         """
         n = self.num_sequences("training")
         epochs, offsets = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
@@ -91,11 +90,7 @@ class TokenData:
 
 @lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The permutation of `n` sequences in an epoch.
-
-    The ranks of raw Philox words: numpy keeps a bit generator's stream the same in all versions, but not what
-    `Generator.permutation` makes of it.
-    """
+    """The permutation of `n` sequences in an epoch: ranks of raw Philox words, which no version of numpy may change."""
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     positions: NDArray[np.int64] = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
     positions.setflags(write=False)

@@ -35,7 +35,7 @@ def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
         return PuzzleForCausalLM(config)
 
 
-def finish(model: PuzzleForCausalLM, device: torch.device | str, *, partly: bool = False) -> PuzzleForCausalLM:
+def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCausalLM:
     """Make a model that was built without memory and given its weights ready for inference on `device`.
 
     Ties what is tied and makes the buffers that no checkpoint holds: the rotary frequencies, in float32 whatever the
@@ -43,19 +43,14 @@ def finish(model: PuzzleForCausalLM, device: torch.device | str, *, partly: bool
     """
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    lacking = [name for name, tensor in tensors if tensor.is_meta and not (partly and name.startswith("model.layers."))]
-    assert not lacking, f"no weights were given for {', '.join(lacking[:4])}"
     return model.eval().requires_grad_(False)
 
 
 def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path | None) -> None:
     """Write a Hugging Face checkpoint that loads after `import puzzle.modeling`, or by `trust_remote_code=True` alone.
 
-    Args:
-        path: a folder, made if it is not there; everything in it is on disk when this returns.
-        extra_files_from: the folder, the parent's, whose tokenizer, chat template, generation defaults and license are
-            copied; None copies nothing.
+    Tokenizer, chat template, generation defaults and license are copied from the folder `extra_files_from`, the
+    parent's. Everything in `path` is on disk when this returns.
     """
     found = (file for pattern in _EXTRA_FILES for file in extra_files_from.glob(pattern)) if extra_files_from else ()
     extra_files = sorted({file for file in found if file.is_file()})
@@ -63,10 +58,8 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
     if any(file.name == "generation_config.json" for file in extra_files):
         # The parent's file is copied as it is: transformers reads some that it refuses to write.
         model.generation_config = GenerationConfig()
-    try:
-        model.save_pretrained(path, max_shard_size=MAX_SHARD_BYTES)
-    finally:
-        model.generation_config = generation_config
+    model.save_pretrained(path, max_shard_size=MAX_SHARD_BYTES)
+    model.generation_config = generation_config
     save_configuration(model.config, path)
     for file in extra_files:
         shutil.copyfile(file, path / file.name)

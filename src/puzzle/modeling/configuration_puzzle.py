@@ -1,7 +1,6 @@
 """Configuration of a Puzzle model: a decoder whose layers differ.
 
-This file and `modeling_puzzle.py` travel inside every saved checkpoint, so they import nothing from the `puzzle`
-package.
+This file and `modeling_puzzle.py` travel inside every checkpoint: they import nothing from the `puzzle` package.
 
 `blocks` describes the real stack, one entry a layer. `num_hidden_layers` counts only the layers that keep an attention
 with a KV cache, and `per_layer_config` (their KV heads) is keyed by that count. Engines size their caches by these two,

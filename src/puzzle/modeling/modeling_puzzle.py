@@ -1,7 +1,6 @@
 """A decoder whose layers differ, made of the parent family's own Hugging Face modules.
 
-This file and `configuration_puzzle.py` travel inside every saved checkpoint, so they import nothing from the `puzzle`
-package.
+This file and `configuration_puzzle.py` travel inside every checkpoint: they import nothing from the `puzzle` package.
 Parameter names are the family's own; a subblock that is `none` has no parameters, its norm included.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
@@ -55,10 +54,7 @@ cache. A checkpoint carries those that it uses at the end of this file."""
 
 
 class LayerConfig:
-    """One layer's view of the configuration: its own sizes, and otherwise the model's, as it is when it is asked.
-
-    So an attention implementation that is set on the model holds for every layer.
-    """
+    """One layer's view of the configuration: its own sizes, and otherwise the model's, as it is when it is asked."""
 
     def __init__(self, config: PuzzleConfig, **sizes: Any) -> None:
         self.__dict__.update(sizes, _of_model=config, per_layer_config=None)
@@ -140,11 +136,7 @@ class PuzzleMasks:
         self._arguments = {"inputs_embeds": hidden_BTD, "past_key_values": cache, "position_ids": position_ids}
 
     def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
-        """The mask in the form that the attention implementation takes, None where that needs none.
-
-        Args:
-            cache_index: of a layer with this window: its cache says which keys there will be.
-        """
+        """The mask over the keys of a layer's cache as the attention implementation takes it, None if it needs none."""
         name = "full_attention" if window is None else f"window{window}s{sinks}"
         if name in self.made:
             return self.made[name]
@@ -216,11 +208,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         return self.get_submodule(self._norm_names[which]) if self.has(which) else None
 
     def subblock_output(self, which: str, hidden_BTD: Tensor, masks: Any = None, **context: Any) -> Tensor:
-        """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out.
-
-        Args:
-            context: as `PuzzleModel.context` gives it; an FFN needs none of it.
-        """
+        """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out."""
         norm = self.norm_of(which)
         if norm is None:
             return torch.zeros_like(hidden_BTD)
@@ -272,13 +260,10 @@ class PuzzleModel(PuzzlePreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> dict[str, Any]:
-        """What every layer is called with beside the hidden states: masks, positions, cache.
+        """What every layer is called with beside the hidden states: masks (see `PuzzleMasks`), positions, cache.
 
         Without positions, padding and cache nothing is read back from the device. With positions it is asked whether
         they start anew within a sequence (packed documents), which needs a mask.
-
-        Args:
-            attention_mask: of padding, [B, tokens seen and T]; or masks made before, see `PuzzleMasks`.
         """
         masks = PuzzleMasks(self.config, hidden_BTD, attention_mask, position_ids, past_key_values)
         if position_ids is None:
@@ -333,8 +318,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
     def _bound_caches_with_sinks(self, cache: Cache | None) -> None:
         """Put cache layers that drop what is never seen again in place of growing ones that are still empty.
 
-        transformers knows no such type of layer by which a configuration could ask for them. In other caches, such as
-        static ones, these layers keep every token.
+        No configuration of transformers can ask for them. Other caches, such as static ones, keep every token.
         """
         held = [] if cache is None else cache.layers
         for layer in self.layers:
@@ -390,16 +374,10 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         )
 
     def create_masks_for_generate(
-        self,
-        config: PuzzleConfig,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+        self, config: PuzzleConfig, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Every mask that a step needs, by name; transformers asks for them before a step that may be compiled."""
-        masks = PuzzleMasks(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        masks = PuzzleMasks(config, inputs_embeds, attention_mask, kwargs.get("position_ids"), past_key_values)
         masks.of(None)
         for layer in self.model.layers:
             if layer.window is not None:

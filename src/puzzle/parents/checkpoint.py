@@ -60,11 +60,7 @@ class Checkpoint:
                     yield name, tensor
 
     def address(self, digests: Path | None) -> str:
-        """Hash of the configuration and the weights.
-
-        Args:
-            digests: file in which the hashes are remembered by size and time of change.
-        """
+        """Hash of the configuration and the weights; the file `digests` remembers those of files."""
         with remembered(digests) as known:
             files = sorted({entry.file for entry in self.entries.values()})
             return digest([file_digest(file, known) for file in (self.path / "config.json", *files)])

@@ -67,8 +67,7 @@ class Parent:
     ) -> PuzzleForCausalLM:
         """The parent for inference; tensors are read once and cast one by one, so memory is the model's size.
 
-        Args:
-            layers: those that get weights, the others stay on `meta` (see `puzzle.streams`); None: all.
+        Only `layers` get weights, if given: the others stay on `meta` (see `puzzle.streams`).
         """
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
@@ -81,7 +80,7 @@ class Parent:
                 model.generation_config = GenerationConfig.from_pretrained(self.path)
             except (OSError, ValueError) as error:
                 raise PuzzleError(f"parent: {file} cannot be read ({one_line(error)})") from None
-        return finish(model, device, partly=layers is not None)
+        return finish(model, device)
 
     def layer_state(
         self, layer: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -108,12 +107,9 @@ class Parent:
 
 
 def open_parent(source: str, digests: Path | None = None, address: str | None = None) -> Parent:
-    """Find and check a checkpoint without loading its weights.
+    """Find and check a checkpoint, in a folder or by its hub name, without loading its weights.
 
-    Args:
-        source: a local folder, or a hub name.
-        digests: file in which the weights' hashes are remembered by size and time of change.
-        address: of a child, which is known without hashing its weights.
+    Those are hashed, which the file `digests` remembers, unless the address is known, as that of a child is.
     """
     path = _locate(source, _HUB_FILES)
     checkpoint = open_checkpoint(path)
@@ -151,10 +147,7 @@ def _locate(source: str, wanted: list[str]) -> Path:
 
 
 def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
-    """The configuration as a Puzzle model's, after every parameter that it asks for was found in the checkpoint.
-
-    One way for all families: they differ in their entry in `puzzle.modeling.FAMILIES`; a child's is as it is.
-    """
+    """The configuration as a Puzzle model's, after every parameter that it asks for was found in the checkpoint."""
     file = path / "config.json"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -102,12 +102,7 @@ def scores(data: ReportData) -> go.Figure:
 def frontier_figure(
     frontier: Sequence[Solution], marked: Mapping[str, Solution], quantity: str = "throughput_tok_s"
 ) -> go.Figure:
-    """A quantity, as a multiple of the parent's, against the sum of scores.
-
-    Args:
-        marked: `child`, `uniform` or both.
-        quantity: its key in `QUANTITIES`.
-    """
+    """A quantity, as a multiple of the parent's, against the sum of scores; `marked` has `child`, `uniform` or both."""
     # The parent scores 0, which a logarithmic axis cannot show: a line marks its value instead.
     logarithmic = min(point.score for point in frontier) >= 0 < min((each.score for each in marked.values()), default=1)
     points = [point for point in frontier if point.score > 0 or not logarithmic]

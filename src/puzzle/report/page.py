@@ -42,6 +42,9 @@ def render(data: ReportData) -> str:
         ],
         heights={name: figure.layout.height for name, figure in shown.items()},
         packed={name: base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in scripts},
+        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        over_parent=partial(table.child_over_parent, data.rows),
+        quantities=QUANTITIES,
         colours=figures.COLOURS,
     )
 
@@ -61,10 +64,8 @@ def _rendered(template: str, data: ReportData, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": format_number, "percent": format_percent, "ratio": format_ratio}
-    environment.filters["seconds"] = format_seconds
-    values["quantities"], values["over_parent"] = QUANTITIES, partial(table.child_over_parent, data.rows)
-    values["versions"] = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    for form in (format_number, format_percent, format_ratio, format_seconds):
+        environment.filters[form.__name__.removeprefix("format_")] = form
     # What every speed and memory figure must be quoted with.
     details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in data.costs.environment.items())
     values["scenario"] = f"{data.costs.scenario}, batch {data.solution.batch_size}{details}"

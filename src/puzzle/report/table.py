@@ -41,9 +41,7 @@ class ReportData:
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
     checks: Sequence[tuple[str, str, float, float]] = ()
-    """What was timed on the engine before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted
-    and measured.
-    """
+    """Timed before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted and measured."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
     """GKD of each model: `tokens`, and `validation_kl` at some of the points."""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -1,15 +1,17 @@
 """Run folders: stages addressed by what they depend on, atomic files, one process at a time, progress."""
 
 from puzzle.runs.files import (
+    digest,
+    file_digest,
     read_json,
     read_parsed,
     read_tensors,
+    remembered,
     write_atomically,
     write_json,
     write_tensors,
     write_text,
 )
-from puzzle.runs.hashes import digest, file_digest, remembered
 from puzzle.runs.progress import Progress, progress
 from puzzle.runs.run import Run, StageFolder, check_folder, check_new, create_folder, is_run_folder, open_run
 from puzzle.runs.status import status

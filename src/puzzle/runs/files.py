@@ -1,8 +1,10 @@
-"""Atomic writing: a file is either the old one or the whole new one, also after kill -9 or a power cut."""
+"""Atomic writing: a file is either the old one or the whole new one, also after kill -9 or a power cut; and hashes."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,8 +19,7 @@ _T = TypeVar("_T")
 def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool = True) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk and rename it into place.
 
-    Args:
-        flush: False for what can be computed again: a kill leaves it whole, a power cut need not.
+    Without `flush`, for what can be computed again, a kill leaves it whole and a power cut need not.
     """
     # Processes of other machines may be at the same file, with the same number.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.uname().nodename}.tmp")
@@ -34,12 +35,6 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, flush: bool
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-
-
-def remove_temporary(folder: Path) -> None:
-    """Delete what killed processes left half written, anywhere below `folder`; none may be writing there now."""
-    for leftover in folder.rglob(".*.[0-9]*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,3 +81,28 @@ def _lost(path: Path, error: Exception) -> PuzzleError:
     stage = next((parent for parent in path.parents if parent.parent.name == "stages"), None)
     cure = f"delete {stage or path}, and only that" if stage or found == "is damaged" else "put it back"
     return PuzzleError(f"{path} {found}; {cure}, and run the same command again")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON: the same on every machine, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@contextmanager
+def remembered(path: Path | None) -> Iterator[dict[str, str]]:
+    """What is found out only once, such as hashes: read from `path` if it is there, written back if it grew."""
+    known: dict[str, str] = read_json(path) if path is not None and path.exists() else {}
+    before = len(known)
+    yield known
+    if path is not None and len(known) > before:
+        write_json(path, known)
+
+
+def file_digest(path: Path, known: dict[str, str]) -> str:
+    """SHA-256 of a file, in `known` by its place, size and time of change."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    if key not in known:
+        with path.open("rb") as file:
+            known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return known[key]

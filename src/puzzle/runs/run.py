@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
-from puzzle.runs.files import read_json, remove_temporary, write_json, write_text
-from puzzle.runs.hashes import digest
+from puzzle.runs.files import digest, read_json, write_json, write_text
 from puzzle.stages import Stage
 
 if TYPE_CHECKING:
@@ -89,10 +88,9 @@ class Run:
     """What this command opened, in order; `used.json` names it for `puzzle status`."""
 
     def open(self, stage: Stage, **inputs: Any) -> StageFolder:
-        """The stage's folder for the recipe's settings and these inputs, made if it is not there; its clock starts.
+        """The stage's folder for the recipe's settings and these inputs: artefacts with an `address`, or plain data.
 
-        Args:
-            inputs: what the stage declares, each an artefact with an `address`, or plain data.
+        It is made if it is not there, and its clock starts.
         """
         assert set(inputs) == set(stage.inputs), f"{stage.name}: declared inputs are {stage.inputs}, given {[*inputs]}"
         identity = {
@@ -160,11 +158,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
-    """Make `path` a run folder of `recipe`; a folder that is one already takes over the recipe.
-
-    Args:
-        text: the recipe as the person wrote it, comments and all; without it only the settings are kept.
-    """
+    """Make `path` a run folder of `recipe`, or of another that it was of; `text` is the recipe with its comments."""
     check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
@@ -185,7 +179,8 @@ def open_run(path: Path, on: str | None = None) -> Iterator[Run]:
     """The run in `path`, locked against other processes until the end of the block; see `Run.on`."""
     check_folder(path)
     with _locked(path):
-        remove_temporary(path)
+        for leftover in path.rglob(".*.[0-9]*.tmp"):  # of `write_atomically` in killed processes
+            leftover.unlink(missing_ok=True)
         yield Run(path, Recipe.read(path / "recipe.yaml"), on=on)
 
 

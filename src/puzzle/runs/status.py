@@ -23,8 +23,6 @@ def status(path: Path) -> list[str]:
         by_name.setdefault(folder.name.rpartition("-")[0], []).append(folder)
     for name, folders in by_name.items():
         lines += [_line(name, folder) for folder in folders] or [f"  {name:<12} -"]
-    if (variants := path / "variants").exists():
-        lines.append(f"  variants     {format_bytes(_size(variants))}, trained once for all libraries")
     if others := [folder for folder in path.glob("stages/*") if folder not in used]:
         size = format_bytes(sum(map(_size, others)))
         lines.append(f"kept from earlier commands: {len(others)} stage folders, {size}")
