@@ -164,10 +164,10 @@ def block_error(method: Pipeline, library: Library, layer: int, block: BlockVari
     def error(variant: Variant) -> float:
         if variant == own.subblock(variant.subblock):
             return 0.0
-        power = float(method.statistics.subblock(layer, variant.subblock)["output_power"])
+        power = float(method.statistics.moments(layer, variant.subblock)["output_power"])
         return library.index.by_key[layer, variant.subblock, variant.name].loss * power
 
-    return (error(block.attention) + error(block.ffn)) / float(method.statistics.layer(layer)["block_power"])
+    return (error(block.attention) + error(block.ffn)) / float(method.statistics.moments(layer)["block_power"])
 
 
 def fisher_scores(method: Pipeline, library: Library, space: Space, layers: Sequence[int]) -> Scores:

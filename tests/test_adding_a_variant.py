@@ -72,7 +72,7 @@ def test_it_starts_as_the_mean_and_loses_what_is_expected(pipeline: Pipeline) ->
     assert [[variant.name for variant in layer.ffn] for layer in pipeline.space.layers] == [
         ["w64", "w16", "mean", "none"]
     ] * 4
-    mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.subblock(1, "ffn")
+    mean, statistics = parse_variant("ffn", "mean"), pipeline.statistics.moments(1, "ffn")
     parent = pipeline.statistics.parent_subblock(pipeline.parent, LibrarySettings(), torch.device("cpu"), 1, "ffn")
     state = mean.initialise(parent)
     assert torch.equal(state["mlp.mean"], statistics["output_mean"])
@@ -89,7 +89,7 @@ def test_it_is_built_scored_and_weighed_like_any_other(pipeline: Pipeline) -> No
     assert row.loss == row.initial_loss < 1.1
     assert torch.equal(
         pipeline.library.state(1, parse_variant("ffn", "mean"))["mlp.mean"],
-        pipeline.statistics.subblock(1, "ffn")["output_mean"],
+        pipeline.statistics.moments(1, "ffn")["output_mean"],
     )
     kls = {row.block: row.kl for row in pipeline.scores.rows if row.layer == 1}
     assert kls.keys() == {"kv4+w64", "kv4+w16", "kv4+mean", "kv4+none"}
@@ -103,7 +103,7 @@ def test_a_child_that_has_it_is_saved_and_read(pipeline: Pipeline, monkeypatch: 
     child = realise(pipeline.run, pipeline.parent, pipeline.library, blocks)
     model = child.load()
     assert Architecture.of(model.config).names == blocks
-    assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.subblock(2, "ffn")["output_mean"])
+    assert torch.equal(model.model.layers[2].mlp.mean, pipeline.statistics.moments(2, "ffn")["output_mean"])
     assert model(random_tokens(1, 5)).logits.isfinite().all()
     monkeypatch.delitem(MODULES, ("ffn", "mean"))
     with pytest.raises(ValueError, match=r"ffn kind 'mean' is unknown; import the module that registers it first"):

@@ -210,7 +210,7 @@ class Pipeline:
     @property
     def influence(self) -> list[float]:
         """Block influence of each layer."""
-        return self.statistics.influence(len(self.space.layers))
+        return [float(self.statistics.moments(layer)["influence"]) for layer in range(self.parent.num_layers)]
 
     def _tables(self, scores: ScoreTable) -> Tables:
         recipe = self.run.recipe

@@ -16,7 +16,7 @@ from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.recipe import Recipe
 from puzzle.stages import STAGES, Work
 from puzzle.units import format_bytes, format_seconds
-from puzzle.variants import Space
+from puzzle.variants import Space, Variant
 
 _EFFICIENCY = 0.5
 """Share of the speed of a large matrix product that a model's layers reach (measured on a CPU, 2026-11)."""
@@ -66,8 +66,15 @@ class Shapes:
         self.itemsize = torch.finfo(getattr(torch, recipe.precision)).bits // 8
         outside = self.num_params - sum(self.layer_params)
         self.streamed_bytes = self.itemsize * (2 * max(self.layer_params) + outside)
-        kept = max(sum(own.activation_values(config) for own in each.subblocks) for each in parents)
+        kept = max(sum(_kept_values(own, config) for own in each.subblocks) for each in parents)
         self.layer_activations = length * self.itemsize * (4.0 * hidden + kept)
+
+
+def _kept_values(variant: Variant, config: PuzzleConfig) -> int:
+    """Values a token kept for the backward pass between its matrices: what they give, and what the last one takes."""
+    shapes, last = variant.shapes(config), f"{variant.output_projection}.weight"
+    kept = [shape[1] if name == last else shape[0] for name, shape in shapes.items() if len(shape) == 2]
+    return sum(kept) if last in shapes else 0
 
 
 def plan(

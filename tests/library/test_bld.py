@@ -234,8 +234,8 @@ def test_losses_on_the_blocks_output_are_of_another_scale(
     blocks = build("kv2 none w16", loss="block", tokens=0)
     assert all(row.loss == row.initial_loss and row.trained_tokens == 0 for row in blocks.index.rows)
     for layer in range(4):
-        output_power = pico_statistics.subblock(layer, "ffn")["output_power"]
-        ratio = float(output_power / pico_statistics.layer(layer)["block_power"])
+        output_power = pico_statistics.moments(layer, "ffn")["output_power"]
+        ratio = float(output_power / pico_statistics.moments(layer)["block_power"])
         for name in ("w16", "none"):
             own = pico_library.index.by_key[layer, "ffn", name].initial_loss
             # Of held-out text, where both powers are a little different.

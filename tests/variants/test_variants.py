@@ -45,6 +45,7 @@ def test_back_from_names_and_entries(block: BlockVariant) -> None:
         assert block.subblock(subblock) == variant
         assert parse_variant(subblock, str(variant)) == variant
         assert variant_from_entry(subblock, variant.entry()) == variant
+    assert GroupedQuery(2, 9).entry() == {"kind": "gqa", "num_key_value_heads": 2, "window": 9}
 
 
 @given(st.sampled_from(["attention", "ffn"]), st.text(alphabet="kvwins0123456789linearonek+ -", max_size=12))
@@ -184,11 +185,3 @@ def test_what_is_smaller_than_the_parent_variant(own: Variant, fitting: list[str
     config = PuzzleConfig(hidden_size=32, num_attention_heads=8, max_position_embeddings=128)
     names = fitting + unfitting
     assert [name for name in names if parse_variant("attention", name).fits(own, config)] == fitting
-
-
-def test_how_they_are_drawn() -> None:
-    """As a share of the parent's size, unless another kind takes its place."""
-    variants = [parse_variant("attention", name) for name in ("kv4", "kv2", "kv2win8s1", "kv1", "linear", "none")]
-    assert [variant.share(GroupedQuery(4)) for variant in variants] == [1, 0.5, 0.5, 0.25, None, 0]
-    assert GatedFFN(12).share(GatedFFN(48)) == 0.25
-    assert GroupedQuery(2, 9).entry() == {"kind": "gqa", "num_key_value_heads": 2, "window": 9}

@@ -87,16 +87,16 @@ def student_plans(parent: Parent, space: Space, subblocks: Library | None, ident
         identity: what all students follow from.
     """
     plans, config = [], parent.config
-    made_of: dict[tuple[Variant, ...], Any]
     for layer, choices in enumerate(space.layers):
-        if subblocks is None:
-            made_of = {(variant,): identity for variant in (*choices.attention[1:], *choices.ffn[1:])}
-        else:
-            blocks = (block for block in choices.blocks()[1:] if block.num_params(config))
-            made_of = {block.subblocks: [identity, subblocks.sources(layer, block)] for block in blocks}
-        for variants, made in made_of.items():
-            subblock = variants[0].subblock if subblocks is None else "block"
-            file = f"variants/{digest([made, layer, subblock, *map(str, variants)])[:24]}.safetensors"
+        every: list[tuple[Variant, ...]] = [(variant,) for variant in (*choices.attention[1:], *choices.ffn[1:])]
+        if subblocks is not None:
+            every = [block.subblocks for block in choices.blocks()[1:] if block.num_params(config)]
+        for variants in every:
+            subblock, made_of = variants[0].subblock if subblocks is None else "block", [identity]
+            if subblocks is not None:
+                rows = [subblocks.index.by_key.get((layer, each.subblock, each.name)) for each in variants]
+                made_of += [[row.file, row.widened_from] for row in rows if row is not None]
+            file = f"variants/{digest([made_of, layer, subblock, *map(str, variants)])[:24]}.safetensors"
             num_params = sum(variant.num_params(config) for variant in variants)
             plans.append(StudentPlan(layer, subblock, variants, num_params, file))
     return plans
@@ -109,7 +109,7 @@ def students_at_start(
     settings, config, students = run.recipe.library, parent.config, list[Student]()
     of_block = settings.loss == "block"
     for (layer, subblock), group in groupby(plans, key=lambda plan: (plan.layer, plan.subblock)):
-        powers, trained = statistics.layer(layer), True
+        powers, trained = statistics.moments(layer), True
         if subblocks is None:
             own = statistics.parent_subblock(parent, settings, run.device, layer, cast(Subblock, subblock))
         for variants in (plan.variants for plan in group):

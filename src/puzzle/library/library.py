@@ -54,11 +54,6 @@ class Library:
             return read_tensors(self.root / row.file)
         return self.state(layer, block.attention) | self.state(layer, block.ffn)
 
-    def sources(self, layer: int, block: BlockVariant) -> list[list[str]]:
-        """What the subblocks of a block are made of: their files, and the variants that are widened."""
-        rows = [self.index.by_key.get((layer, variant.subblock, variant.name)) for variant in block.subblocks]
-        return [[row.file, row.widened_from] for row in rows if row is not None]
-
 
 class LayerBlocks:
     """Blocks of one layer as modules; they share the modules of their subblocks, and what these compute.

@@ -55,20 +55,16 @@ class Statistics:
     def file(self, layer: int) -> Path:
         return self.path / f"layer{layer:03d}.safetensors"
 
-    def subblock(self, layer: int, subblock: Subblock) -> State:
-        prefix = f"{subblock}."
-        tensors = read_tensors(self.file(layer))
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-    def layer(self, layer: int) -> State:
-        """Those of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
-        return {name: value for name, value in read_tensors(self.file(layer)).items() if "." not in name}
+    def moments(self, layer: int, subblock: Subblock | None = None) -> State:
+        """Those of a subblock; or of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
+        named = {name.rpartition(".")[::2]: value for name, value in read_tensors(self.file(layer)).items()}
+        return {moment: value for (which, moment), value in named.items() if which == (subblock or "")}
 
     def parent_subblock(
         self, parent: Parent, settings: LibrarySettings, device: torch.device, layer: int, subblock: Subblock
     ) -> ParentSubblock:
         """What the variants of a subblock start from, on the device where closed forms are solved."""
-        state, moments = split_state(parent.layer_state(layer), subblock), self.subblock(layer, subblock)
+        state, moments = split_state(parent.layer_state(layer), subblock), self.moments(layer, subblock)
         return ParentSubblock(
             config=parent.config,
             variant=parent.architecture.blocks[layer].subblock(subblock),
@@ -76,10 +72,6 @@ class Statistics:
             statistics={name: value.to(device) for name, value in moments.items()},
             settings=settings,
         )
-
-    def influence(self, num_layers: int) -> list[float]:
-        """Block influence of every layer: how far it turns the residual stream."""
-        return [float(self.layer(layer)["influence"]) for layer in range(num_layers)]
 
 
 def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:

@@ -11,7 +11,7 @@ from puzzle.artefacts import Solution
 from puzzle.quantities import QUANTITIES
 from puzzle.report.table import Curve, ReportData
 from puzzle.units import format_number, format_ratio
-from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant
+from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, Variant
 
 COLOURS = {"attention": "#6fc7b7", "ffn": "#93abef", "other": "#f2c14e"}
 _MODELS = {"parent": ("#6b7280", "circle"), "child": ("#1d6fc4", "diamond"), "uniform": ("#d9660f", "triangle-up")}
@@ -47,13 +47,20 @@ def _layer_axis(count: int) -> dict[str, Any]:
     return {"title_text": "layer", "showgrid": False, "range": [-0.5, count - 0.5], "dtick": 1 if count <= 16 else None}
 
 
+def _share(variant: Variant, own: Variant) -> float | None:
+    """Its size relative to the parent variant's; None: another kind takes its place."""
+    if variant.absent:
+        return 0.0
+    return (variant.size or 1) / (own.size or 1) if variant.kind == own.kind else None
+
+
 def architecture(data: ReportData) -> go.Figure:
     """One column a layer: attention above the line, FFN below, each as tall as its share of the parent's size."""
     blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
     layers, traces = [*range(len(blocks))], []
     for sign, which in zip((1, -1), SUBBLOCKS, strict=True):
         pairs = [(block.subblock(which), own.subblock(which)) for block, own in zip(blocks, parents, strict=True)]
-        shares, full = [variant.share(own) for variant, own in pairs], [sign] * len(layers)
+        shares, full = [_share(*pair) for pair in pairs], [sign] * len(layers)
         colours = [COLOURS["other" if share is None else which] for share in shares]
         hover = [
             f"layer {layer}, {_LABELS[which]}<br><b>{variant}</b><br>parent: {own}"

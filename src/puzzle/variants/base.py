@@ -53,13 +53,8 @@ class ParentSubblock:
     @cached_property
     def channels(self) -> Tensor:
         """Ranking of an FFN's channels: a narrower FFN keeps the first ones, so that widths nest. [I]"""
-        return rank_channels(
-            self.state["mlp.down_proj.weight"],
-            self.statistics["activation_mean_abs"],
-            self.statistics["activation_second_moment"],
-            iterative=self.settings.channels == "iterative",
-            with_update=self.settings.start == "closed_form",
-        )
+        down_DI, iterative = self.state["mlp.down_proj.weight"], self.settings.channels == "iterative"
+        return rank_channels(down_DI, self.statistics, iterative=iterative)
 
 
 @dataclass(frozen=True)
@@ -140,13 +135,6 @@ class Variant(ABC):
         """Floating-point operations for the last `new` of a sequence's `context` tokens: two for each multiply-add."""
         return 2.0 * self.num_params(config) * new
 
-    def activation_values(self, config: PuzzleConfig) -> int:
-        """Values a token that are kept between its linear modules for the backward pass."""
-        matrices = {name: shape for name, shape in self.shapes(config).items() if len(shape) == 2}
-        last = f"{self.output_projection}.weight"
-        kept = [shape[1] if name == last else shape[0] for name, shape in matrices.items()]
-        return sum(kept) if last in matrices else 0
-
     def recorded_values(self, config: PuzzleConfig) -> int:
         """Values of the second moment of what enters `recorded`."""
         return 0 if self.recorded is None else self.shapes(config)[f"{self.recorded}.weight"][1] ** 2
@@ -160,12 +148,6 @@ class Variant(ABC):
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> "list[Variant]":
         """Of a parent variant, the same kind in these sizes, the largest first; None: those that `space` derives."""
         return []
-
-    def share(self, parent: "Variant") -> float | None:
-        """Its size relative to the parent variant's, for drawings; None: another kind takes its place."""
-        if self.absent:
-            return 0.0
-        return (self.size or 1) / (parent.size or 1) if self.kind == parent.kind else None
 
     @property
     def cell(self) -> str:

@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 RIDGE = 1e-3
 """Of a trained 5M Llama, held-out errors are the same within 0.3 % from 1e-5 to 1e-2 at 25 k tokens (2026-11-21)."""
 _BATCH_SHARE = 1 / 50
-"""Of the channels left, how many are removed at once; see `_eliminate_with_update`."""
+"""Of the channels left, how many are removed at once; see `rank_channels`."""
 
 
 def ridge(statistics: State, *, bias: bool, rank: int | None = None) -> tuple[list[Tensor], Tensor | None]:
@@ -88,48 +88,23 @@ def damping(second_moment: Tensor) -> Tensor:
     return (RIDGE * second_moment.diagonal()).clamp_min(never_active)
 
 
-def rank_channels(
-    down_DI: Tensor, mean_abs_I: Tensor, second_moment_II: Tensor, *, iterative: bool, with_update: bool
-) -> Tensor:
+def rank_channels(down_DI: Tensor, statistics: State, *, iterative: bool) -> Tensor:
     """An FFN's channels, the last to be given up first, so that widths nest (paper section 2.1, appendix A). [I]
 
+    Alone, channel i adds mean|a_i| * ||W[:, i]|| to the output. Or iteratively, by backward elimination: it costs what
+    is lost after the other channels took over what they can of it, ||W_i||^2 / [C^-1]_ii, after which W and C^-1 are
+    those of the channels left (optimal brain surgeon; Hassibi and Stork 1993). Channels are removed in batches of a
+    share of what is left: about 3 I^3 operations whatever the share.
+
     Args:
-        down_DI: weight of the down projection. mean_abs_I: E|a|. second_moment_II: E[a a^T].
-        iterative: by backward elimination, where each choice knows what is gone already; else each channel by what it
-            adds alone, mean|a_i| * ||W[:, i]||.
-        with_update: whether the down projection gets a least-squares update for the channels left.
+        down_DI: the down projection. statistics: `activation_mean_abs` [I], `activation_second_moment` [I, I].
     """
     down_DI = down_DI.double()
     if not iterative:
-        return (mean_abs_I.double() * down_DI.norm(dim=0)).argsort(descending=True, stable=True)
-    moment_II = second_moment_II.double()
+        alone_I = statistics["activation_mean_abs"].double() * down_DI.norm(dim=0)
+        return alone_I.argsort(descending=True, stable=True)
+    moment_II = statistics["activation_second_moment"].double()
     moment_II = moment_II + torch.diag(damping(moment_II))
-    removed = _eliminate_with_update(down_DI, moment_II) if with_update else _eliminate_slices(down_DI, moment_II)
-    return removed.flip(0)
-
-
-def _eliminate_slices(down_DI: Tensor, moment_II: Tensor) -> Tensor:
-    """Channels in the order of their removal, each the one that adds least to the error. [I]
-
-    Removing the set S costs E||sum_{i in S} W_i a_i||^2 = sum_{i,j in S} G_ij with G = (W^T W) * C.
-    """
-    errors_II = down_DI.T @ down_DI * moment_II
-    added_I = errors_II.diagonal().clone()
-    removed = torch.empty(len(added_I), dtype=torch.long, device=down_DI.device)
-    for step in range(len(removed)):
-        channel = added_I.argmin()
-        removed[step] = channel
-        added_I += 2 * errors_II[channel]
-        added_I[channel] = torch.inf
-    return removed
-
-
-def _eliminate_with_update(down_DI: Tensor, moment_II: Tensor) -> Tensor:
-    """Channels in the order of their removal, by what their removal costs after the others took over. [I]
-
-    Channel i costs ||W_i||^2 / [C^-1]_ii, after which W and C^-1 are those of the channels left (optimal brain surgeon;
-    Hassibi and Stork 1993). Removed in batches of a share of what is left: about 3 I^3 operations whatever the share.
-    """
     scale_I = moment_II.diagonal().sqrt()  # of channels whose scales differ by orders of magnitude
     weight = down_DI * scale_I
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment_II / torch.outer(scale_I, scale_I)))
@@ -146,4 +121,4 @@ def _eliminate_with_update(down_DI: Tensor, moment_II: Tensor) -> Tensor:
         weight = weight[:, kept] - weight[:, gone] @ share
         inverse = inverse[kept][:, kept] - inverse[kept][:, gone] @ share
         left = left[kept]
-    return torch.cat(batches)
+    return torch.cat(batches).flip(0)
