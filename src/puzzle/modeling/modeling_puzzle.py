@@ -166,17 +166,28 @@ class PuzzleMasks:
         if padding is not None and dropped:
             padding = torch.cat([padding[:, :sinks], padding[:, sinks + dropped :]], dim=1)
 
+        arguments, positions_BT = self._arguments, self._arguments["position_ids"]
+        packed = positions_BT is not None and self._cache is None and padding is None
+        if packed:  # each document has sinks of its own, of which transformers before 5.23 knew nothing
+            positions_BT = positions_BT.expand(len(arguments["inputs_embeds"]), -1)
+            documents_BT = (positions_BT.diff(dim=1, prepend=positions_BT[:, :1] - 1) != 1).cumsum(1)
+            arguments = arguments | {"position_ids": None}
+
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             token = key + dropped
-            return (key < sinks) | ((token <= query) & (token > query - window))
+            near = (token <= query) & (token > query - window)
+            if not packed:
+                return (key < sinks) | near
+            own = documents_BT[batch, key] == documents_BT[batch, query]
+            return own & ((positions_BT[batch, key] < sinks) | near)
 
         return create_causal_mask(
             config=self._config,
             attention_mask=padding,
             # What follows from the order of tokens alone, also if some were dropped, needs no mask to be built.
-            and_mask_function=None if keys <= window + sinks else visible,
+            and_mask_function=None if keys <= window + sinks and not packed else visible,
             layer_idx=cache_index,
-            **self._arguments,
+            **arguments,
         )
 
 
