@@ -23,6 +23,8 @@ _GPU_SHARE, _CPU_SHARE = 0.8, 0.5
 """Of free memory, for weights and training states. A GPU is ours alone: what is left over holds a batch's activations
 (5 GB for 16k tokens in an FFN of 14336 channels) and fragments. A computer runs other programs and caches files."""
 
+_CAPTURE_WARM_UPS = 3
+
 _MAX_STEPS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS = 16, 10.0
 """A training asks the device for numbers this rarely, as each time the device runs out of work; but often enough that
 being asked to stop is noticed."""
@@ -172,6 +174,24 @@ def times_ms(device: torch.device, work: Callable[[], object], repeats: int) -> 
         event.record()
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+
+
+def replays_ms(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
+    """How long a GPU takes for each of several replays of one call, captured as a CUDA graph: no launches are counted.
+
+    Args:
+        work: changes no shape, and asks the device nothing.
+    """
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):  # libraries make their workspaces, and choose their kernels
+        for _ in range(_CAPTURE_WARM_UPS):
+            work()
+    main.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return times_ms(device, graph.replay, repeats)
 
 
 def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

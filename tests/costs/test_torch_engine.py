@@ -2,15 +2,16 @@
 
 import itertools
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import pico_puzzle
+from tests.conftest import pico_puzzle, random_tokens
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
-from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS, TorchEngine, keeps_memory, time_model
+from puzzle.costs.torch_engine import DECODE_STEPS, WARM_UP_STEPS, TorchEngine, fixed_step, keeps_memory, time_model
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, save_checkpoint
 from puzzle.variants import Architecture
@@ -59,6 +60,35 @@ def test_a_window_is_timed_with_what_it_would_hold() -> None:
     first = 5 + (80 - DECODE_STEPS) // 2 - WARM_UP_STEPS
     lengths = range(first, first + WARM_UP_STEPS + DECODE_STEPS)
     assert [held for _, held, _, _ in calls] == [[4, 4, 4], *([7, length, 7] for length in lengths)]
+
+
+STACK = ("kv4+w48", "kv2+none", "none+w16", "kv2win6+w48", "kv4win5s2+w16", "linear+linear", "kv1win9s3+rank4")
+
+
+@pytest.mark.parametrize("length", [1, 4, 6, 11, 20])
+@torch.no_grad()
+def test_a_step_that_is_replayed_computes_what_a_growing_cache_does(length: int) -> None:
+    """In every kind of attention, windows and sinks included; and again and again, as in a CUDA graph."""
+    model, tokens_BT = pico_puzzle(*STACK), random_tokens(2, length + 1)
+    cache, last_B1 = DynamicCache(config=model.config), tokens_BT[:, length:]
+    model(tokens_BT[:, :length], past_key_values=cache)
+    fixed_B1 = last_B1.clone()
+    step = fixed_step(model, cache, fixed_B1, length)
+    found_B1V = step()
+    assert torch.equal(fixed_B1, found_B1V.argmax(-1))
+    fixed_B1.copy_(last_B1)
+    assert torch.equal(step(), found_B1V)
+    torch.testing.assert_close(found_B1V, model(last_B1, past_key_values=cache).logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_replays_graphs_of_every_kind_of_block(dtype: str) -> None:
+    engine = TorchEngine(replace(scenario(dtype=dtype), device="cuda"))
+    assert "CUDA graphs" in engine.environment["engine"]
+    config = Architecture.parse(STACK).configure(pico_puzzle("kv4+w48").config)
+    small, large = engine.measure(config, [1, 16], 2)
+    assert all(sample.decode_ms > 0 for sample in (*small, *large))
 
 
 def test_stack_has_the_blocks_asked_for_and_no_weight_twice() -> None:

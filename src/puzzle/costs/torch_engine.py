@@ -1,4 +1,7 @@
-"""The engine `torch`: the model as transformers' `generate` runs it, eager, with a cache that grows by concatenation.
+"""The engine `torch`: the model's own modules with SDPA, prefill and decode apart.
+
+On a CPU a step is as transformers' `generate` runs it: eager, with a cache that grows by concatenation. On a GPU that
+would time Python's launches and not the model, so that a step is a replayed CUDA graph, at the middle context length.
 
 A forward frees tensors of many megabytes. By default glibc gives these back to the kernel at once, and the next tensor
 pays for every page again (docs/numbers.md). Servers preload an allocator that keeps memory; here glibc is told to.
@@ -8,22 +11,27 @@ Shapes: B batch, T tokens.
 
 import ctypes
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample, shapes_of
-from puzzle.device import device_name, is_gpu, times_ms
+from puzzle.device import device_name, is_gpu, release_memory, replays_ms, times_ms
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
+from puzzle.modeling.modeling_puzzle import mask_name
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
 DECODE_STEPS = 16
+_REPLAYS = 30
 _ALIGNMENT = 64
 """Elements; torch's own allocations start at cache lines, and so shall the pool's parts."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # from malloc.h
@@ -47,7 +55,8 @@ class TorchEngine(Engine):
 
     @property
     def version(self) -> str:
-        return f"torch {torch.__version__}, transformers {transformers.__version__}"
+        graphs = ", CUDA graphs" if is_gpu(self.device) else ""
+        return f"torch {torch.__version__}, transformers {transformers.__version__}{graphs}"
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
@@ -75,6 +84,8 @@ class TorchEngine(Engine):
                 time_model(runnable, self.scenario, batch_size)
                 self._warm.add((shape, batch_size))
             measured.append([time_model(runnable, self.scenario, batch_size) for _ in range(rounds)])
+        if is_gpu(self.device):
+            release_memory()  # a graph's memory has blocks of its own sizes
         return measured
 
     def build(self, config: PuzzleConfig) -> PuzzleForCausalLM:
@@ -88,6 +99,38 @@ class TorchEngine(Engine):
         state = {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
         model.load_state_dict(state, strict=False, assign=True)
         return finish(model, self.device)
+
+
+class FixedCacheLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values after one more token than `grown` holds, whose place each step's token takes."""
+
+    def __init__(self, grown: DynamicLayer) -> None:
+        super().__init__()
+        self.keys, self.values = (torch.cat([past, past[:, :, -1:]], dim=2) for past in (grown.keys, grown.values))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, -1:] = key_states
+        self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+
+def fixed_step(model: PuzzleForCausalLM, cache: Cache, tokens_B1: Tensor, position: int) -> Callable[[], Tensor]:
+    """A decode step that reads what `cache` holds, can be taken any number of times, and asks the device nothing.
+
+    It returns the logits, [B, 1, V], and puts the likeliest tokens into `tokens_B1`. Every key is seen, also of windows
+    with sinks, whose caches hold no others: so there are no masks.
+    """
+    fixed = Cache(layers=[FixedCacheLayer(layer) for layer in cache.layers])
+    masks = {"full_attention": None} | {mask_name(each.window, each.sinks): None for each in model.model.layers}
+    positions_B1 = torch.full_like(tokens_B1, position)
+
+    def step() -> Tensor:
+        logits_B1V: Tensor = model(tokens_B1, masks, positions_B1, fixed, use_cache=True).logits
+        tokens_B1.copy_(logits_B1V.argmax(-1))
+        return logits_B1V
+
+    return step
 
 
 @torch.no_grad()
@@ -106,11 +149,15 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
         (prefill_ms,) = times_ms(device, step, 1)
         # As if more tokens had been read: copies of the last one, as only the cache's length sets the time. Layers with
         # a window drop by themselves what is too old.
-        skipped = max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS)
+        middle = max(0, scenario.generated_tokens // 2 - 1)
+        skipped = middle if is_gpu(device) else max(0, (scenario.generated_tokens - DECODE_STEPS) // 2 - WARM_UP_STEPS)
         for layer in cache.layers:
             layer.update(*(past[:, :, -1:].expand(-1, -1, skipped, -1) for past in (layer.keys, layer.values)))
-        # On a GPU launches set this time, as nothing is captured: a graph over a static cache would be replayed here.
-        steps_ms = times_ms(device, step, WARM_UP_STEPS + DECODE_STEPS)
+        if is_gpu(device):
+            position = scenario.prompt_tokens + skipped
+            steps_ms = replays_ms(device, fixed_step(model, cache, tokens_BT, position), WARM_UP_STEPS + _REPLAYS)
+        else:
+            steps_ms = times_ms(device, step, WARM_UP_STEPS + DECODE_STEPS)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

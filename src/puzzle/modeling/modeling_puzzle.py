@@ -113,6 +113,11 @@ class PuzzleSinkCacheLayer(DynamicLayer):
         raise RuntimeError("a cache layer with sinks cannot be cropped: what it dropped does not come back")
 
 
+def mask_name(window: int | None, sinks: int) -> str:
+    """Of a layer's mask: `full_attention`, `window1024s4`."""
+    return "full_attention" if window is None else f"window{window}s{sinks}"
+
+
 class PuzzleMasks:
     """The attention masks of one forward, one for each window and number of sinks, made when a layer first asks for it.
 
@@ -130,14 +135,18 @@ class PuzzleMasks:
         cache: Cache | None,
     ) -> None:
         self.made: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
-        """By name, such as `full_attention` or `window1024s4`."""
+        """By `mask_name`."""
         self._config, self._cache, self._tokens = config, cache, hidden_BTD.shape[1]
         self._padding = None if isinstance(attention_mask, dict) else attention_mask
-        self._arguments = {"inputs_embeds": hidden_BTD, "past_key_values": cache, "position_ids": position_ids}
+        self._arguments: dict[str, Any] = {
+            "inputs_embeds": hidden_BTD,
+            "past_key_values": cache,
+            "position_ids": position_ids,
+        }
 
     def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
         """The mask over the keys of a layer's cache as the attention implementation takes it, None if it needs none."""
-        name = "full_attention" if window is None else f"window{window}s{sinks}"
+        name = mask_name(window, sinks)
         if name in self.made:
             return self.made[name]
         if window is None:
