@@ -34,7 +34,7 @@ def time_bld(method: Pipeline) -> tuple[float, float]:
     """All trained variants in one pass of the parent, against a pass up to its own layer for each variant."""
     plans = student_plans(method.parent, method.full_space, None, None)
     built = students_at_start(method.run, method.parent, method.statistics, None, plans)
-    students = [student for student in built if student.parameters()]
+    students = [student for student in built.values() if student.parameters()]
     stream = Stream(method.run, method.parent, method.run.path / "activations")
     batches = [method.data.training_batch(step, BATCH, 0)[:, :-1] for step in range(STEPS)]
 

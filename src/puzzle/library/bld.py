@@ -1,16 +1,13 @@
 """Blockwise local distillation (paper section 2.2): the students of many layers trained at once, each alone.
 
 Each student learns from the parent's own input to its layer. One pass of the parent over the text feeds every student
-of the layers in memory; how many these are changes no result, since students share nothing but the text.
-
-    variants/DIGEST.json           what came of one student; shared by every library of the run folder
-    variants/DIGEST.safetensors    its weights; none for a variant without weights
-
-The digest is that of everything that the result follows from, so that nothing is trained twice.
+of the layers in memory; how many these are changes no result, since students share nothing but the text. Each ends as
+`variants/DIGEST.safetensors`, its weights, and `variants/DIGEST.json`, its row of the library's index, shared by every
+library of the run folder: the digest is of everything that the result follows from, so that nothing is trained twice.
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -44,13 +41,14 @@ class StudentPlan(NamedTuple):
     variants: tuple[Variant, ...]
     num_params: int
     file: str
-    """Its weights, relative to the run folder; the row of the library's index is beside them, as JSON."""
+    """Its weights, relative to the run folder."""
 
     def row_file(self, root: Path) -> Path:
         return (root / self.file).with_suffix(".json")
 
 
-Make = Callable[[Sequence[StudentPlan]], list[Student]]
+Planned = Mapping[StudentPlan, Student]
+Make = Callable[[Sequence[StudentPlan]], Planned]
 
 
 def build_library(
@@ -104,15 +102,16 @@ def student_plans(parent: Parent, space: Space, subblocks: Library | None, ident
 
 def students_at_start(
     run: Run, parent: Parent, statistics: Statistics, subblocks: Library | None, plans: Sequence[StudentPlan]
-) -> list[Student]:
+) -> Planned:
     """The students of these plans, those of a subblock one after another: they share the ranking of its channels."""
-    settings, config, students = run.recipe.library, parent.config, list[Student]()
+    settings, config, students = run.recipe.library, parent.config, dict[StudentPlan, Student]()
     of_block = settings.loss == "block"
     for (layer, subblock), group in groupby(plans, key=lambda plan: (plan.layer, plan.subblock)):
         powers, trained = statistics.moments(layer), True
         if subblocks is None:
             own = statistics.parent_subblock(parent, settings, run.device, layer, cast(Subblock, subblock))
-        for variants in (plan.variants for plan in group):
+        for plan in group:
+            variants = plan.variants
             if subblocks is None:
                 state, own_power = variants[0].initialise(own), own.statistics["output_power"]
                 trained = of_block or settings.start == "paper" or not variants[0].closed_form
@@ -121,18 +120,14 @@ def students_at_start(
                 own_power = powers["block_contribution_power"]
             power = float(powers["block_power"] if of_block else own_power)
             made = Student(layer, variants, config, state, power, run.device, trained=trained, loss=settings.loss)
-            students.append(made)
+            students[plan] = made
     return students
 
 
 def _train_layers(
     run: Run, parent: Parent, data: TokenData, plans: Sequence[StudentPlan], make: Make, layers: range, folder: Path
 ) -> None:
-    """Train what these layers lack, as many layers at a time as fit the memory. A task, also in another process.
-
-    Args:
-        folder: for activations and training state, from which a training that was cut off goes on.
-    """
+    """Train what these layers lack, as many at a time as fit the memory. A task, also in another process."""
 
     def missing(some: Container[int]) -> list[StudentPlan]:
         return [plan for plan in plans if plan.layer in some and not plan.row_file(run.path).exists()]
@@ -150,19 +145,12 @@ def _train_layers(
 
     for group in stream.groups(to_train, training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
         stream.prepare(group.start, texts)
-        _train_group(run, stream, texts, group, missing(group), make, steps, folder)
+        _train_group(run, stream, texts, group, make(missing(group)), steps, folder)
     stream.close()
 
 
 def _train_group(
-    run: Run,
-    stream: Stream,
-    texts: Texts,
-    layers: range,
-    plans: Sequence[StudentPlan],
-    make: Make,
-    steps: int,
-    folder: Path,
+    run: Run, stream: Stream, texts: Texts, layers: range, planned: Planned, steps: int, folder: Path
 ) -> None:
     """The students of the layers in memory, from their start to files on disk.
 
@@ -171,9 +159,9 @@ def _train_group(
     result alone: an output projection fitted to merged heads is small where they are wrong, which keeps them from
     learning, so that training from it ends worse (benchmarks/library.md).
     """
-    settings, students = run.recipe.library, make(plans)
+    settings, students = run.recipe.library, [*planned.values()]
     label = f"BLD of layer {layers[0]}" if len(layers) == 1 else f"BLD of layers {layers[0]}-{layers[-1]}"
-    moment_bytes = stream.room(layers) - _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in plans)
+    moment_bytes = stream.room(layers) - _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in planned)
     best: dict[str, tuple[float, State]] = {}
 
     def passes(text: str, first: int = 0) -> Iterator[Iterator[LayerPass]]:
@@ -214,7 +202,7 @@ def _train_group(
         if rest := sum(best[student.name][0] == initial[student.name] for student in trained):
             run.log(f"{label}: {rest} of {len(trained)} became no better and keep their start")
     (run.path / "variants").mkdir(exist_ok=True)
-    for plan, student in zip(plans, students, strict=True):
+    for plan, student in planned.items():
         loss, weights = best[student.name]
         if weights:
             write_tensors(run.path / plan.file, weights)

@@ -56,9 +56,8 @@ class Library:
 
 
 class LayerBlocks:
-    """Blocks of one layer as modules; they share the modules of their subblocks, and what these compute.
-
-    Blocks that the library has trained as a whole have their own.
+    """Blocks of one layer as modules. They share those of their subblocks, and what these compute; blocks that the
+    library has trained as a whole have their own.
 
     Args:
         model: the parent, for whose context the modules are made; its own layers need no weights.
@@ -100,8 +99,7 @@ def final_states(
     architectures that begin alike share what they have in common. So the blocks of one layer are in memory at a time.
 
     Args:
-        model: the parent; its layers need no weights.
-        batches: tokens, [B, T].
+        model: the parent; its layers need no weights. batches: tokens, [B, T].
     """
     states: dict[Names, list[Tensor]] = {(): [model.embed(tokens_BT) for tokens_BT in batches]}
     for layer in range(library.parent.num_layers):

@@ -16,9 +16,9 @@ and per layer, x being its input and x' its output:
     influence [] = 1 - E[cos(x, x')] (block influence, ShortGPT)
     block_power [] = E[x'^2]             block_contribution_power [] = E[(x' - x)^2], both per element
 
-The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use, and as many layers are in use together as fit the
-memory. Products are float32 and sums float64, from which means can be subtracted without loss; only the moment of
-activations, the largest by far and never centred, is summed in float32 (what that loses: benchmarks/large_parent.md).
+The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use. Products are float32 and sums float64, from which
+means can be subtracted without loss; only the moment of activations, the largest by far and never centred, is summed in
+float32 (what that loses: benchmarks/large_parent.md).
 """
 
 from collections import defaultdict

@@ -25,9 +25,6 @@ from puzzle.streams import LayerPass, Texts, packed
 from puzzle.training import Part, Trained, adamw, train
 from puzzle.variants import State, Variant, add_sum, damping, split_state
 
-_WARMUP = 0.05
-_MAX_GRAD_NORM = 1.0
-
 
 class Student:
     """One variant of a subblock; or an attention and an FFN variant together, trained as a whole (coupled BLD).
@@ -111,9 +108,8 @@ class Student:
         """What enters its projection on a batch, [B, T, I]."""
         captured: list[Tensor] = []
         assert self.projection is not None
-        handle = self.projection.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
-        self._output(seen)
-        handle.remove()
+        with self.projection.register_forward_pre_hook(lambda _, args: captured.append(args[0])):
+            self._output(seen)
         return captured[0]
 
 
@@ -144,8 +140,7 @@ def fit(
     """AdamW on all students at once, each clipped by its own gradient norm; resumes from the state in `folder`.
 
     Args:
-        text: the passes of every batch from a given step on, one batch a step.
-        precision: of matrix products; weights stay float32.
+        text: the passes of every batch from a given step on, one a step. precision: of products; weights stay float32.
     """
     parts = []
     for student in students:
@@ -164,16 +159,15 @@ def fit(
             losses.append(loss.detach())
         return {"loss": torch.stack(losses).nanmean()}
 
-    return train(parts, gradients, steps=steps, warmup=_WARMUP, max_grad_norm=_MAX_GRAD_NORM, folder=folder, bar=bar)
+    return train(parts, gradients, steps=steps, warmup=0.05, max_grad_norm=1.0, folder=folder, bar=bar)
 
 
 @torch.no_grad()
 def held_out(
     students: Sequence[Student], text: Iterable[Iterable[LayerPass]], precision: torch.dtype = torch.float32
 ) -> dict[str, tuple[float, float]]:
-    """Of each student over a text, by name: its loss, inf if it is not finite, and what that is relative to.
-
-    E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0; and E||y||^2, per element.
+    """Of each student over a text, by name: E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0, inf if it is not
+    finite; and E||y||^2, per element.
     """
     sums: State = {}
     for student, seen in _of_layer(students, chain.from_iterable(text)):
@@ -192,12 +186,9 @@ def held_out(
 def update_projections(students: Sequence[Student], text: Callable[[], Iterable[LayerPass]], memory_bytes: int) -> None:
     """Set the students' output projections to their optimum, a least-squares update of the present ones.
 
-    A projection W from its input a to the subblock's output y is linear. With everything before it as it is, the
-    optimum is W0 + (E[y a^T] - W0 C) (C + damping)^-1, where C = E[a a^T] and W0 is the present map. A bias stays, and
-    so does a projection whose optimum is not finite. Products are in float32, sums in float64.
-
-    Args:
-        text: every layer of every batch, as often as it is called: as often as the memory for moments asks for.
+    With everything before a projection W as it is, from its input a to the subblock's output y, the optimum is
+    W + (E[y a^T] - W C) (C + damping)^-1, C = E[a a^T]. A bias stays, and so does a projection whose optimum is not
+    finite. Products are in float32, sums in float64. `text` is read as often as the memory for moments asks for.
     """
     projections = {student: student.projection for student in students if student.projection is not None}
 

@@ -50,21 +50,20 @@ def score(
     Args:
         task: in place of the recipe's `score.task`. The address has its module and name, not its code.
     """
-    settings, layers = run.recipe.score, range(len(space.layers))
+    settings = run.recipe.score
     if task is None and settings.task is not None:
         task = load_task(settings.task)
-    blocks = [[block.name for block in layer.blocks()] for layer in space.layers]
     name = None if task is None else task_name(task)
-    stage = run.open(SCORE, library=library, data=data, space=blocks, task=name)
+    stage = run.open(SCORE, library=library, data=data, space=space.names, task=name)
     table_file = stage.path / "scores.json"
     if not stage.done:
-        work = partial(_score_layers, run, data, library, space, task, stage.path)
-        for_layers(run, stage, work, _costs(space))
+        for_layers(run, stage, partial(_score_layers, run, data, library, space, task, stage.path), _costs(space))
+        files = (stage.path / f"layer{layer:03d}.json" for layer in range(len(space.layers)))
         table = ScoreTable(
-            num_layers=len(layers),
+            num_layers=len(space.layers),
             sequences=data.num_sequences("scoring", settings.tokens),
             sequence_length=data.sequence_length,
-            rows=tuple(ScoreRow(**row) for layer in layers for row in read_json(stage.path / f"layer{layer:03d}.json")),
+            rows=tuple(ScoreRow(**row) for file in files for row in read_json(file)),
         )
         write_text(table_file, table.to_json())
         stage.commit()
@@ -120,8 +119,8 @@ def _score_layers(
                 if not found.isfinite().all():
                     run.log_warning(f"score of layer {layer} {block.name} is not finite; it cannot be chosen")
                     continue
-                halves = [BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)]
-                parts = [values[half] for half in halves] if len(found) < len(unchanged) else []
+                alone = [BlockVariant(block.attention, own.ffn), BlockVariant(own.attention, block.ffn)]
+                parts = [values[part] for part in alone] if len(found) < len(unchanged) else []
                 row = {"layer": layer, "block": block.name, **_figures(found, unchanged, parts)}
                 if task is not None:
                     model = partial(with_block, stream.model, layer, block, library)
@@ -136,9 +135,8 @@ def _score_layers(
 def _figures(values: Tensor, unchanged: Tensor, parts: Sequence[Tensor]) -> dict[str, Any]:
     """A block's figures: those of the unchanged parent on all sequences, and what the block adds to them.
 
-    On sequences that it was not scored on, what it adds is known by its parts, if given: the sum of theirs on all
-    sequences is a control variate, to which comes what the block adds beyond that sum on its own sequences. That has no
-    bias.
+    The sum of what its parts add on all sequences, if given, is a control variate: to it comes what the block adds
+    beyond that sum on its own sequences. That has no bias.
 
     Args:
         values: of the block's own sequences, [n, M]. unchanged: of all. parts: of all, of each subblock alone.
@@ -227,8 +225,7 @@ def per_sequence(model: PuzzleForCausalLM, parent_BTD: Tensor, states_ABTD: Tens
     """Metrics of final states beside the parent's, means over each sequence's tokens, [A, B, M], on the CPU.
 
     Args:
-        model: the parent, for its final norm and head.
-        tokens_BT: inputs and the last target, [B, T + 1].
+        model: the parent, for its final norm and head. tokens_BT: inputs and the last target, [B, T + 1].
     """
     targets_N = tokens_BT[:, 1:].flatten().to(states_ABTD.device)
     metrics = compare(model, model, parent_BTD.flatten(0, 1), states_ABTD.flatten(1, 2), targets_N)

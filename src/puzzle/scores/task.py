@@ -16,9 +16,7 @@ Task = Callable[[PuzzleForCausalLM], float]
 
 
 def load_task(text: str) -> Task:
-    """The function that the recipe's `score.task` names, `module:function`; modules are also looked for where the
-    command is run.
-    """
+    """The function `module:function`; modules are also looked for where the command is run."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = pkgutil.resolve_name(text)
@@ -43,11 +41,7 @@ def task_name(task: Task) -> str:
 
 
 def task_score(run: Run, task: Task, file: Path, label: str, model: Callable[[], PuzzleForCausalLM]) -> float | None:
-    """The task's number of a model, kept in `file` over restarts; None if it is not finite.
-
-    Args:
-        label: of the model; the parent's is `parent`.
-    """
+    """The task's number of the model `label`, kept in `file` over restarts; None if it is not finite."""
     known: dict[str, float | None] = read_json(file) if file.exists() else {}
     if label not in known:
         value = task(model())

@@ -103,11 +103,7 @@ class Variant(ABC):
     # Sizes and work, all of one subblock with its norm and biases.
 
     def build(self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None) -> PuzzleDecoderLayer:
-        """A decoder layer of this subblock alone, with the weights of `state` (shared, not copied), or on `meta`.
-
-        Args:
-            config: of a model that was built, so that the attention implementation is the one its masks are made for.
-        """
+        """A decoder layer of this subblock alone, with the weights of `state` (shared, not copied), or on `meta`."""
         assert state is None or config._attn_implementation is not None, "build a model with this configuration first"
         with torch.device("meta"):
             block = {"attention": {"kind": "none"}, "ffn": {"kind": "none"}, self.subblock: self.entry()}
@@ -173,9 +169,7 @@ class Variant(ABC):
         return None
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None] | None:
-        """As the parent variant: the linear map [D, D] and bias [D] that replace it, from its weights alone, in float64
-        (paper appendix A).
-        """
+        """As the parent variant: weight [D, D] and bias [D] of the map that replaces it (paper appendix A); float64."""
         return None
 
     def __str__(self) -> str:

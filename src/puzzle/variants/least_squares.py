@@ -18,15 +18,13 @@ _BATCH_SHARE = 1 / 50
 
 
 def ridge(statistics: State, *, bias: bool, rank: int | None = None) -> tuple[list[Tensor], Tensor | None]:
-    """The linear map of at most `rank` from normed input h to output y that minimises E||y - W h - b||^2; float64.
+    """The linear map of at most `rank` from normed input h to output y that minimises E||y - W h - b||^2.
 
     What a map W' loses to the ridge regression W is tr (W - W') M (W - W')^T, M the input's damped second moment: so W'
     is W on the `rank` directions of the output in which W M W^T is largest (Izenman 1975).
 
     Args:
-        statistics: `input_mean` [D], `input_second_moment` [D, D] = E[h h^T], `output_mean` [D],
-            `cross_moment` [D, D] = E[y h^T].
-        bias: with a bias, the moments are centred first.
+        statistics: the moments of h and y (`puzzle.library.statistics`); with a bias they are centred first.
 
     Returns:
         The factors of W: itself, [D, D], or [D, rank] with orthonormal columns and [rank, D]; and b [D] if `bias`.
@@ -47,11 +45,7 @@ def ridge(statistics: State, *, bias: bool, rank: int | None = None) -> tuple[li
 
 
 def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float:
-    """E||y - W h - b||^2 / E||y||^2 of any linear map from the normed input h to the output y, by their moments.
-
-    Args:
-        weight: [D, D]. bias: [D].
-    """
+    """E||y - W h - b||^2 / E||y||^2 of any weight W [D, D] and bias b [D], y the output and h the normed input."""
     weight = weight.double()
     second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
     power = statistics["output_power"].double() * len(weight)
@@ -63,16 +57,13 @@ def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float
 
 
 def least_squares_update(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:
-    """The projection of the kept inputs that comes closest to `weight` on all inputs, under the damped second moment C.
+    """The projection of the kept inputs S that comes closest to W on all inputs, W C[:, S] C[S, S]^-1, [D, S].
 
-    It is W C[:, S] C[S, S]^-1, written as the kept columns plus what they take over from the dropped ones: with nothing
-    dropped it is `weight` itself, and damping draws it to plain slicing, not to zero.
+    Written as the kept columns plus what they take over from the dropped ones: with nothing dropped it is W itself, and
+    damping draws it to plain slicing, not to zero.
 
     Args:
-        weight: [D, I]. second_moment: [I, I], E[a a^T]. kept: [S], indices into I.
-
-    Returns:
-        [D, S].
+        weight: W [D, I]. second_moment: C = E[a a^T], [I, I]. kept: [S], indices into I.
     """
     dropped = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     dropped[kept] = False

@@ -157,9 +157,8 @@ def derive_space(
 
     blocks = Architecture.of(config).blocks
     space = Space(tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in blocks))
-    found = {variant for layer in space.layers for variant in layer.variants}
-    fitting: set[tuple[str | None, object]] = {(variant.setting, variant.size) for variant in found}
-    fitting |= {(variant.subblock, variant.name) for variant in found}
+    found = (variant for layer in space.layers for variant in layer.variants)
+    fitting = {pair for each in found for pair in ((each.setting, each.size), (each.subblock, each.name))}
     asked: list[tuple[str, object]] = [(setting, size) for setting, given in sizes.items() for size in given or ()]
     asked += [(which, each.name) for which, some in named.items() for each in some if each.size is not None]
     for setting, size in (each for each in asked if each not in fitting):
@@ -177,11 +176,8 @@ def prune_space(
 ) -> Space:
     """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their subblock.
 
-    Smaller means: no more parameters, and no larger KV cache of the longest sequence; so `none`, which has neither,
-    stays. So does what has no expected loss.
-
-    Args:
-        losses: the expected ones, by layer, subblock and name of the variant.
+    Smaller means: no more parameters, and no larger KV cache of the longest sequence. `losses` are the expected ones,
+    by layer, subblock and name; what has none stays.
     """
     tokens, every = config.max_position_embeddings, {each for layer in space.layers for each in layer.variants}
     sizes = {each: (each.num_params(config), each.kv_bytes(config, tokens, torch.float32)) for each in every}

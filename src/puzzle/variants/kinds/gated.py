@@ -48,8 +48,7 @@ class GatedFFN(Variant):
     def initialise(self, parent: ParentSubblock) -> State:
         """Keep the first channels of the ranking, and update the down projection for them by least squares.
 
-        The update is the optimum of the BLD loss for the kept channels; a bias stays the parent's. The start of the
-        paper keeps the down projection's columns as they are.
+        With the paper's starts, its columns stay as they are. A bias stays the parent's in any case.
         """
         if parent.variant == self:
             return dict(parent.state)
@@ -62,10 +61,7 @@ class GatedFFN(Variant):
         return parent.state | rows | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        """tr((W - W') C (W - W')^T) / E||y||^2 with W' zero where a channel is gone.
-
-        Holds for untrained weights only: gate and up projection are assumed to be the parent's.
-        """
+        """tr((W - W') C (W - W')^T) / E||y||^2, W' zero where a channel is gone; of untrained weights only."""
         if parent.variant == self:
             return 0.0
         left_DI = parent.state["mlp.down_proj.weight"].to(torch.float64, copy=True)

@@ -88,13 +88,11 @@ class GroupedQuery(Variant):
         return 0.0 if parent.variant == self else None
 
     def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
-        if not isinstance(wider, GroupedQuery) or wider.num_key_value_heads % self.num_key_value_heads:
+        if not isinstance(wider, GroupedQuery) or (wider.window, wider.sinks) != (self.window, self.sinks):
             return None
-        if (wider.window, wider.sinks) != (self.window, self.sinks):
-            return None
-        repeats = wider.num_key_value_heads // self.num_key_value_heads
-        kv = _kv_tensors(state)
-        return state | {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in kv}
+        repeats, rest = divmod(wider.num_key_value_heads, self.num_key_value_heads)
+        repeated = {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in _kv_tensors(state)}
+        return None if rest else state | repeated
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
         """W_o W_v: each token attends to itself alone; the V heads are repeated for the query heads that read them."""

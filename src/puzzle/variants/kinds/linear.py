@@ -59,10 +59,7 @@ class _Linear(Variant):
         return {"replace_with_linear": True} if self.size is None else None
 
     def initialise(self, parent: ParentSubblock) -> State:
-        """The regression of the subblock's output on its normed input, of this rank.
-
-        With the paper's starts: the linear map that the parent's weights make, cut to this rank.
-        """
+        """The regression of this rank; with the paper's starts, the parent's own linear map cut to this rank."""
         if parent.variant == self:
             return dict(parent.state)
         if parent.settings.start == "paper" and (made := parent.variant.linear_map(parent.state)) is not None:
