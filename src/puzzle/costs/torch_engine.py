@@ -13,7 +13,7 @@ import ctypes
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -25,8 +25,7 @@ from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample, shapes_of
 from puzzle.device import device_name, is_gpu, release_memory, replays_ms, times_ms
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish
-from puzzle.modeling.modeling_puzzle import mask_name
+from puzzle.modeling import PuzzleConfig, PuzzleDecoderLayer, PuzzleForCausalLM, empty_model, finish
 
 WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
@@ -122,7 +121,8 @@ def fixed_step(model: PuzzleForCausalLM, cache: Cache, tokens_B1: Tensor, positi
     with sinks, whose caches hold no others: so there are no masks.
     """
     fixed = Cache(layers=[FixedCacheLayer(layer) for layer in cache.layers])
-    masks = {"full_attention": None} | {mask_name(each.window, each.sinks): None for each in model.model.layers}
+    layers = cast(Sequence[PuzzleDecoderLayer], model.model.layers)
+    masks = {"full_attention": None} | {layer.mask_name: None for layer in layers}
     positions_B1 = torch.full_like(tokens_B1, position)
 
     def step() -> Tensor:

@@ -113,8 +113,8 @@ class PuzzleSinkCacheLayer(DynamicLayer):
         raise RuntimeError("a cache layer with sinks cannot be cropped: what it dropped does not come back")
 
 
-def mask_name(window: int | None, sinks: int) -> str:
-    """Of a layer's mask: `full_attention`, `window1024s4`."""
+def _mask_name(window: int | None, sinks: int) -> str:
+    """`full_attention`, `window1024s4`."""
     return "full_attention" if window is None else f"window{window}s{sinks}"
 
 
@@ -135,7 +135,7 @@ class PuzzleMasks:
         cache: Cache | None,
     ) -> None:
         self.made: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
-        """By `mask_name`."""
+        """By `_mask_name`."""
         self._config, self._cache, self._tokens = config, cache, hidden_BTD.shape[1]
         self._padding = None if isinstance(attention_mask, dict) else attention_mask
         self._arguments: dict[str, Any] = {
@@ -146,7 +146,7 @@ class PuzzleMasks:
 
     def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
         """The mask over the keys of a layer's cache as the attention implementation takes it, None if it needs none."""
-        name = mask_name(window, sinks)
+        name = _mask_name(window, sinks)
         if name in self.made:
             return self.made[name]
         if window is None:
@@ -218,6 +218,11 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
             setattr(self, norm_name, family.norm(config.hidden_size, eps=config.rms_norm_eps))
             setattr(self, MODULE_NAMES[which], _build(config, which, block[which], cache_index))
         self._gives_window = self.window is not None and not _gives_window_itself(self.self_attn)
+
+    @property
+    def mask_name(self) -> str:
+        """Which of `PuzzleMasks.made` its attention takes."""
+        return _mask_name(self.window, self.sinks)
 
     def has(self, which: str) -> bool:
         """Whether the layer has this subblock, `attention` or `ffn`."""
