@@ -75,8 +75,8 @@ def test_the_parts_of_a_forward() -> None:
     for layer, block in zip(model.model.layers, model.config.blocks, strict=True):
         for which in ("attention", "ffn"):
             output_BTD = layer.subblock_output(which, hidden_BTD, **context)
-            assert layer.has(which) == bool(output_BTD.any()) == (block[which]["kind"] != "none")
-            assert (layer.norm_of(which) is not None) == layer.has(which)
+            assert (which in layer.norm_names) == bool(output_BTD.any()) == (block[which]["kind"] != "none")
+            assert (layer.norm_of(which) is not None) == (which in layer.norm_names)
             hidden_BTD = hidden_BTD + output_BTD
     outputs = model(tokens_BT, output_hidden_states=True)
     assert torch.equal(model.final_norm(hidden_BTD), outputs.hidden_states[-1])

@@ -146,7 +146,7 @@ def test_attention_gets_the_callers_arguments() -> None:
     model = pico_puzzle(*MIXED)
     seen: list[object] = []
     for layer in model.model.layers:
-        if layer.has("attention"):
+        if "attention" in layer.norm_names:
             layer.self_attn.register_forward_pre_hook(
                 lambda _, args, kwargs: seen.append(kwargs["attention_instances"]), with_kwargs=True
             )

@@ -108,7 +108,7 @@ class Distillation(nn.Module):
             with torch.no_grad():
                 parent_BTD = parent_layer(parent_BTD, **parent_context)
             child_BTD = layer(child_BTD, **context)
-            if self._settings.cosine_weight and (layer.has("attention") or layer.has("ffn")):
+            if self._settings.cosine_weight and layer.norm_names:
                 cosines.append(cosine_loss(child_BTD, parent_BTD))
         with torch.no_grad():
             kl = kl_to_head(teacher.final_norm(parent_BTD).flatten(0, 1), teacher.lm_head.weight)

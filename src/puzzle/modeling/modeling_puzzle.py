@@ -213,8 +213,8 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         self.window: int | None = attention.get("window") if has_cache(attention) else None
         self.sinks: int = attention.get("sinks", 0)
         self.cache_index = cache_index
-        self._norm_names = {which: family.norm_names[which] for which in MODULE_NAMES if block[which]["kind"] != "none"}
-        for which, norm_name in self._norm_names.items():
+        self.norm_names = {which: family.norm_names[which] for which in MODULE_NAMES if block[which]["kind"] != "none"}
+        for which, norm_name in self.norm_names.items():
             setattr(self, norm_name, family.norm(config.hidden_size, eps=config.rms_norm_eps))
             setattr(self, MODULE_NAMES[which], _build(config, which, block[which], cache_index))
         self._gives_window = self.window is not None and not _gives_window_itself(self.self_attn)
@@ -224,13 +224,9 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         """Which of `PuzzleMasks.made` its attention takes."""
         return _mask_name(self.window, self.sinks)
 
-    def has(self, which: str) -> bool:
-        """Whether the layer has this subblock, `attention` or `ffn`."""
-        return which in self._norm_names
-
     def norm_of(self, which: str) -> nn.Module | None:
         """The norm before a subblock; None where it is left out."""
-        return self.get_submodule(self._norm_names[which]) if self.has(which) else None
+        return self.get_submodule(self.norm_names[which]) if which in self.norm_names else None
 
     def subblock_output(self, which: str, hidden_BTD: Tensor, masks: Any = None, **context: Any) -> Tensor:
         """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out."""
@@ -247,7 +243,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         return output_BTD
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
-        for which in self._norm_names:
+        for which in self.norm_names:
             hidden_states = hidden_states + self.subblock_output(which, hidden_states, **context)
         return hidden_states
 
