@@ -1,9 +1,8 @@
 """The child: the library's weights put together as a checkpoint that runs (law 5), and its sequential refinement.
 
-A block of the library has only seen its inputs in the parent; in the child, it gets what the blocks before it made of
-the text. So in refinement, from the first layer that differs from the parent's, every block is trained on its inputs in
-the child, the layers before it refined already, towards the parent's output of that layer. Of both models one layer at
-a time is in use; its inputs are kept on disk for every batch.
+A block of the library has only seen its inputs in the parent. So in refinement, from the first layer that differs from
+the parent's, every block is trained on its inputs in the child, the layers before it refined already, towards the
+parent's output of that layer. Of both models one layer at a time is in use; its inputs are on disk for every batch.
 
 Shapes: B batch, T tokens, D hidden size.
 """
@@ -29,8 +28,6 @@ from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_
 from puzzle.stages import BLD_BYTES, REALISE, REFINE
 from puzzle.streams import LayerPass, Stream, read_ahead
 from puzzle.variants import Architecture, State
-
-_CHECK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,18 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
     architecture = Architecture.parse(blocks)
     stage = run.open(REALISE, parent=parent, library=library, blocks=list(blocks))
     child = Child(stage.path / "checkpoint", stage.address, architecture)
-    if not stage.done:
-        _save(parent, child, lambda layer: library.block_state(layer, architecture.blocks[layer]))
-        error = _largest_difference(run, parent, library, child)
-        stage.commit(params=child.source().num_params, reload_logit_error=error)
+    if stage.done:
+        return child
+    _save(parent, child, lambda layer: library.block_state(layer, architecture.blocks[layer]))
+    tokens_BT = torch.arange(16, device=run.device).remainder(parent.config.vocab_size).unsqueeze(0)
+    model = parent.load(device=run.device, layers=())
+    ((expected_BTD,),) = final_states(library, model, [architecture.names], [tokens_BT])
+    stream = Stream(run, child.source(), stage.path / "activations", dtype=torch.float32)
+    (found_BTD,) = stream.finals("check", lambda: [tokens_BT])
+    stream.close()
+    error = float((stream.model.logits(found_BTD) - model.logits(expected_BTD)).abs().max())
+    assert error <= 1e-4 * max(1.0, float(model.logits(expected_BTD).abs().max())), f"{error} off; this is a bug"
+    stage.commit(params=child.source().num_params, reload_logit_error=error)
     return child
 
 
@@ -132,7 +137,7 @@ class _Refinement:
         if layer == self._layers.start:
             self._stream.prepare(layer, self._child_texts)
             return
-        before = self._student(layer - 1)
+        before = self._student(layer - 1, self.state(layer - 1))
 
         def forward(layers: range, hidden_BTD: Tensor) -> Tensor:
             assert layers == range(layer - 1, layer), f"the child's text has not reached layer {layer - 1}"
@@ -140,15 +145,13 @@ class _Refinement:
             with autocast(hidden_BTD.device, hidden_BTD.dtype):
                 return (hidden_BTD.float() + before.output(hidden_BTD.float(), context)).to(hidden_BTD.dtype)
 
-        for text, batches in self._child_texts.items():
-            self._stream.advance(text, batches(), range(layer - 1, layer), forward)
+        self._stream.advance(self._child_texts, range(layer - 1, layer), forward)
 
     def _refine(self, layer: int, bar: Progress) -> dict[str, float]:
-        student, training = self._student(layer), self._folder / f"training{layer:03d}"
+        student, training = self._student(layer, self._child.layer_state(layer)), self._folder / f"training{layer:03d}"
         passes, precision = partial(self._passes, layer), self._stream.model.dtype
 
         def measured() -> tuple[float, float]:
-            """Its loss, and the power of its target."""
             return held_out([student], passes("validation"), precision)[student.name]
 
         student.power = measured()[1] or 1.0  # 1 for a layer of the parent that adds nothing
@@ -162,17 +165,17 @@ class _Refinement:
         shutil.rmtree(training, ignore_errors=True)
         return {"layer": layer, "initial_loss": initial, "loss": min(loss, initial)}
 
-    def _student(self, layer: int) -> Student:
+    def _student(self, layer: int, state: State) -> Student:
         config, device = self._stream.model.config, self._run.device
-        return Student(layer, self._blocks[layer].subblocks, config, self.state(layer), 1.0, device, loss="refined")
+        return Student(layer, self._blocks[layer].subblocks, config, state, 1.0, device, loss="refined")
 
     def _passes(self, layer: int, text: str, first: int = 0) -> Iterator[list[LayerPass]]:
         """The parent's layer on every batch from number `first` on, with the child's inputs in place of its own."""
-        batches, inputs = self._texts[text], partial(self._stream.inputs, layer, f"child-{text}")
-        child_inputs = read_ahead(islice(enumerate(batches()), first, None), inputs)
-        for layer_passes in self._stream.passes(range(layer, layer + 1), text, batches(), first):
-            _, hidden_BTD = next(child_inputs)
-            yield [replace(next(layer_passes), inputs_BTD={"attention": hidden_BTD})]
+        batches, read = self._texts[text], partial(self._stream.inputs, layer, f"child-{text}")
+        passes = self._stream.passes(range(layer, layer + 1), text, batches(), first)
+        inputs = read_ahead(islice(enumerate(batches()), first, None), read)
+        for (seen,), (_, hidden_BTD) in zip(passes, inputs, strict=True):
+            yield [replace(seen, inputs_BTD={"attention": hidden_BTD})]
 
 
 def _save(parent: Parent, child: Child, layer_state: Callable[[int], State]) -> None:
@@ -197,18 +200,3 @@ def _save(parent: Parent, child: Child, layer_state: Callable[[int], State]) -> 
     model.load_state_dict(state, strict=False, assign=True)
     save_checkpoint(finish(model, "cpu"), child.path, extra_files_from=parent.path)
     shutil.rmtree(parts)
-
-
-@torch.no_grad()
-def _largest_difference(run: Run, parent: Parent, library: Library, child: Child) -> float:
-    """Largest difference of logits between the saved child and the parent with the library's blocks swapped in."""
-    tokens_BT = torch.arange(_CHECK_TOKENS, device=run.device).remainder(parent.config.vocab_size).unsqueeze(0)
-    model = parent.load(device=run.device, layers=())
-    ((swapped_BTD,),) = final_states(library, model, [child.architecture.names], [tokens_BT])
-    expected = model.logits(swapped_BTD)
-    stream = Stream(run, child.source(), child.path.with_name("activations"), dtype=torch.float32)
-    (final_BTD,) = stream.finals("check", lambda: [tokens_BT])
-    stream.close()
-    error, scale = (float(each.abs().max()) for each in (stream.model.logits(final_BTD) - expected, expected))
-    assert error <= 1e-4 * max(scale, 1.0), f"the saved child is off by {error} of {scale}; this is a bug"
-    return error

@@ -82,7 +82,7 @@ class Stream:
 
     Args:
         source: the parent, or a child on disk opened like one.
-        folder: for hidden states while they are needed, FOLDER/TEXT/BATCH.safetensors; `close` deletes it.
+        folder: for hidden states, FOLDER/TEXT/BATCH.safetensors; `close` deletes it.
         reserved_bytes: memory that the caller needs beside the model all the time.
         dtype: of weights and hidden states; None: the recipe's `precision`.
     """
@@ -111,27 +111,20 @@ class Stream:
     ) -> Iterator[range]:
         """Ranges of layers, each as long as its weights and `extra_bytes` fit the memory, but at least one layer.
 
-        Ranges of a streamed model hold no layer that is not asked for.
+        Ranges of a streamed model have no layer that is not asked for.
 
         Args:
             extra_bytes: what a layer needs beside its own weights.
             begun: layers that an attempt before this one was at; they come first, in ranges of their own.
         """
-        parts = [[layer for layer in layers if (layer in begun) == first] for first in (True, False)]
-        if not self.resident:
-            runs = [groupby(enumerate(part), key=lambda pair: pair[1] - pair[0]) for part in parts]
-            parts = [[layer for _, layer in run] for part in runs for _, run in part]
         own = [0] * self.num_layers if self.resident else self.layer_bytes
-        for part in parts:
-            for group in packed(part, lambda layer: extra_bytes(layer) + own[layer], self.room(())):
-                yield range(group[0], group[-1] + 1)
+        for part in ([each for each in layers if each in begun], [each for each in layers if each not in begun]):
+            for _, run in groupby(enumerate(part), key=lambda pair: 0 if self.resident else pair[1] - pair[0]):
+                for group in packed([i for _, i in run], lambda i: extra_bytes(i) + own[i], self.room(())):
+                    yield range(group[0], group[-1] + 1)
 
     def hold(self, layers: Collection[int], weights: Mapping[int, State] | None = None) -> None:
-        """Hold the weights of these layers; of a streamed model, of no others.
-
-        Args:
-            weights: the layers' tensors, if they were read before.
-        """
+        """Hold the weights of these layers, which may have been read before; of a streamed model, of no others."""
         if self.resident:
             return
         for index, layer in enumerate(self.layers):
@@ -144,10 +137,8 @@ class Stream:
                 layer.requires_grad_(False)
 
     def walk(self, layers: range, reserved_bytes: int = 0) -> Iterator[range]:
-        """`layers` in order, as many at a time as fit the memory twice: held, while a thread reads the next ones.
-
-        Args:
-            reserved_bytes: memory that the caller needs meanwhile.
+        """`layers` in order, as many at a time as fit the memory twice, beside the caller's `reserved_bytes`: held,
+        while a thread reads the next ones.
         """
         if self.resident:
             yield layers
@@ -183,29 +174,23 @@ class Stream:
         if first < layer:
             self.check_disk(texts)
         for group in self.walk(range(first, layer)):
-            for name, batches in texts.items():
-                self.advance(name, batches(), group, self.forward)
+            self.advance(texts, group, self.forward)
 
     @torch.no_grad()
-    def advance(
-        self, text: str, batches: Iterable[Tensor], layers: range, forward: Callable[[range, Tensor], Tensor]
-    ) -> None:
-        """Replace the states of a text on disk by what leaves the last of `layers`, batch by batch, if it is not there.
+    def advance(self, texts: Texts, layers: range, forward: Callable[[range, Tensor], Tensor]) -> None:
+        """Replace the states of texts on disk by what leaves the last of `layers`, batch by batch, if it is not there.
 
         Args:
             forward: runs hidden states through a range of layers, from the one that a batch has reached.
         """
-
-        def read(numbered_BT: tuple[int, Tensor]) -> tuple[int, Tensor]:
-            layer = self._reached(self._file(text, numbered_BT[0]))
-            return layer, self.inputs(layer, text, numbered_BT)
-
-        (self._folder / text).mkdir(parents=True, exist_ok=True)
-        behind = (each for each in enumerate(batches) if self._reached(self._file(text, each[0])) < layers.stop)
-        for (batch, _), (layer, hidden_BTD) in read_ahead(behind, read):
-            states = {"hidden_BTD": forward(range(layer, layers.stop), hidden_BTD), "layer": torch.tensor(layers.stop)}
-            # They can be computed again, so that nothing waits until they are on the disk itself.
-            write_tensors(self._file(text, batch), states, flush=False)
+        for text, batches in texts.items():
+            (self._folder / text).mkdir(parents=True, exist_ok=True)
+            behind = (each for each in enumerate(batches()) if self._reached(self._file(text, each[0])) < layers.stop)
+            for (batch, _), (layer, hidden_BTD) in read_ahead(behind, partial(self._states, text)):
+                output_BTD = forward(range(layer, layers.stop), hidden_BTD)
+                states = {"hidden_BTD": output_BTD, "layer": torch.tensor(layers.stop)}
+                # They can be computed again, so that nothing waits until they are on the disk itself.
+                write_tensors(self._file(text, batch), states, flush=False)
 
     def _file(self, text: str, batch: int) -> Path:
         return self._folder / text / f"{batch:06d}.safetensors"
@@ -215,14 +200,19 @@ class Stream:
         return int(read_tensors(file)["layer"]) if file.exists() else 0
 
     @torch.no_grad()
+    def _states(self, text: str, numbered_BT: tuple[int, Tensor]) -> tuple[int, Tensor]:
+        """The layer that a batch has reached, 0 if it is not on disk, and its inputs."""
+        file = self._file(text, numbered_BT[0])
+        if not file.exists():
+            return 0, self.embed(numbered_BT[1])
+        states = read_tensors(file)
+        return int(states["layer"]), states["hidden_BTD"].to(self.model.device)
+
     def inputs(self, layer: int, text: str, numbered_BT: tuple[int, Tensor]) -> Tensor:
         """The inputs of `layer` for a batch of a text that was prepared for it, by number and tokens. [B, T, D]"""
-        batch, tokens_BT = numbered_BT
-        if layer == 0:
-            return self.embed(tokens_BT)
-        states = read_tensors(self._file(text, batch))
-        assert states["layer"] == layer, f"{text} was prepared for another layer than {layer}"
-        return states["hidden_BTD"].to(self.model.device)
+        reached, hidden_BTD = self._states(text, numbered_BT)
+        assert reached == layer, f"{text} was prepared for layer {reached}, not {layer}"
+        return hidden_BTD
 
     @torch.no_grad()
     def forward(self, layers: range, hidden_BTD: Tensor) -> Tensor:
@@ -235,11 +225,7 @@ class Stream:
     def passes(
         self, layers: range, text: str, batches: Iterable[Tensor], first: int = 0
     ) -> Iterator[Iterator[LayerPass]]:
-        """For each batch of a text that was prepared for the first of `layers`, its way through them, layer by layer.
-
-        Args:
-            first: number of the first batch; those before it are skipped.
-        """
+        """The way of each batch, from number `first` on, through `layers`, for whose first `text` was prepared."""
         self.hold(layers)
         numbered = islice(enumerate(batches), first, None)
         for _, hidden_BTD in read_ahead(numbered, partial(self.inputs, layers.start, text)):
@@ -276,11 +262,8 @@ class Stream:
     def check_disk(self, texts: Texts) -> None:
         """Refuse what does not fit `execution.disk`: the inputs of one layer for every text, beside those of others."""
         tokens = sum(tokens_BT.numel() for batches in texts.values() for tokens_BT in batches())
-        needed, disk = (
-            tokens * self._source.config.hidden_size * self.model.dtype.itemsize,
-            self._run.recipe.execution.disk,
-        )
-        allowed = disk_bytes(self._run.path, disk)
+        needed = tokens * self._source.config.hidden_size * self.model.dtype.itemsize
+        allowed = disk_bytes(self._run.path, disk := self._run.recipe.execution.disk)
         for file in self._folder.glob("*/*.safetensors"):
             needed += 0 if file.parent.name in texts else file.stat().st_size
             if disk is None:  # what is free does not hold what is here already

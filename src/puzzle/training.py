@@ -26,10 +26,8 @@ from puzzle.runs import Progress, read_json, write_json
 
 _BETAS = (0.9, 0.95)
 """Of AdamW, as usual for language models (paper gives none; Puzzletron's default)."""
-
 _MAX_SKIPS = 10
 """Steps in a row without a finite gradient, after which a part counts as diverged."""
-
 _NUM_POINTS = 10
 """Held-out points of a training, after that of the start."""
 
@@ -179,8 +177,7 @@ def _best(curve: Sequence[Point]) -> Point:
 def _stop_signals() -> Iterator[list[int]]:
     """Note SIGTERM (preempted machines) and Ctrl-C instead of ending at once, so that the state can be saved first.
 
-    A second Ctrl-C ends a single process at once. With torchrun, one Ctrl-C may arrive twice: from the terminal and
-    from torchrun.
+    A second Ctrl-C ends a process alone at once; with torchrun, one may arrive twice, from it and from the terminal.
     """
     asked: list[int] = []
     alone = Group.current().size == 1

@@ -1,5 +1,7 @@
 """What a step reads: the same tokens however it is cut and shared out, and documents that do not see each other."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,28 +13,37 @@ from puzzle.distill.gkd import Batches
 from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
 from puzzle.recipe import DistilSettings
+from puzzle.runs import Run
 
 ALONE = Group(0, 1)
+Open = Callable[..., Batches]
 
 
-def batches(data: TokenData, group: Group = ALONE, **settings: Any) -> Batches:
-    chosen = DistilSettings.model_validate({"batch_size": 4, "tokens": 32 * 4 * 10} | settings)
-    return Batches(data, chosen, 0, group, torch.device("cpu"))
+@pytest.fixture
+def batches(pico_run: Run, pico_data: TokenData) -> Open:
+    """What a process reads under these settings of `distil`."""
+
+    def make(group: Group = ALONE, **settings: Any) -> Batches:
+        distil = DistilSettings.model_validate({"batch_size": 4, "tokens": 32 * 4 * 10} | settings)
+        recipe = pico_run.recipe.model_copy(update={"distil": distil})
+        return Batches(replace(pico_run, recipe=recipe), pico_data, group)
+
+    return make
 
 
-def test_parts_of_a_step_read_what_the_step_reads(pico_data: TokenData) -> None:
-    whole, parts = batches(pico_data), batches(pico_data, accumulate=2)
+def test_parts_of_a_step_read_what_the_step_reads(batches: Open, pico_run: Run, pico_data: TokenData) -> None:
+    whole, parts = batches(), batches(accumulate=2)
     assert whole.steps == parts.steps == 10
     for step in (0, 9):
         (expected,), found = list(whole.training(step)), list(parts.training(step))
         for name in ("tokens_BT", "targets_BT", "positions_BT"):
             assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(expected, name))
-        assert torch.equal(expected.tokens_BT, pico_data.training_batch(step, 4, 0)[:, :-1])
+        assert torch.equal(expected.tokens_BT, pico_data.training_batch(step, 4, pico_run.recipe.seed)[:, :-1])
     assert len({batch.name for batch in parts}) == len(list(parts)) == 20 + len(list(parts.validation()))
 
 
-def test_validation_is_the_first_of_its_range(pico_data: TokenData) -> None:
-    read = list(batches(pico_data, validation_tokens=32 * 6).validation())
+def test_validation_is_the_first_of_its_range(batches: Open, pico_data: TokenData) -> None:
+    read = list(batches(validation_tokens=32 * 6).validation())
     assert [len(batch.tokens_BT) for batch in read] == [4, 2]
     found = torch.cat([batch.tokens_BT for batch in read])
     assert torch.equal(found, pico_data.sequences("validation", slice(0, 6))[:, :-1])
@@ -50,11 +61,11 @@ def test_documents_see_nothing_of_each_other() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing(size: int, pico_data: TokenData) -> None:
+def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing(size: int, batches: Open) -> None:
     """Nine held-out sequences: of the last one, all shares but one are empty."""
     asked = {"validation_tokens": 32 * 9}
-    own = [list(batches(pico_data, Group(rank, size), **asked)) for rank in range(size)]
-    for whole, *shares in zip(batches(pico_data, **asked), *own, strict=True):
+    own = [list(batches(Group(rank, size), **asked)) for rank in range(size)]
+    for whole, *shares in zip(batches(**asked), *own, strict=True):
         counted = [share for share in shares if share.counted]
         assert [share.first for share in counted] == list(range(0, len(whole.tokens_BT), len(counted[0].tokens_BT)))
         for name in ("tokens_BT", "targets_BT", "positions_BT"):
@@ -64,6 +75,6 @@ def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing(size: int, pi
         assert all(len(share.tokens_BT) and share.first < len(whole.tokens_BT) for share in shares)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(pico_data: TokenData) -> None:
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_can(batches: Open) -> None:
     with pytest.raises(PuzzleError, match=r"parts of 12 .* by 5 processes; start 1, 2, 3, 4, 6, 12 of them"):
-        batches(pico_data, Group(0, 5), batch_size=24, accumulate=2)
+        batches(Group(0, 5), batch_size=24, accumulate=2)

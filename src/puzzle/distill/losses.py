@@ -69,11 +69,10 @@ def head_losses(
     """
     if not (kl_weight or lm_weight):
         return hidden_ND.new_zeros(()), hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
-
     wanted = [torch.is_grad_enabled() and value.requires_grad for value in (hidden_ND, weight_VD)]
-    weights = (kl_weight, lm_weight)
-    total, *means = _HeadLosses.apply(hidden_ND, weight_VD, kl, targets_N, weights, wanted)  # type: ignore[no-untyped-call]
-    return total, means[0], means[1]
+    arguments = hidden_ND, weight_VD, kl, targets_N, (kl_weight, lm_weight), wanted
+    total, kl_mean, lm_mean = _HeadLosses.apply(*arguments)  # type: ignore[no-untyped-call]
+    return total, kl_mean, lm_mean
 
 
 class _HeadLosses(torch.autograd.Function):

@@ -19,8 +19,6 @@ from puzzle.modeling import PuzzleForCausalLM
 from puzzle.recipe import DistilSettings
 from puzzle.runs import progress, read_tensors, write_tensors
 
-_CHUNK_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -58,8 +56,7 @@ class Distillation(nn.Module):
     """Child and teacher as one module, whose `forward` is all that a batch takes: what several processes share out.
 
     Args:
-        teacher: the parent, or None where its likeliest tokens are read from `cache`.
-        cache: has a file for each batch.
+        teacher: the parent, or None where its likeliest tokens are read from `cache`, a file for each batch.
         precision: in which matrices are multiplied.
     """
 
@@ -121,11 +118,10 @@ class Distillation(nn.Module):
         first = batch.first * batch.tokens_BT.shape[1]
         device, rows = batch.tokens_BT.device, slice(first, first + batch.tokens_BT.numel())
         tensors = read_tensors(self._cache / f"{batch.name}.safetensors")
-        cached = {name: value[rows].to(device) for name, value in tensors.items()}
+        ids_NK, logp_NK = (tensors[name][rows].to(device) for name in ("ids_NK", "log_probabilities_NK"))
         output = self.student.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
         hidden_ND = output.last_hidden_state.flatten(0, 1)
-        kl = kl_to_top_tokens(cached["ids_NK"].long(), cached["log_probabilities_NK"])
-        return hidden_ND, kl, hidden_ND.new_zeros(())
+        return hidden_ND, kl_to_top_tokens(ids_NK.long(), logp_NK), hidden_ND.new_zeros(())
 
 
 class TopTokens(nn.Module):
@@ -136,28 +132,21 @@ class TopTokens(nn.Module):
         self.model, self._num_tokens = model, min(num_tokens, model.config.vocab_size)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        model = self.model
-        output = model.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
-        operand_VD = float32_operand(model.lm_head.weight)
+        output = self.model.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        operand_VD = float32_operand(self.model.lm_head.weight)
         parts = [
             torch.log_softmax(float32_product(rows_ND, operand_VD), -1).topk(self._num_tokens, -1)
-            for rows_ND in output.last_hidden_state.flatten(0, 1).split(_CHUNK_TOKENS)
+            for rows_ND in output.last_hidden_state.flatten(0, 1).split(64)  # logits of so many tokens at once
         ]
-        return {
-            "ids_NK": torch.cat([part.indices for part in parts]).int(),
-            "log_probabilities_NK": torch.cat([part.values for part in parts]),
-        }
+        logp_NK, ids_NK = (torch.cat(each) for each in zip(*parts, strict=True))
+        return {"ids_NK": ids_NK.int(), "log_probabilities_NK": logp_NK}
 
 
 @torch.no_grad()
 def fill_cache(folder: Path, top_tokens: TopTokens, batches: Iterable[Batch], total: int) -> None:
-    """Write the parent's top tokens of each of `total` batches, each process in its turn; those on disk are kept.
-
-    Args:
-        batches: whole ones.
-    """
+    """Write the parent's top tokens of each of `total` whole batches that lacks them; processes take turns."""
     group, read = Group.current(), iter(batches)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with progress("teacher cache", total) as bar:
         while turn := list(islice(read, group.size)):
             batch = turn[min(group.rank, len(turn) - 1)]  # of too few, some repeat what another has

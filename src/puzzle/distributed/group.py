@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,7 @@ class Group:
         dist.broadcast_object_list(found)
         if isinstance(found[0], PuzzleError):
             raise found[0]
-        result: T = found[0]
-        return result
+        return cast(T, found[0])
 
     def wait(self) -> None:
         """A barrier."""

@@ -101,10 +101,7 @@ class LostProcessError(PuzzleError):
 
 def train_on_cluster(run: Run, train: Callable[[Run], object], sequences: int) -> None:
     """Call `train` with the run on as many workers of the cluster `run.on` as divide `sequences`, all at once; again if
-    one is lost, on those left. This process holds the run folder's lock.
-
-    Args:
-        train: can be pickled, and resumes from its own state.
+    one is lost, on those left. It can be pickled, and resumes from its own state; this process holds the lock.
     """
     for attempt in range(_RETRIES + 1):
         cluster = Cluster(run)

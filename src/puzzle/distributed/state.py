@@ -50,11 +50,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one proces
 def shard(whole: nn.Module, parts: Iterable[nn.Module], device: torch.device, products: torch.dtype) -> None:
     """Leave each process its share of the parameters of a module still without memory, which is then filled.
 
-    The `forward` of each part, and of `whole` for what is in no part, gathers them and lets them go; gradients come out
-    as the mean over all processes.
-
-    Args:
-        products: the dtype in which parameters of the parts are gathered; gradients are summed in float32.
+    The `forward` of each part gathers its own, in the dtype of products, and lets them go, that of `whole` those in no
+    part; gradients are summed in float32, and come out as the mean over all processes.
     """
     if (size := Group.current().size) == 1:
         return
@@ -90,11 +87,7 @@ def collect(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class SaveTimer:
-    """Says when to save again: every `CHECKPOINT_INTERVAL_S`, or so rarely that it costs a twentieth of the time.
-
-    Args:
-        num_bytes: what a save writes.
-    """
+    """When to save `num_bytes`: every `CHECKPOINT_INTERVAL_S`, or so rarely that it costs a twentieth of the time."""
 
     def __init__(self, num_bytes: int) -> None:
         self._save_seconds, self._last = num_bytes / _ASSUMED_BYTES_PER_S, time.monotonic()
@@ -145,11 +138,10 @@ class TrainingState:
         try:
             reader = HuggingFaceStorageReader(str(path))
             reader.read_metadata()  # of a damaged file, `load` itself would log a traceback
-            load(self._tensors(), storage_reader=reader, no_dist=self._group.size == 1)
+            load(self._tensors(), storage_reader=reader)
         except (CheckpointException, SafetensorError, OSError, ValueError, KeyError) as error:
-            raise PuzzleError(
-                f"{path} is damaged ({one_line(error)}); delete it, and run the same command again"
-            ) from None
+            found = f"{path} is damaged ({one_line(error)})"
+            raise PuzzleError(f"{found}; delete it, and run the same command again") from None
         return int(path.name.removeprefix("training"))
 
     def save(self, steps: int) -> None:
@@ -157,17 +149,15 @@ class TrainingState:
         path, tensors = self._folder / f"training{steps:06d}", self._tensors()
         self._group.first(partial(shutil.rmtree, path, ignore_errors=True))  # of an attempt that was killed
         with self.timer.saving():
-            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-            save(tensors, storage_writer=writer, no_dist=self._group.size == 1)
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))
             self._group.first(lambda: write_json(path / _NAMES, list(tensors)))
         self._group.first(lambda: remove_states(self._folder, keep=path))
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"parameter.{name}": parameter.detach() for name, parameter in self._parameters.items()}
         names = {parameter: name for name, parameter in self._parameters.items()}
-        for optimizer in self._optimizers:
-            for parameter, state in optimizer.state.items():
-                found |= {f"{kind}.{names[parameter]}": value for kind, value in state.items()}
+        for parameter, state in (item for optimizer in self._optimizers for item in optimizer.state.items()):
+            found |= {f"{kind}.{names[parameter]}": value for kind, value in state.items()}
         return found
 
 

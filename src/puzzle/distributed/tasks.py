@@ -1,8 +1,7 @@
 """The work of a run in several processes: a stage's layers as independent tasks, and one run folder opened by all.
 
-A task is a range of layers: all of them here, or one range for each worker of a Ray cluster. Its results are files of
-its own in the run folder, so it can be started again anywhere and resumes from them. Only the process of the command
-holds the run folder's lock and marks stages as finished.
+A task is a range of layers: all of them here, or one range for each worker of a Ray cluster. Its results are files in
+the run folder, from which it resumes anywhere. Only the command's own process holds the lock and finishes stages.
 """
 
 import shutil
@@ -19,7 +18,7 @@ from puzzle.recipe import Recipe
 from puzzle.runs import Run, StageFolder, check_folder, open_run
 
 TOGETHER = ("teacher", "distil")
-"""The stages that several processes work on as one."""
+"""The stages that several processes work on as one; all before them must be finished."""
 
 
 def for_layers(run: Run, stage: StageFolder, task: Callable[[range, Path], object], costs: Sequence[float]) -> None:
@@ -58,10 +57,7 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
 
 @contextmanager
 def open_together(path: Path) -> Iterator[Run]:
-    """The run in `path` for each process that torchrun started; rank 0 holds its lock, and alone writes and prints.
-
-    All stages before `TOGETHER` must be finished.
-    """
+    """The run in `path` for each process that torchrun started; rank 0 holds its lock, and alone writes and prints."""
     check_folder(path)
     recipe = Recipe.read(path / "recipe.yaml")
     group = start(choose_device(recipe.execution.device))
