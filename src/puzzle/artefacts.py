@@ -205,14 +205,11 @@ class ScoreRow:
     layer: int
     block: str
     kl: float
-    """KL(parent || replaced) of the next-token distributions, nats per token."""
     kl_se: float
-    """Standard error of `kl` over sequences."""
     lm_loss: float
     """Nats per token. If not all text was scored: the parent's on all of it, plus the mean difference on what was."""
     top1_agreement: float
     cosine: float
-    """1 - cosine of the final hidden states to the parent's, after the last norm."""
     sequences: int
     """Scored; fewer than the table's where the score is estimated from those of its subblocks."""
     task: float | None = None

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from puzzle.report import ReportData, final_table, model_card, render, summary
-from puzzle.report.table import METRICS, answers, result
+from puzzle.report.page import METRICS, answers, result
 
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
 Make = Callable[..., ReportData]

@@ -34,7 +34,6 @@ class Document(NamedTuple):
     place: str
     """For error messages: a file, `file:line` or `name row N`."""
     size: float
-    """For the progress bar, see `Source.size`."""
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from puzzle.artefacts import Solution
+from puzzle.artefacts import ScoreTable, Solution
 from puzzle.quantities import QUANTITIES
-from puzzle.report.table import Curve, ReportData
 from puzzle.units import format_number, format_ratio
 from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, Variant
 
@@ -54,9 +53,9 @@ def _share(variant: Variant, own: Variant) -> float | None:
     return (variant.size or 1) / (own.size or 1) if variant.kind == own.kind else None
 
 
-def architecture(data: ReportData) -> go.Figure:
+def architecture(solution: Solution, parent: Sequence[str]) -> go.Figure:
     """One column a layer: attention above the line, FFN below, each as tall as its share of the parent's size."""
-    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
+    blocks, parents = (Architecture.parse(names).blocks for names in (solution.blocks, parent))
     layers, traces = [*range(len(blocks))], []
     for sign, which in zip((1, -1), SUBBLOCKS, strict=True):
         pairs = [(block.subblock(which), own.subblock(which)) for block, own in zip(blocks, parents, strict=True)]
@@ -78,24 +77,24 @@ def architecture(data: ReportData) -> go.Figure:
     return _figure(300, traces, margin_t=8, xaxis=_layer_axis(len(layers)), yaxis=sides, **layout)
 
 
-def scores(data: ReportData) -> go.Figure:
+def scores(table: ScoreTable, solution: Solution) -> go.Figure:
     """Layers across, variants down: the KL with that subblock alone replaced, as colour; a dot on what was chosen."""
-    blocks, parents = (Architecture.parse(names).blocks for names in (data.solution.blocks, data.scores.parent_blocks))
-    scored = {BlockVariant.parse(row.block) for row in data.scores.rows}
+    blocks, parents = (Architecture.parse(names).blocks for names in (solution.blocks, table.parent_blocks))
+    scored = {BlockVariant.parse(row.block) for row in table.rows}
     labels, z, hover, dots = list[str](), [], [], []
     for which in SUBBLOCKS:
         shown = {block.subblock(which) for block in scored}
         for variant in sorted(shown, key=lambda variant: (-(variant.size or 0), variant.name)):
             label = f"{_LABELS[which]} {variant.name}"
             names = [replace(own, **{which: variant}).name for own in parents]
-            rows = [data.scores.by_key.get((layer, name)) for layer, name in enumerate(names)]
+            rows = [table.by_key.get((layer, name)) for layer, name in enumerate(names)]
             values = [(getattr(row, "kl", math.nan), getattr(row, "kl_se", math.nan)) for row in rows]
             labels.append(label)
             z.append([math.log10(max(kl, _FLOOR)) for kl, _ in values])
             texts = (f"KL {format_number(kl)} ± {format_number(error, 2)}" for kl, error in values)
             hover.append([f"layer {layer}, {label}<br>{text}" for layer, text in enumerate(texts)])
             dots.append(["●" * (block.subblock(which) == variant) for block in blocks])
-    powers = [math.log10(row.kl) for row in data.scores.rows if row.kl > _FLOOR] or [-6.0, 0.0]
+    powers = [math.log10(row.kl) for row in table.rows if row.kl > _FLOOR] or [-6.0, 0.0]
     ticks = [*range(math.floor(min(powers)), math.ceil(max(powers)) + 1)]
     bar = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8, "len": 1, "outlinewidth": 0}
     names = [f"{10.0**tick:g}" if tick > -4 else f"10<sup>{tick}</sup>" for tick in ticks]
@@ -103,7 +102,7 @@ def scores(data: ReportData) -> go.Figure:
     heat = go.Heatmap(z=z, zmin=ticks[0], zmax=ticks[-1], colorscale=_HEAT, xgap=1, ygap=1, **text)
     heat.colorbar = bar | {"tickvals": ticks, "ticktext": names}
     down = {"autorange": "reversed", "tickvals": [*range(len(labels))], "ticktext": labels, "showgrid": False}
-    return _figure(22 * len(labels) + 96, [heat], margin_t=44, xaxis=_layer_axis(data.scores.num_layers), yaxis=down)
+    return _figure(22 * len(labels) + 96, [heat], margin_t=44, xaxis=_layer_axis(table.num_layers), yaxis=down)
 
 
 def frontier_figure(
@@ -154,7 +153,7 @@ def _points(solutions: Sequence[Solution], quantity: str) -> dict[str, Any]:
     return {"x": x, "y": [solution.score for solution in solutions], "hovertext": hover, "hoverinfo": "text"}
 
 
-def training(curves: Mapping[str, Curve]) -> go.Figure | None:
+def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure | None:
     """Validation KL during GKD against the tokens seen, a line a model; None without GKD."""
     traces = []
     for model, curve in curves.items():
