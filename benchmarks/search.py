@@ -20,7 +20,8 @@ import numpy as np
 from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, ScoreRow, ScoreTable
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import Tables, frontier, pool
-from puzzle.search.exact import Objective, best
+from puzzle.search.exact import best
+from puzzle.search.tables import Objective
 
 KEPT = Path(__file__).parent / "results" / "search.jsonl"
 MODELS = {"8B": (32, 4096, 14336, 32), "70B": (80, 8192, 28672, 64), "405B": (126, 16384, 53248, 128)}

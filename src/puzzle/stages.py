@@ -201,7 +201,7 @@ TIMING = Stage(
     name="timing",
     help="Time the solution and the parent on the engine.",
     version=2,
-    inputs=("parent", "costs", "target", "models"),
+    inputs=("parent", "scenario", "environment", "target", "models"),
 )
 CORRECT = Stage(
     name="correct",

@@ -18,8 +18,9 @@ from puzzle.parents import Parent
 from puzzle.recipe import CorrectSettings, Recipe, TargetSettings
 from puzzle.runs import Run
 from puzzle.scores import true_scores
-from puzzle.search import Tables, correct, pool, solve, violations
-from puzzle.search.stage import MIN_IMPROVEMENT, rerank
+from puzzle.search import Tables, correct, pool, solve
+from puzzle.search.stage import MIN_IMPROVEMENT
+from puzzle.search.tables import violations
 
 
 @pytest.fixture
@@ -41,10 +42,20 @@ def whole(blocks: Sequence[str], kl: float) -> WholeScore:
         ((-1.0, -1.02, -1.05, 0.0), (2, 0)),
     ],
 )
-def test_another_one_must_be_better_by_enough(tables: Tables, values: Sequence[float], ranked: Sequence[int]) -> None:
+def test_another_one_must_be_better_by_enough(
+    tables: Tables,
+    tmp_path: Path,
+    pico_run: Run,
+    pico_data: TokenData,
+    pico_library: Library,
+    values: Sequence[float],
+    ranked: Sequence[int],
+) -> None:
+    settings = CorrectSettings(pool=4, differing=1)
+    run = Run(tmp_path, pico_run.recipe.model_copy(update={"correct": settings}))
     solutions = pool(tables, 4, 1)
-    found = rerank(solutions, lambda some: [*map(whole, some, values)], tables)
-    assert found.ranked == tuple(solutions[place] for place in ranked)
+    found = correct(run, tables, solutions[0], lambda some: [*map(whole, some, values)], pico_library, pico_data)
+    assert [each.blocks for each in found.ranked] == [solutions[place].blocks for place in ranked]
     assert [each.kl for each in found.evaluated] == list(values)
     assert Correction.from_json(found.to_json()) == found
 

@@ -11,7 +11,8 @@ from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES
 from puzzle.recipe import TargetSettings
-from puzzle.search import parent_totals, solve
+from puzzle.search import solve
+from puzzle.search.tables import parent_totals
 
 
 @pytest.fixture

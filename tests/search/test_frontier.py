@@ -12,7 +12,8 @@ from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES
 from puzzle.recipe import TargetSettings
-from puzzle.search import frontier, parent_totals
+from puzzle.search import frontier
+from puzzle.search.tables import parent_totals
 
 
 @settings(max_examples=25, deadline=None)

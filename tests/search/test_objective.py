@@ -11,7 +11,8 @@ from puzzle.errors import PuzzleError
 from puzzle.quantities import SETTINGS as QUANTITY_OF
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search import solve
-from puzzle.search.exact import Objective, best
+from puzzle.search.exact import best
+from puzzle.search.tables import Objective
 
 
 @settings(max_examples=50, deadline=None)

@@ -25,8 +25,9 @@ from tests.search.conftest import (
 from puzzle.artefacts import Bounds, CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search import parent_totals, resolve_bounds, solve, violations
-from puzzle.search.exact import Objective, best
+from puzzle.search import solve
+from puzzle.search.exact import best
+from puzzle.search.tables import Objective, parent_totals, resolve_bounds, violations
 
 examples = settings(max_examples=60, deadline=None)  # a busy machine is no error
 

@@ -28,11 +28,11 @@ def test_a_search_is_written_once_and_read_back(tmp_path: Path, capsys: pytest.C
     with open_run(tmp_path / "run") as run:
         tables = asked(run)
         first = search(run, tables)
-        assert "search: summed KL 0.5 (optimal within 0.0e+00" in capsys.readouterr().out
+        assert "search: sum of kl 0.5 (optimal within 0.0e+00" in capsys.readouterr().out
         assert search(run, tables) == first
-        assert "search: summed KL" not in capsys.readouterr().out
+        assert "search: sum of kl" not in capsys.readouterr().out
         search(run, replace(tables, scores=replace(scores, sequences=2)))
-        assert "search: summed KL" in capsys.readouterr().out
+        assert "search: sum of kl" in capsys.readouterr().out
         for kept in run.path.glob("stages/search-*/solution.json"):
             kept.write_text("{")
         with pytest.raises(PuzzleError, match=r"solution\.json is damaged; delete .*/stages/search-\w+, and only that"):

@@ -13,7 +13,8 @@ from puzzle.artefacts import CostTable, ScoreTable
 from puzzle.errors import PuzzleError
 from puzzle.query import Question, answer
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search import parent_totals, read_table, solve, to_table_file
+from puzzle.search import read_table, solve, to_table_file
+from puzzle.search.tables import parent_totals
 
 DOCS = Path(__file__).parents[2] / "docs" / "table-format.md"
 EXAMPLES = re.findall(r"```json\n(.*?)```", DOCS.read_text(), re.DOTALL)

@@ -15,7 +15,8 @@ from tests.search.test_scenarios import two_scenarios
 from puzzle.artefacts import Bounds, CostTable, ScoreTable, Totals
 from puzzle.errors import PuzzleError
 from puzzle.recipe import SearchSettings, TargetSettings
-from puzzle.search.exact import Objective, best
+from puzzle.search.exact import best
+from puzzle.search.tables import Objective
 
 Case = tuple[ScoreTable, CostTable, Bounds, CostTable, Bounds]
 

@@ -5,40 +5,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import NamedTuple
 
 from puzzle.artefacts import Bounds, Proof, Serving, Solution
 from puzzle.errors import PuzzleError
-from puzzle.quantities import QUANTITIES, TIME_TOLERANCE, Quantity
+from puzzle.quantities import TIME_TOLERANCE
 from puzzle.search.program import SOLVER, Program, Row, minimise, relax
-from puzzle.search.tables import Tables, violations
-
-
-class Objective(NamedTuple):
-    """What is best: the lowest score, or a cost in one scenario."""
-
-    key: str = "score"
-    scenario: int = 0
-    """0 is the main one."""
-
-    @property
-    def quantity(self) -> Quantity:
-        return QUANTITIES[self.key]
-
-    def reached(self, solution: Solution) -> float:
-        """A solution's value of the quantity."""
-        return solution.score if self.key == "score" else solution.servings[self.scenario].predicted[self.key]
-
-    def minimised(self, solution: Solution) -> float:
-        """The same so that less is better: of a throughput the seconds a token. A time must be above 0."""
-        value, quantity = self.reached(solution), self.quantity
-        if quantity.columns and not quantity.exact and value <= 0:
-            raise PuzzleError(
-                f"cost: {quantity.label} of a model is predicted as {quantity.text(value)}, which is noise; raise "
-                "cost.repeats and measure again"
-            )
-        return 1 / value if quantity.at_least else value
-
+from puzzle.search.tables import Objective, Tables, violations
 
 SCORE = Objective()
 

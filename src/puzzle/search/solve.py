@@ -8,10 +8,10 @@ import numpy as np
 
 from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
-from puzzle.quantities import QUANTITIES, SETTINGS, Quantity, plain_digits
+from puzzle.quantities import QUANTITIES, Quantity, plain_digits
 from puzzle.search.constraints import check_asked
-from puzzle.search.exact import Objective, best
-from puzzle.search.tables import Demand, Tables
+from puzzle.search.exact import best
+from puzzle.search.tables import Demand, Objective, Tables
 from puzzle.units import Amount
 
 _DIVERSE_GAP = 1e-3
@@ -25,7 +25,7 @@ def solve(tables: Tables) -> Solution:
         PuzzleError: a setting is contradictory, or the target is empty or cannot be met, with what can be reached.
     """
     check_asked([demand.target for demand in tables.demands], tables.settings)
-    solution = best(tables, objective=_objective(tables))
+    solution = best(tables, objective=tables.objective)
     if solution is None:
         raise _explain(tables)
     return solution
@@ -40,7 +40,7 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     Raises:
         PuzzleError: as `solve`, or `differing` is not from 1 to the number of layers.
     """
-    num_layers, objective = tables.scores.num_layers, _objective(tables)
+    num_layers, objective = tables.scores.num_layers, tables.objective
     if not 1 <= differing <= num_layers:
         raise PuzzleError(f"pool: found differing {differing}; it must be from 1 to the {num_layers} layers")
     found = [solve(tables)]
@@ -84,10 +84,6 @@ def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) ->
         assert solution is not None, f"{key} {value} was reached before"
         solutions.append(replace(solution, asked=bounds[0], bounds=bounds[0]))
     return solutions
-
-
-def _objective(tables: Tables) -> Objective:
-    return Objective(SETTINGS[tables.settings.objective].key)
 
 
 @dataclass(frozen=True)

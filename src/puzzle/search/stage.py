@@ -1,25 +1,36 @@
-"""The stages in a run folder: the search's solution, and the same among the best as whole architectures."""
+"""The stages in a run folder: the search until its solution meets the target as measured, and its pool as wholes.
+
+A target asked for is a target met: the solution is timed on the engine before anything of it is built. Predictions have
+errors of a few percent (docs/numbers.md). Where one is off by more than can be noise, the cost table is fitted to the
+measurement and searched again; where the child falls short although its prediction was right, the margin is widened by
+as much.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from puzzle.artefacts import Correction, Serving, Solution, WholeScore
+from puzzle.artefacts import Correction, Solution, WholeScore
+from puzzle.costs import Sample
 from puzzle.data import TokenData
+from puzzle.errors import PuzzleError
 from puzzle.library import Library
+from puzzle.parents import Parent
 from puzzle.runs import Run, digest, read_parsed, write_text
 from puzzle.search.solve import pool, solve
 from puzzle.search.tables import Tables
-from puzzle.stages import CORRECT, SEARCH
+from puzzle.search.timing import BUSY, Timing, fitted, time_beside, time_bounds
+from puzzle.stages import CORRECT, SEARCH, TIMING
 
 MIN_IMPROVEMENT = 0.03
 """Share by which another architecture must be better than the search's own to take its place: documents differ by more
 than what is less, so that it is gone on other text (benchmarks/search_quality.md).
 """
-_SUMMED = {"kl": "KL", "lm_loss": "rise in loss", "cosine": "cosine distance", "task": "fall in the task"}
-
-Blocks = tuple[str, ...]
-"""One block name a layer."""
+_SEARCHES = 4
+_CANDIDATES = 2
+"""Better architectures of the pool that are timed before the search's own is taken."""
+_RIGHT = 0.02
+"""A prediction that is off by less counts as right."""
 
 
 def search(run: Run, tables: Tables) -> Solution:
@@ -31,13 +42,17 @@ def search(run: Run, tables: Tables) -> Solution:
     solution = solve(tables)
     write_text(path, solution.to_json())
     folder.commit()
-    proof = solution.proof
-    assert proof is not None, "a searched solution has a proof"
-    proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
-    summed = _SUMMED[tables.settings.score]
-    run.log(f"search: summed {summed} {solution.score:.4g} ({proven}) {_predicted(solution)}")
-    for serving in solution.further:
-        run.log(f"search: in {serving.scenario}, {_predicted(serving)}")
+    if proof := solution.proof:
+        proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
+        run.log(f"search: sum of {tables.settings.score} {solution.score:.4g} ({proven})")
+    for demand, serving in zip(tables.demands, solution.servings, strict=True):
+        predicted, parent = serving.predicted, serving.parent
+        speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
+        run.log(
+            f"search: in {demand.costs.scenario}, at batch size {serving.batch_size}; predicted {speed:.4g} generated "
+            f"tok/s ({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights and KV "
+            f"cache ({memory / parent['memory_bytes']:.2f}x)"
+        )
     return solution
 
 
@@ -45,11 +60,13 @@ def correct(
     run: Run,
     tables: Tables,
     solution: Solution,
-    evaluate: Callable[[Sequence[Blocks]], Sequence[WholeScore]],
+    evaluate: Callable[[Sequence[tuple[str, ...]]], Sequence[WholeScore]],
     library: Library,
     data: TokenData,
 ) -> Correction:
     """The search's best solutions ranked by their scores as whole architectures, kept as correction.json.
+
+    Another one comes before the search's own only if it is better by `MIN_IMPROVEMENT`.
 
     Args:
         tables: those in which `solution` was found.
@@ -57,48 +74,125 @@ def correct(
     """
     folder = run.open(CORRECT, margin=tables.settings.margin, library=library, data=data, **_addresses(tables))
     file = folder.path / "correction.json"
-    if not folder.done:
-        settings = run.recipe.correct
-        differing = min(settings.differing, tables.scores.num_layers)
-        found = pool(tables, settings.pool, differing) if settings.pool else []
-        # The best of a pool of diverse solutions may be another one of the same score.
-        others = [replace(each, proof=None) for each in found if each.blocks != solution.blocks]
-        correction = rerank([solution, *others], evaluate, tables)
-        best = min(each.value(tables.settings.score) for each in correction.evaluated)
-        own = correction.evaluated[0].value(tables.settings.score)
-        run.log(f"correct: {len(correction.evaluated)} architectures compared, {own:.4g} -> {best:.4g}")
-        write_text(file, correction.to_json())
-        folder.commit()
-    return read_parsed(file, Correction.from_json)
-
-
-def rerank(
-    solutions: Sequence[Solution], evaluate: Callable[[Sequence[Blocks]], Sequence[WholeScore]], tables: Tables
-) -> Correction:
-    """Solutions, the search's own first, ranked by their true scores.
-
-    Another one comes before the search's own only if it is better by `MIN_IMPROVEMENT`.
-    """
-    wholes = evaluate([solution.blocks for solution in solutions])
+    if folder.done:
+        return read_parsed(file, Correction.from_json)
+    settings = run.recipe.correct
+    found = pool(tables, settings.pool, min(settings.differing, tables.scores.num_layers)) if settings.pool else []
+    # The best of a pool of diverse solutions may be another one of the same score.
+    solutions = [solution, *(replace(each, proof=None) for each in found if each.blocks != solution.blocks)]
+    wholes = evaluate([each.blocks for each in solutions])
     values = [whole.value(tables.settings.score) for whole in wholes]
     enough = values[0] - MIN_IMPROVEMENT * abs(values[0]) if math.isfinite(values[0]) else values[0]
     better = sorted((place for place, value in enumerate(values) if value < enough), key=lambda place: values[place])
-    return Correction(evaluated=tuple(wholes), ranked=tuple(solutions[place] for place in [*better, 0]))
+    ranked = tuple(solutions[place] for place in [*better, 0])
+    correction = Correction(evaluated=tuple(wholes), ranked=ranked)
+    run.log(f"correct: {len(values)} architectures compared, {values[0]:.4g} -> {min(values):.4g}")
+    write_text(file, correction.to_json())
+    folder.commit()
+    return correction
 
 
 def _addresses(tables: Tables) -> dict[str, object]:
     """Of the tables, as inputs of a stage."""
-    return {
-        "scores": digest(tables.scores.to_json()),
-        "costs": [digest(demand.costs.to_json()) for demand in tables.demands],
-    }
+    costs = [digest(demand.costs.to_json()) for demand in tables.demands]
+    return {"scores": digest(tables.scores.to_json()), "costs": costs}
 
 
-def _predicted(serving: Solution | Serving) -> str:
-    predicted, parent = serving.predicted, serving.parent
-    speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
-    return (
-        f"at batch size {serving.batch_size}; predicted {speed:.4g} generated tok/s "
-        f"({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights and KV cache "
-        f"({memory / parent['memory_bytes']:.2f}x)"
-    )
+@dataclass(frozen=True, kw_only=True)
+class Met:
+    """The solution, and the tables in which the search found it."""
+
+    solution: Solution
+    tables: Tables
+    timings: tuple[Timing, ...]
+    """Of the main scenario, one for each search that was timed, in order; none if the target bounds sizes alone."""
+
+
+def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
+    """Search, and again until the solution meets the target as measured, in all scenarios.
+
+    If no search gets there, the last solution stands, with a warning.
+    """
+    first, solution, met = tables, search(run, tables), None
+    history: list[Timing] = []
+    for left in reversed(range(_SEARCHES)):
+        timings = _timings(run, parent, tables, solution)
+        known = list(timings.values())
+        history += [timings[0]] if 0 in timings else []
+        missing = max((timing.missing for timing in known), default=0.0)
+        errors = [(time.error, time.uncertainty) for timing in known for time in timing.times]
+        right = all(error <= max(_RIGHT, uncertainty) for error, uncertainty in errors)
+        value = tables.objective.minimised
+        if missing == 0 and (met is None or value(solution) < value(met[0])):
+            met = solution, tables
+        margin = tables.settings.margin
+        # The child takes all that the target allows, but for margin and noise: a fit would find nothing better.
+        tight = any(each.utilisation * (1 + margin + max(_RIGHT, each.uncertainty)) >= 1 for each in known)
+        unclear = any(each.missing > 0 and each.uncertainty > BUSY and not each.clear for each in known)
+        if left == 0 or unclear or (missing == 0 and (right or tight)):
+            break
+        run.log(
+            f"measured to {max(each.uncertainty for each in known):.1%}, this is {missing:.1%} short of the target, "
+            f"predictions are off by up to {max(error for error, _ in errors):.1%}"
+        )
+        # What a fit does not mend, more room does.
+        margin += missing if right or tables.costs is not first.costs else 0.0
+        changed = replace(tables, settings=tables.settings.model_copy(update={"margin": margin}))
+        if not right:
+            costs = [
+                fitted(demand.costs, serving.batch_size, timings[place].times) if place in timings else demand.costs
+                for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True))
+            ]
+            targets = [target for _, target in tables.further]
+            changed = replace(changed, costs=costs[0], further=[*zip(costs[1:], targets, strict=True)])
+        try:
+            again = search(run, changed)
+        except PuzzleError as error:
+            run.log_warning(f"nothing has so much room ({error}); a solution above stands")
+            break
+        if missing == 0 and again.blocks == solution.blocks:
+            break
+        solution, tables = again, changed
+    if met is None:
+        run.log_warning(f"the target is still missed by {missing:.1%} as measured; raise search.margin")
+        met = solution, tables
+    return Met(solution=met[0], tables=met[1], timings=tuple(history))
+
+
+def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solution]) -> Solution:
+    """The first of the solutions that meets the target as measured; the last one, timed before, if no other does."""
+    for solution in solutions[:-1][:_CANDIDATES]:
+        timings = _timings(run, parent, tables, solution)
+        missing = max((timing.missing for timing in timings.values()), default=0.0)
+        if missing == 0:
+            return solution
+        run.log(f"measured, a better architecture is {missing:.1%} short of the target; taking the next one")
+    return solutions[-1]
+
+
+def _timings(run: Run, parent: Parent, tables: Tables, solution: Solution) -> dict[int, Timing]:
+    """By scenario, of those where a speed or a time is bounded."""
+    found = {}
+    for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True)):
+        if not time_bounds(demand.asked):
+            continue
+        scenario, target = demand.costs.scenario, demand.target
+        models = (parent.architecture.names, int(serving.parent["batch_size"])), (solution.blocks, serving.batch_size)
+        predicted = [demand.costs.totals(*model) for model in models]
+        folder = run.open(
+            TIMING,
+            parent=parent,
+            scenario=vars(scenario),
+            environment=demand.costs.environment,
+            target=target.model_dump(mode="json"),
+            models=models,
+        )
+        if folder.done:
+            samples = [[Sample(*each) for each in rounds] for rounds in folder.facts["samples"]]
+            found[place] = Timing(target, predicted, samples)
+        else:
+            found[place] = timing = time_beside(parent.config, scenario, target, models, predicted)
+            if timing.uncertainty > BUSY:
+                run.log_warning(f"measured times are only sure to {timing.uncertainty:.0%}; close other programs")
+            folder.commit(samples=timing.samples)
+    return found

@@ -11,7 +11,6 @@ from puzzle.errors import PuzzleError
 from puzzle.recipe import PositiveInt, SearchSettings, Section, Text, validate
 from puzzle.search.tables import Tables
 
-FORMAT = "puzzle-table-1"
 _COSTS = ("params", "weight_bytes", "kv_bytes_per_sequence", "prefill_ms", "decode_ms")
 _PARTS: tuple[Part, ...] = ("attention", "ffn", "block")
 _Natural = Annotated[int, Field(ge=0, le=10**15)]  # beyond it sums are no longer exact in float64
@@ -93,7 +92,18 @@ def read_table(path: Path) -> Tables:
     try:
         scores, costs = _scores(file.parent, rows), _costs(file.scenario, fixed, rows)
         tables = Tables(scores=scores, costs=costs, settings=SearchSettings(margin=0))
-        _check_priced(tables)
+        for at in tables.choices[0]:
+            terms, fixed_ms = at.terms["request_ms"], at.fixed["request_ms"]
+            fastest_ms = fixed_ms + sum(terms[tables.group_of == layer].min() for layer in range(scores.num_layers))
+            if fastest_ms <= 0 and (fixed_ms or terms.any()):
+                raise ValueError(
+                    f"the fastest blocks of all layers take {fastest_ms:g} ms at batch size {at.batch_size}; give in "
+                    "`fixed` what no model is without, such as the times of the head"
+                )
+    except KeyError as error:  # of a block with a score
+        layer, part, name, size = error.args[0]
+        missing = f"layer {layer} has a block without costs at batch size {size}; give a row of {part} {name!r}"
+        raise PuzzleError(f"{path}: {missing}") from None
     except ValueError as error:
         raise PuzzleError(f"{path}: {error}") from None
     return tables
@@ -102,22 +112,24 @@ def read_table(path: Path) -> Tables:
 def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> str:
     """The tables as the text of such a file: a row for each block's score, and each subblock's costs, one a line."""
     scores = scores.having(score)
-
-    def costs_of(row: CostRow) -> dict[str, Any]:
-        known = [name for name in _COSTS if name not in costs.unknown]
-        return {"batch_size": row.batch_size} | {name: getattr(row, name) for name in known}
-
+    known = [name for name in ("batch_size", *_COSTS) if name not in costs.unknown]
+    fixed, parts = [], []
+    for row in costs.rows:
+        values = {name: getattr(row, name) for name in known}
+        if row.part == "fixed":
+            fixed.append(values)
+        else:
+            parts.append({"layer": row.layer, row.part: row.variant} | values)
     head = {
-        "format": FORMAT,
+        "format": "puzzle-table-1",
         "scenario": vars(costs.scenario) | {"batch_sizes": list(costs.batch_sizes)},
         "parent": scores.parent_blocks,
-        "fixed": [costs_of(row) for row in costs.rows if row.part == "fixed"],
+        "fixed": fixed,
     }
     blocks = [
         {"layer": row.layer, "block": row.block, "score": scores.value(row.layer, row.block, score)}
         for row in scores.rows
     ]
-    parts = [{"layer": row.layer, row.part: row.variant} | costs_of(row) for row in costs.rows if row.part != "fixed"]
     return dump_rows(head, [*blocks, *parts])
 
 
@@ -171,22 +183,3 @@ def _costs(scenario: _Scenario, fixed: list[_Costs], given: list[_Row]) -> CostT
         rows=tuple(found.values()),
         unknown=frozenset(_COSTS) - known,
     )
-
-
-def _check_priced(tables: Tables) -> None:
-    """That every block with a score has costs, and that every model takes some time, if any does."""
-    try:
-        choices = tables.choices[0]
-    except KeyError as error:
-        layer, part, name, batch_size = error.args[0]
-        raise ValueError(
-            f"layer {layer} has a block without costs at batch size {batch_size}; give a row of {part} {name!r}"
-        ) from None
-    for each in choices:
-        terms, fixed = each.terms["request_ms"], each.fixed["request_ms"]
-        fastest = fixed + sum(terms[tables.group_of == layer].min() for layer in range(len(tables.groups)))
-        if fastest <= 0 and (fixed or terms.any()):
-            raise ValueError(
-                f"the fastest blocks of all layers take {fastest:g} ms at batch size {each.batch_size}; give in "
-                "`fixed` what no model is without, such as the times of the head"
-            )

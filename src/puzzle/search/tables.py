@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from puzzle.artefacts import Bounds, Cost, CostTable, ScoreTable, Totals
+from puzzle.artefacts import Bounds, Cost, CostTable, ScoreTable, Solution, Totals
 from puzzle.errors import PuzzleError
-from puzzle.quantities import COSTS, QUANTITIES, TIME_TOLERANCE
+from puzzle.quantities import COSTS, QUANTITIES, SETTINGS, TIME_TOLERANCE, Quantity
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search.constraints import Group, allowed_blocks
 from puzzle.search.program import Floats, Ints, Row
@@ -51,6 +52,32 @@ def violations(values: Mapping[str, float], bounds: Bounds) -> dict[str, float]:
     """The bounds that are violated, each with its `Quantity.violation`."""
     found = {key: QUANTITIES[key].violation(values[key], bound) for key, bound in bounds.items()}
     return {key: share for key, share in found.items() if share > 0}
+
+
+class Objective(NamedTuple):
+    """What is best: the lowest score, or a cost in one scenario."""
+
+    key: str = "score"
+    scenario: int = 0
+    """0 is the main one."""
+
+    @property
+    def quantity(self) -> Quantity:
+        return QUANTITIES[self.key]
+
+    def reached(self, solution: Solution) -> float:
+        """A solution's value of the quantity."""
+        return solution.score if self.key == "score" else solution.servings[self.scenario].predicted[self.key]
+
+    def minimised(self, solution: Solution) -> float:
+        """The same so that less is better: of a throughput the seconds a token. A time must be above 0."""
+        value, quantity = self.reached(solution), self.quantity
+        if quantity.columns and not quantity.exact and value <= 0:
+            raise PuzzleError(
+                f"cost: {quantity.label} of a model is predicted as {quantity.text(value)}, which is noise; raise "
+                "cost.repeats and measure again"
+            )
+        return 1 / value if quantity.at_least else value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +162,10 @@ class Tables:
             )
             for setting, costs, target in (("target", self.costs, self.target), *further)
         ]
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(SETTINGS[self.settings.objective].key)
 
     @property
     def bounds(self) -> list[Bounds]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,18 +25,12 @@ _MOST_RESERVE = 0.02
 BUSY = 0.05
 """Uncertainty above which the machine is too busy for a decision."""
 
-Model = tuple[Sequence[str], Totals]
-"""Blocks by name, and what is predicted of them at their batch size."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """One time of a whole model, in ms."""
+class Timed(NamedTuple):
+    """A time of a whole model in ms: `prefill_ms` or `decode_ms` of the `parent` or the `child`."""
 
     model: str
-    """`parent` or `child`."""
     quantity: str
-    """`prefill_ms` or `decode_ms`."""
     predicted: float
     measured: float
     uncertainty: float = 0.0
@@ -53,7 +48,7 @@ class Timing:
 
     target: TargetSettings
     """Relative bounds refer to the reference as measured."""
-    predicted: tuple[Totals, Totals]
+    predicted: Sequence[Totals]
     """Of the reference and of the child."""
     samples: Sequence[Sequence[Sample]]
     """Of both, one a round."""
@@ -90,37 +85,41 @@ class Timing:
     @property
     def times(self) -> list[Timed]:
         """Of the child, and of the reference if that has the same batch size."""
-        reference, child = self.predicted
-        models = [("child", 1), ("parent", 0)] if reference.batch_size == child.batch_size else [("child", 1)]
         return [
             Timed(
-                model=model,
-                quantity=quantity,
-                predicted=getattr(self.predicted[place].cost, quantity),
-                measured=getattr(summarise(self.samples[place]), quantity),
-                uncertainty=2 * relative_standard_error([getattr(each, quantity) for each in self.samples[place]]),
+                model,
+                quantity,
+                getattr(self.predicted[place].cost, quantity),
+                getattr(summarise(self.samples[place]), quantity),
+                2 * relative_standard_error([getattr(each, quantity) for each in self.samples[place]]),
             )
-            for model, place in models
+            for model, place in (("child", 1), ("parent", 0))
             for quantity in TIMES
+            if self.predicted[place].batch_size == self.predicted[1].batch_size
         ]
 
 
 def time_beside(
-    config: PuzzleConfig, scenario: Scenario, target: TargetSettings, reference: Model, child: Model
+    config: PuzzleConfig,
+    scenario: Scenario,
+    target: TargetSettings,
+    models: Sequence[tuple[Sequence[str], int]],
+    predicted: Sequence[Totals],
 ) -> Timing:
     """Time two models in turns, until the target is clearly met or missed, or the utilisation is known to 1 %.
 
     Args:
         config: the parent's.
         target: of which bounds on speed and time are checked; sizes are known exactly.
+        models: the reference and the child, by blocks and batch size.
     """
-    timing = partial(Timing, target, (reference[1], child[1]))
 
     def is_known(samples: Sequence[Sequence[Sample]]) -> bool:
-        return timing(samples).clear or timing(samples).uncertainty <= RESERVE
+        timing = Timing(target, predicted, samples)
+        return timing.clear or timing.uncertainty <= RESERVE
 
-    models = [(Architecture.parse(blocks).configure(config), its.batch_size) for blocks, its in (reference, child)]
-    return timing(time_models(models, scenario, ROUNDS, is_known))
+    configs = [(Architecture.parse(blocks).configure(config), batch_size) for blocks, batch_size in models]
+    return Timing(target, predicted, time_models(configs, scenario, ROUNDS, is_known))
 
 
 def time_bounds(bounds: Bounds) -> Bounds:

@@ -6,8 +6,9 @@ and scores between its widths are interpolated, and the blocks that are chosen a
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,14 @@ def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child
         return _best(config, space, tables, child, sizes)
     limit_ms = tables.costs.totals(child.blocks, child.batch_size).request_ms
     scenario, asked = tables.costs.scenario, TargetSettings.model_validate({"latency": "1x"})
-    unsized = Totals(batch_size=child.batch_size, generated_tokens=scenario.generated_tokens, cost=Cost())
+    nothing = Totals(batch_size=child.batch_size, generated_tokens=scenario.generated_tokens, cost=Cost())
     timed: dict[tuple[str, ...], tuple[float, Solution]] = {}
     while len(timed) < _TIMINGS:
         found = _best(config, space, tables, child, sizes | {"request_ms": limit_ms})
         if found.blocks in timed:
             break
-        pair = (child.blocks, unsized), (found.blocks, unsized)
-        ratio = time_beside(config, scenario, asked, *pair).utilisation
+        models = (child.blocks, child.batch_size), (found.blocks, child.batch_size)
+        ratio = time_beside(config, scenario, asked, models, [nothing, nothing]).utilisation
         timed[found.blocks] = ratio, found
         if _NEAR <= ratio <= 1:
             break
@@ -97,52 +98,42 @@ def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child
 
 
 def _best(config: PuzzleConfig, space: Space, tables: Tables, child: Solution, limits: Bounds) -> Solution:
-    """The lowest score within `limits`, with as few layers dropped as that takes."""
-    dropped = empty_layers(tables)
-    for count in range(min(len(dropped), tables.scores.num_layers - 1) + 1):
-        found = _architectures(config, space, tables, child, dict(dropped[:count]))
-        if within := [each for each in found if not violations(each.predicted, limits)]:
+    """The uniform architecture of the lowest score within `limits`, with as few layers dropped as that takes.
+
+    Of the parent's kinds: every attention variant of the library, and every FFN width; between the library's widths
+    totals are interpolated.
+    """
+    attentions, anchors = _sized(space, config, "attention"), _sized(space, config, "ffn")
+    if not attentions or not anchors:
+        raise PuzzleError("evaluate.uniform_baseline: the layers have no sizes in common; set it to false")
+    largest, sizes = anchors[-1], [ffn.size or 0 for ffn in anchors]
+    step = math.gcd(sizes[-1], *(variant.size or 0 for variant in largest.alternatives(config)))
+    ffns = dict.fromkeys([*anchors, *largest.alternatives(config, range(sizes[0], sizes[-1], step))])
+    dropped, layers = empty_layers(tables), range(tables.scores.num_layers)
+    generated = tables.costs.scenario.generated_tokens
+    for count in range(min(len(dropped), len(layers) - 1) + 1):
+        empty, within = dict(dropped[:count]), []
+        for attention in attentions:
+            blocks = {ffn: tuple(empty.get(layer, f"{attention}+{ffn}") for layer in layers) for ffn in ffns}
+            try:
+                scores = [tables.total(blocks[ffn]) for ffn in anchors]
+            except KeyError:
+                continue  # one was not finite
+            costs = [vars(tables.costs.totals(blocks[ffn], child.batch_size).cost) for ffn in anchors]
+            for ffn in ffns:
+                # Sizes are linear in the width, so that they are exact.
+                at = partial(np.interp, ffn.size or 0, sizes)
+                cost: dict[str, Any] = {name: float(at([each[name] for each in costs])) for name in costs[0]}
+                cost |= {name: round(value) for name, value in cost.items() if name not in TIMES}
+                totals = Totals(batch_size=child.batch_size, generated_tokens=generated, cost=Cost(**cost)).as_dict()
+                if not violations(totals, limits):
+                    found = replace(child, blocks=blocks[ffn], score=float(at(scores)), predicted=totals)
+                    within.append(replace(found, proof=None, further=()))
+        if within:
             return min(within, key=lambda each: each.score)
     raise PuzzleError(
         "evaluate.uniform_baseline: no uniform child is as small and as fast as the child; set it to false"
     )
-
-
-def _architectures(
-    config: PuzzleConfig, space: Space, tables: Tables, child: Solution, empty: Mapping[int, str]
-) -> Iterator[Solution]:
-    """One attention variant and one FFN width in all layers but the empty ones: of the parent's kinds, every attention
-    variant of the library and every width; between the library's widths totals are interpolated.
-    """
-    attentions, widths = _sized(space, config, "attention"), _sized(space, config, "ffn")
-    if not attentions or not widths:
-        raise PuzzleError("evaluate.uniform_baseline: the layers have no sizes in common; set it to false")
-    largest, sizes = widths[-1], [ffn.size or 0 for ffn in widths]
-    step = math.gcd(sizes[-1], *(variant.size or 0 for variant in largest.alternatives(config)))
-    between = largest.alternatives(config, range(sizes[0], sizes[-1], step))
-    known = {(row.layer, row.block) for row in tables.scores.rows}
-    generated_tokens = tables.costs.scenario.generated_tokens
-
-    def layers(attention: Variant, ffn: Variant) -> tuple[str, ...]:
-        return tuple(empty.get(layer, f"{attention}+{ffn}") for layer in range(tables.scores.num_layers))
-
-    for attention in attentions:
-        anchors = [layers(attention, ffn) for ffn in widths]
-        if not known.issuperset(block for blocks in anchors for block in enumerate(blocks)):
-            continue  # a score was not finite
-        scores = [tables.total(blocks) for blocks in anchors]
-        costs = [vars(tables.costs.totals(blocks, child.batch_size).cost) for blocks in anchors]
-        for ffn in dict.fromkeys([*widths, *between]):
-
-            def at(values: Sequence[float], width: int = ffn.size or 0) -> float:
-                return float(np.interp(width, sizes, values))
-
-            cost: dict[str, Any] = {name: at([each[name] for each in costs]) for name in costs[0]}
-            # Sizes are linear in the width, so that they are exact.
-            cost |= {name: round(value) for name, value in cost.items() if name not in TIMES}
-            totals = Totals(batch_size=child.batch_size, generated_tokens=generated_tokens, cost=Cost(**cost))
-            found = replace(child, blocks=layers(attention, ffn), score=at(scores), predicted=totals.as_dict())
-            yield replace(found, proof=None, further=())
 
 
 def _sized(space: Space, config: PuzzleConfig, subblock: Subblock) -> list[Variant]:
