@@ -1,7 +1,7 @@
 """`puzzle search`: questions to the tables of a run, or of any other library in a table file."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,38 +40,35 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     for file in (question.table, question.figure, question.out):
         if file is not None and (file.is_dir() or not file.parent.is_dir()):
             raise PuzzleError(f"{file} cannot be written; name a file in a folder that exists")
-    tables = replace(
-        tables,
-        target=_changed(tables.target, question.target, "--target"),
-        settings=_changed(tables.settings, question.search, "--search"),
-    )
+    target, settings = _changed(tables.target, question.target, "target"), tables.settings
+    tables = replace(tables, target=target, settings=_changed(settings, question.search, "search"))
     _check_known(tables)
-    text = figure = None
-    if question.frontier is not None or question.pool is not None:
+    written = {question.table: to_table_file(tables.scores, tables.costs, tables.settings.score)}
+    if question.frontier or question.pool:
         key = _quantity(tables.demands[0], question.over)
-        if question.frontier is not None:
+        if question.frontier:
             found = frontier(tables, key, question.frontier)
-            figure = frontier_figure(found, {}, key).to_html() if question.figure is not None else None
         else:
             found = pool(tables, question.pool or 1, question.differing or 1)
         yield solutions_table(found, tables.scores.parent_blocks, key)
-        text = json.dumps([json.loads(each.to_json()) for each in found], indent=1) + "\n"
+        written[question.out] = json.dumps([json.loads(each.to_json()) for each in found], indent=1) + "\n"
+        if question.figure:
+            written[question.figure] = frontier_figure(found, {}, key).to_html()
     elif question.table is None or question.target or question.baseline or question.out:
         name = question.baseline
         solution = solve(tables) if name is None else solve_baseline(tables, name, question.seed)
         yield solution_table(solution, tables.scores.parent_blocks)
-        text = solution.to_json()
-    table = to_table_file(tables.scores, tables.costs, tables.settings.score)
-    for file, written in ((question.table, table), (question.out, text), (question.figure, figure)):
-        if file is not None and written is not None:
-            write_text(file, written)
+        written[question.out] = solution.to_json()
+    for file, text in written.items():
+        if file is not None:
+            write_text(file, text)
             yield f"wrote {file}"
 
 
-def _changed(section: SectionT, assignments: Sequence[str], flag: str) -> SectionT:
+def _changed(section: SectionT, assignments: list[str], name: str) -> SectionT:
     """The section with other values, which go over those it has as `puzzle run --set` goes over a recipe."""
-    given, name = section.model_dump(mode="json", exclude_none=True), flag.strip("-")
-    changed = parse_overrides(list(assignments), flag, "throughput=2x" if name == "target" else "gap=0")
+    given = section.model_dump(mode="json", exclude_none=True)
+    changed = parse_overrides(assignments, f"--{name}", "throughput=2x" if name == "target" else "gap=0")
     return validate(type(section), given | {key.removeprefix(f"{name}."): changed[key] for key in changed}, name)
 
 
@@ -83,9 +80,8 @@ def _check_known(tables: Tables) -> None:
     for place, demand, setting in asked:
         known = _known(demand)
         if setting not in {"score", *known}:
-            lacking = [name for name in SETTINGS[setting].columns if name in demand.costs.unknown]
-            nothing = f"no row has {' or '.join(lacking)}" if lacking else f"all of its costs for {setting} are 0"
-            raise PuzzleError(f"{place}: {nothing}; the table has costs for {', '.join(known) or 'nothing'}")
+            needed = f"rows with {' and '.join(SETTINGS[setting].columns)} above 0"
+            raise PuzzleError(f"{place}: it needs {needed}; the table has costs for {', '.join(known) or 'nothing'}")
     score, scores = tables.settings.score, tables.known_scores
     if score != "kl" and not any(scores.value(row.layer, row.block, score) for row in scores.rows):
         raise PuzzleError(f"search.score: every {score} in the table is 0; leave it at kl")

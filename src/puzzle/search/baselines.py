@@ -14,9 +14,6 @@ from puzzle.search.tables import Tables
 DROPPED = {"none+none", "none"}
 """Names of an empty layer."""
 
-Proposal = tuple[Sequence[str], Sequence[int]]
-"""An architecture, and a batch size for each scenario."""
-
 
 def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
     """The architecture that baseline `name` finds within the target's bounds, checked against the raw tables, unproven.
@@ -55,7 +52,7 @@ def greedy(tables: Tables) -> Solution | None:
     what overdraws least, and the next ones have less.
     """
 
-    def proposals() -> Iterator[Proposal]:
+    def proposals() -> Iterator[Sequence[str]]:
         for choices in itertools.product(*tables.choices):
             rows = [row for each, its in zip(choices, _cost_bounds(tables), strict=True) for row in each.rows(its)]
             limits, terms = np.array([row.limit for row in rows]), np.stack([row.terms for row in rows], axis=1)
@@ -68,7 +65,7 @@ def greedy(tables: Tables) -> Solution | None:
                 overdrawn = np.maximum(terms[entries] - budget, 0).max(axis=1)
                 chosen[group] = entries[np.lexsort((scores[entries], overdrawn))[0]]
                 budget -= terms[chosen[group]]
-            yield tables.architecture(chosen), [each.batch_size for each in choices]
+            yield tables.architecture(chosen)
 
     return _best_of(tables, proposals())
 
@@ -87,7 +84,7 @@ def depth(tables: Tables) -> Solution | None:
         [dict(dropped[:count]).get(layer, block) for layer, block in enumerate(tables.scores.parent_blocks)]
         for count in range(len(dropped) + 1)
     )
-    return _best_of(tables, _at_all_batch_sizes(tables, architectures))
+    return _best_of(tables, architectures)
 
 
 def uniform(tables: Tables) -> Solution | None:
@@ -98,7 +95,7 @@ def uniform(tables: Tables) -> Solution | None:
         empty = dict(dropped[:count])
         common = sorted(set.intersection(*(every[layer] for layer in layers if layer not in empty)))
         architectures = ([empty.get(layer, block) for layer in layers] for block in common)
-        if found := _best_of(tables, _at_all_batch_sizes(tables, architectures)):
+        if found := _best_of(tables, architectures):
             return found
     return None
 
@@ -130,19 +127,15 @@ def _cost_bounds(tables: Tables) -> list[Bounds]:
     return [{key: bound for key, bound in each.items() if key != "score"} for each in tables.bounds]
 
 
-def _at_all_batch_sizes(tables: Tables, architectures: Iterable[Sequence[str]]) -> Iterator[Proposal]:
-    sizes = itertools.product(*(demand.costs.batch_sizes for demand in tables.demands))
-    return ((blocks, batch_sizes) for batch_sizes, blocks in itertools.product(sizes, architectures))
-
-
-def _best_of(tables: Tables, proposals: Iterable[Proposal]) -> Solution | None:
-    """The best of those that meet all bounds and keep to `search.fix`, `forbid` and `equal`."""
+def _best_of(tables: Tables, architectures: Iterable[Sequence[str]]) -> Solution | None:
+    """The best, at any batch sizes, that meets all bounds and keeps to `search.fix`, `forbid` and `equal`."""
     found: Solution | None = None
-    for blocks, batch_sizes in proposals:
+    sizes = list(itertools.product(*(demand.costs.batch_sizes for demand in tables.demands)))
+    for blocks in architectures:
         if all({blocks[layer] for layer in layers} in [{name} for name in names] for layers, names in tables.groups):
-            solution = evaluated(tables, blocks, batch_sizes)
-            if not broken(solution, tables.bounds) and beats(solution, found):
-                found = solution
+            for solution in (evaluated(tables, blocks, batch_sizes) for batch_sizes in sizes):
+                if not broken(solution, tables.bounds) and beats(solution, found):
+                    found = solution
     return found
 
 
@@ -156,4 +149,4 @@ def _most(tables: Tables, worth: Sequence[float]) -> Solution | None:
     scores = replace(tables.known_scores, rows=tuple(replace(row, kl=own[row.layer] - value) for row, value in rows))
     settings = tables.settings.model_copy(update={"score": "kl"})
     found = best(replace(tables, scores=scores, settings=settings), _cost_bounds(tables))
-    return found and _best_of(tables, [(found.blocks, [serving.batch_size for serving in found.servings])])
+    return found and _best_of(tables, [found.blocks])

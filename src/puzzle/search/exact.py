@@ -16,11 +16,7 @@ SCORE = Objective()
 
 
 def evaluated(tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int]) -> Solution:
-    """An architecture from the raw tables, without a proof, whether it meets the target or not.
-
-    Args:
-        batch_sizes: for each scenario.
-    """
+    """An architecture at a batch size for each scenario, from the raw tables, whether it meets the target or not."""
     main, *further = (
         Serving(
             scenario=demand.costs.scenario,
@@ -64,22 +60,19 @@ def best(
     objective: Objective = SCORE,
     others: Sequence[Sequence[str]] = (),
     differing: int = 1,
-    gap: float | None = None,
 ) -> Solution | None:
     """The architecture with the lowest summed score within the bounds at any allowed batch size; None if there is none.
 
-    The paper solves one program per batch size (section 2.3). Here they go in the order of their linear relaxations'
-    bounds until none that is left can reach the best found. Of equal sums at several batch sizes the fastest wins.
-    Where there are several scenarios, each combination of their batch sizes is a program.
+    The paper solves one program per batch size (section 2.3), here for each combination of the scenarios' batch sizes.
+    They go in the order of their linear relaxations' bounds until none that is left can reach the best found. Of equal
+    sums the fastest wins.
 
     Args:
         bounds: for each scenario, in place of the target's.
-        objective: what is best in place of the score.
         others: architectures from which it must differ in at least `differing` layers.
-        gap: in place of `search.gap`.
 
     Raises:
-        PuzzleError: the time limit of every program was over before anything was found or excluded.
+        PuzzleError: the time limit was over before anything was found or excluded.
     """
     start = time.monotonic()
     bounds = tables.bounds if bounds is None else bounds
@@ -91,8 +84,7 @@ def best(
         if relaxed > value and not _same_sum(relaxed, value):
             lower = min(lower, relaxed)
             break
-        gap = tables.settings.gap if gap is None else gap
-        candidate, done, bound = _optimum(tables, program, batch_sizes, bounds, gap)
+        candidate, done, bound = _optimum(tables, program, batch_sizes, bounds)
         proven, lower = proven and done, min(lower, bound)
         if candidate and beats(candidate, found, objective):
             found = candidate
@@ -124,9 +116,8 @@ def _same_sum(one: float, other: float) -> bool:
 def _programs(
     tables: Tables, bounds: Sequence[Bounds], objective: Objective, away: Sequence[Row]
 ) -> list[tuple[float, list[int], Program]]:
-    """For each combination of batch sizes its program, and the bound on its objective by the linear relaxation.
-
-    The most promising first; those whose relaxation has no solution are left out.
+    """The bound by linear relaxation, the batch sizes and the program of each combination of these that may have a
+    solution, the most promising first.
     """
     found = []
     combinations = list(itertools.product(*tables.choices))
@@ -146,12 +137,12 @@ def _programs(
 
 
 def _optimum(
-    tables: Tables, program: Program, batch_sizes: Sequence[int], bounds: Sequence[Bounds], gap: float
+    tables: Tables, program: Program, batch_sizes: Sequence[int], bounds: Sequence[Bounds]
 ) -> tuple[Solution | None, bool, float]:
     """The best solution of one program, whether that is proven, and the bound on its objective."""
     end = time.monotonic() + tables.settings.time_limit_s
     while True:
-        outcome = minimise(program, gap=gap, time_limit_s=end - time.monotonic())
+        outcome = minimise(program, gap=tables.settings.gap, time_limit_s=end - time.monotonic())
         if outcome.positions is None:
             return None, outcome.proven, outcome.bound
         found = evaluated(tables, tables.architecture(outcome.positions), batch_sizes)

@@ -61,8 +61,7 @@ SOLVER = f"HiGHS {highspy.Highs().version()}"
 
 def relax(program: Program) -> float:
     """The optimum of the linear relaxation, below which no solution lies; infinite if even that has none."""
-    solver, scale, _ = _load(program, program.objective, whole=False)
-    solver.run()
+    solver, scale, _ = _solve(program, program.objective, whole=False)
     if _infeasible(solver):
         return np.inf
     solved = solver.getModelStatus() == highspy.HighsModelStatus.kOptimal
@@ -82,26 +81,20 @@ def minimise(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
 
 
 def _minimise(program: Program, objective: Floats, gap: float, time_limit_s: float) -> Outcome:
-    solver, scale, classes = _load(program, objective, whole=True)
-    solver.setOptionValue("mip_rel_gap", gap)
-    solver.setOptionValue("mip_abs_gap", 0.0)
-    solver.setOptionValue("time_limit", max(0.0, time_limit_s))
-    solver.run()
+    options = {"mip_rel_gap": gap, "mip_abs_gap": 0.0, "time_limit": max(0.0, time_limit_s)}
+    solver, scale, classes = _solve(program, objective, whole=True, **options)
     if _infeasible(solver):
         return Outcome(None, True, np.inf)
     info = solver.getInfo()
     bound = program.constant + scale * float(info.mip_dual_bound)
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return Outcome(None, False, bound)
-    counts = np.rint(solver.getSolution().col_value).astype(int)
+    counts = iter(np.rint(solver.getSolution().col_value).astype(int))
     positions = np.zeros(program.groups[-1] + 1, dtype=np.int64)
-    start = 0
     for members in classes:
-        size = len(members[0])
-        chosen = np.repeat(np.arange(size), counts[start : start + size])
+        chosen = np.repeat(np.arange(len(members[0])), [next(counts) for _ in members[0]])
         for entries, choice in zip(members, chosen, strict=True):
             positions[program.groups[entries[0]]] = entries[choice]
-        start += size
     return Outcome(positions, solver.getModelStatus() == highspy.HighsModelStatus.kOptimal, bound)
 
 
@@ -111,8 +104,8 @@ def _infeasible(solver: Any) -> bool:
     return solver.getModelStatus() in (kinds.kInfeasible, kinds.kUnboundedOrInfeasible)
 
 
-def _load(program: Program, objective: Floats, *, whole: bool) -> tuple[Any, float, list[list[Ints]]]:
-    """A solver with the program in it, what its objective must be multiplied with, and the classes of groups.
+def _solve(program: Program, objective: Floats, *, whole: bool, **given: float) -> tuple[Any, float, list[list[Ints]]]:
+    """The solver when it is done, what its objective must be multiplied with, and the classes of groups.
 
     Groups with the same terms are one class, of which the solver counts how many take each block: which of them does is
     no matter, and to prove that by branching takes long. One thread and a fixed seed: the same program has the same
@@ -121,7 +114,7 @@ def _load(program: Program, objective: Floats, *, whole: bool) -> tuple[Any, flo
     solver = highspy.Highs()
     options = {"output_flag": False, "threads": 1, "random_seed": 0, "small_matrix_value": 1e-12}
     tolerances = ("primal_feasibility_tolerance", "dual_feasibility_tolerance", "mip_feasibility_tolerance")
-    for option, value in (options | dict.fromkeys(tolerances, _FEASIBILITY)).items():
+    for option, value in (options | dict.fromkeys(tolerances, _FEASIBILITY) | given).items():
         solver.setOptionValue(option, value)
     table = np.stack([objective, *(row.terms for row in program.rows)])
     alike: dict[bytes, list[Ints]] = {}
@@ -146,4 +139,5 @@ def _load(program: Program, objective: Floats, *, whole: bool) -> tuple[Any, flo
         assert status != highspy.HighsStatus.kError, "the solver refused a row"
     if whole:
         solver.changeColsIntegrality(size, every, np.full(size, int(highspy.HighsVarType.kInteger), dtype=np.uint8))
+    solver.run()
     return solver, scale, classes

@@ -1,8 +1,11 @@
 """From tables and a target to the solution, or why there is none; pools of solutions, and the frontier."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +22,7 @@ _DIVERSE_GAP = 1e-3
 
 
 def solve(tables: Tables) -> Solution:
-    """The best architecture that meets the target at one of the batch sizes: that of the lowest summed score.
+    """The best architecture that meets the target, by default that of the lowest summed score.
 
     Raises:
         PuzzleError: a setting is contradictory, or the target is empty or cannot be met, with what can be reached.
@@ -43,25 +46,20 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     num_layers, objective = tables.scores.num_layers, tables.objective
     if not 1 <= differing <= num_layers:
         raise PuzzleError(f"pool: found differing {differing}; it must be from 1 to the {num_layers} layers")
-    found = [solve(tables)]
+    found, find = [solve(tables)], partial(best, objective=objective, differing=differing)
     gap = max(tables.settings.gap, _DIVERSE_GAP if differing > 1 else 0.0)
-    while len(found) < count:
-        others = [solution.blocks for solution in found]
-        try:
-            solution = best(tables, objective=objective, others=others, differing=differing, gap=gap)
-        except PuzzleError:
-            break  # time was over
-        if solution is None:
-            break
-        found.append(solution)
+    tables = replace(tables, settings=tables.settings.model_copy(update={"gap": gap}))
+    with suppress(PuzzleError):  # time was over
+        while len(found) < count and (other := find(tables, others=[each.blocks for each in found])):
+            found.append(other)
     return sorted(found, key=objective.minimised)
 
 
 def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) -> list[Solution]:
     """Exact solutions at `points` bounds on a quantity, from the parent's value to the best reachable by equal factors.
 
-    Where that is 0, by equal steps. All other bounds are kept. Where these already force a value no better than the
-    parent's, there is one point: the best reachable. Each solution's `bounds` say which bound it was found for.
+    All other bounds are kept. Where these already force a value no better than the parent's, there is one point: the
+    best reachable. Each solution's `bounds` say which bound it was found for.
 
     Raises:
         PuzzleError: the other bounds cannot be met.
@@ -86,8 +84,7 @@ def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) ->
     return solutions
 
 
-@dataclass(frozen=True)
-class _Ask:
+class _Ask(NamedTuple):
     """One bound of a target, in words. Values are what can be asked for: predictions with the margin taken off."""
 
     scenario: int
@@ -132,9 +129,8 @@ class _Ask:
 def _explain(tables: Tables) -> PuzzleError:
     """One line for a target that no architecture meets.
 
-    Names the bounds that are out of reach, each with the range from the parent's value to the best of any architecture
-    that the search may choose. If each alone is within reach, it says so. Where one bound is to blame, or any
-    one could give way, the line ends with the nearest value of it that can be met with the others kept.
+    Names the bounds that are out of reach, each with the range from the parent's value to the best of any architecture.
+    Where one bound is to blame, or any could give way, it ends with the nearest value that the others allow.
     """
     asks = [_Ask(place, each, QUANTITIES[key]) for place, each in enumerate(tables.demands) for key in each.bounds]
     beyond, ranges = [], []

@@ -16,6 +16,7 @@ from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
 from puzzle.library import Library
 from puzzle.parents import Parent
+from puzzle.quantities import QUANTITIES
 from puzzle.runs import Run, digest, read_parsed, write_text
 from puzzle.search.solve import pool, solve
 from puzzle.search.tables import Tables
@@ -46,13 +47,12 @@ def search(run: Run, tables: Tables) -> Solution:
         proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
         run.log(f"search: sum of {tables.settings.score} {solution.score:.4g} ({proven})")
     for demand, serving in zip(tables.demands, solution.servings, strict=True):
-        predicted, parent = serving.predicted, serving.parent
-        speed, memory = predicted["throughput_tok_s"], predicted["memory_bytes"]
-        run.log(
-            f"search: in {demand.costs.scenario}, at batch size {serving.batch_size}; predicted {speed:.4g} generated "
-            f"tok/s ({speed / parent['throughput_tok_s']:.2f}x the parent's), {memory / 1e9:.4g} GB of weights and KV "
-            f"cache ({memory / parent['memory_bytes']:.2f}x)"
-        )
+        said = []
+        for key in ("throughput_tok_s", "memory_bytes"):
+            value, quantity = serving.predicted[key], QUANTITIES[key]
+            said.append(f"{quantity.label} {quantity.text(value)} ({value / serving.parent[key]:.2f}x the parent's)")
+        where = f"in {demand.costs.scenario}, at batch size {serving.batch_size}"
+        run.log(f"search: {where}; predicted {', '.join(said)}")
     return solution
 
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from puzzle.artefacts import Bounds, Cost, CostTable, ScoreTable, Solution, Totals
 from puzzle.errors import PuzzleError
-from puzzle.quantities import COSTS, QUANTITIES, SETTINGS, TIME_TOLERANCE, Quantity
+from puzzle.quantities import QUANTITIES, SETTINGS, TIME_TOLERANCE, Quantity
 from puzzle.recipe import SearchSettings, TargetSettings
 from puzzle.search.constraints import Group, allowed_blocks
 from puzzle.search.program import Floats, Ints, Row
@@ -80,8 +80,7 @@ class Objective(NamedTuple):
         return 1 / value if quantity.at_least else value
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Demand:
+class Demand(NamedTuple):
     """What an architecture must reach in one scenario."""
 
     setting: str
@@ -92,19 +91,18 @@ class Demand:
     """Totals that relative targets refer to."""
     margin: float
 
-    @cached_property
+    @property
     def asked(self) -> Bounds:
         """The target in absolute numbers."""
         return resolve_bounds(self.target, self.parent)
 
-    @cached_property
+    @property
     def bounds(self) -> Bounds:
         """The same with the margin: what predictions must meet."""
         return resolve_bounds(self.target, self.parent, self.margin)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choices:
+class Choices(NamedTuple):
     """Costs and scores of all n choices in one scenario at one batch size. Whole numbers below 2**53 are exact."""
 
     batch_size: int
@@ -153,13 +151,7 @@ class Tables:
         """Of the main scenario, then of the further ones."""
         further = ((f"scenarios[{place}].target", *each) for place, each in enumerate(self.further))
         return [
-            Demand(
-                setting=setting,
-                costs=costs,
-                target=target,
-                parent=parent_totals(self.known_scores, costs),
-                margin=self.settings.margin,
-            )
+            Demand(setting, costs, target, parent_totals(self.known_scores, costs), self.settings.margin)
             for setting, costs, target in (("target", self.costs, self.target), *further)
         ]
 
@@ -190,26 +182,22 @@ class Tables:
     @cached_property
     def choices(self) -> list[list[Choices]]:
         """For each scenario the choices at each of its batch sizes."""
-        score = self.settings.score
-        scores = np.array([sum(self.scores.value(i, block, score) for i in layers) for layers, block in self._entries])
-        assert np.isfinite(scores).all(), "a score that is not finite must not be in the score table"
+        name = self.settings.score
+        scores = np.array([sum(self.scores.value(i, block, name) for i in layers) for layers, block in self._entries])
 
         def at(costs: CostTable, batch_size: int) -> Choices:
-            generated_tokens = costs.scenario.generated_tokens
+            generated = costs.scenario.generated_tokens
 
-            def terms(cost: Cost) -> list[float]:
-                totals = Totals(batch_size=batch_size, generated_tokens=generated_tokens, cost=cost)
-                return [quantity.additive(totals) for quantity in COSTS.values()]
+            def terms(cost: Cost) -> dict[str, Any]:
+                totals = Totals(batch_size=batch_size, generated_tokens=generated, cost=cost)
+                return {key: quantity.additive(totals) for key, quantity in QUANTITIES.items()}
 
             sums = [sum((costs.block(i, block, batch_size) for i in layers), Cost()) for layers, block in self._entries]
-            columns = np.array([terms(cost) for cost in sums], dtype=np.float64).T
-            assert np.isfinite(columns).all(), "a cost is not finite"
-            return Choices(
-                batch_size=batch_size,
-                generated_tokens=generated_tokens,
-                terms=dict(zip(COSTS, columns, strict=True)) | {"score": scores},
-                fixed=dict(zip(COSTS, terms(costs.fixed(batch_size)), strict=True)) | {"score": 0.0},
-            )
+            columns: dict[str, Any] = {
+                name: np.array([getattr(cost, name) for cost in sums], dtype=np.float64) for name in vars(sums[0])
+            }
+            every = terms(Cost(**columns)) | {"score": scores}
+            return Choices(batch_size, generated, every, terms(costs.fixed(batch_size)))
 
         return [[at(demand.costs, size) for size in demand.costs.batch_sizes] for demand in self.demands]
 
@@ -220,5 +208,4 @@ class Tables:
 
     def overlap(self, blocks: Sequence[str]) -> Floats:
         """[n]: in how many layers each choice is what `blocks` has there."""
-        same = [sum(blocks[layer] == block for layer in layers) for layers, block in self._entries]
-        return np.array(same, dtype=np.float64)
+        return np.array([sum(blocks[layer] == block for layer in layers) for layers, block in self._entries], float)

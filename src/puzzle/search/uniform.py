@@ -89,12 +89,10 @@ def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child
         if _NEAR <= ratio <= 1:
             break
         limit_ms = found.predicted["request_ms"] * (1 + _NEAR) / 2 / ratio
-    as_fast = [found for ratio, found in timed.values() if ratio <= 1]
-    if not as_fast:
-        ratio, fastest = min(timed.values(), key=lambda each: each[0])
+    ratio, found = min(timed.values(), key=lambda each: (max(1.0, each[0]), each[1].score))
+    if ratio > 1:
         run.log_warning(f"the uniform child takes {ratio - 1:.1%} more time than the child as measured")
-        return fastest
-    return min(as_fast, key=lambda found: found.score)
+    return found
 
 
 def _best(config: PuzzleConfig, space: Space, tables: Tables, child: Solution, limits: Bounds) -> Solution:
