@@ -43,14 +43,13 @@ class Library:
         state = read_tensors(self.root / row.file) if row.file else {}
         if not row.widened_from:
             return state
-        widened = parse_variant(subblock, row.widened_from).widen(state, variant, self.parent.config)
+        widened = parse_variant(subblock, row.widened_from).widen(state, variant)
         assert widened is not None, f"{row.widened_from} has no form as {variant}"
         return widened
 
     def block_state(self, layer: int, block: BlockVariant) -> State:
         """The weights of a block: those it was trained with as a whole, else its subblocks'."""
-        row = self.index.by_key.get((layer, "block", block.name))
-        if row is not None:
+        if (row := self.index.by_key.get((layer, "block", block.name))) is not None:
             return read_tensors(self.root / row.file)
         return self.state(layer, block.attention) | self.state(layer, block.ffn)
 
@@ -124,7 +123,7 @@ def nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[Libra
         for narrow in narrower[row.layer, row.subblock]:
             if narrow.file and narrow.loss < row.loss:
                 source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
-                if source.widen(read_tensors(root / narrow.file), variant, parent.config):
+                if source.widen(read_tensors(root / narrow.file), variant):
                     row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
         result[place] = row
         narrower[row.layer, row.subblock].append(row)

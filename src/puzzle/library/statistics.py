@@ -86,10 +86,7 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
 
 
 def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Space) -> Space:
-    """`space` without the variants that start with `space.prune` times the error of a smaller one.
-
-    No forward pass is made. The expected losses are kept as `expected.json`.
-    """
+    """`space` without the variants that start with `space.prune` times the error of a smaller one, by moments alone."""
     if (ratio := run.recipe.space.prune) is None:
         return space
     stage = run.open(SPACE, parent=parent, statistics=statistics, space=space.names)

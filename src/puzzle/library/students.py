@@ -30,8 +30,7 @@ class Student:
     """One variant of a subblock; or an attention and an FFN variant together, trained as a whole (coupled BLD).
 
     Args:
-        variants: one, or one of each subblock.
-        state: their tensors by their names in the layer.
+        variants: one, or one of each subblock. state: their tensors by their names in the layer.
         power: calibrated E[y^2] of the target, per element: what the squared error is divided by.
         trained: whether anything is left to learn.
         loss: `block` compares the block's output; an attention's goes through the parent's own FFN (the paper's).

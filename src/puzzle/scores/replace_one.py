@@ -110,9 +110,7 @@ def _score_layers(
             single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
             for block, rest in scorer.blocks(modules, single, scorer.rest).items():
                 values[block] = torch.cat([values[block], rest])
-            columns = {
-                f"{block.name}.{name}": values[block][:, i] for block in values for i, name in enumerate(METRICS)
-            }
+            columns = {f"{b.name}.{name}": v[:, i] for b, v in values.items() for i, name in enumerate(METRICS)}
             write_tensors(files[layer].with_suffix(".safetensors"), columns)
             rows = []
             for block, found in {own: unchanged, **values}.items():

@@ -34,10 +34,9 @@ def load_task(text: str) -> Task:
 
 def task_name(task: Task) -> str:
     """What stands for a task in an address; a change of its code does not change that."""
-    try:
-        return f"{task.__module__}:{task.__qualname__}"
-    except AttributeError:
-        raise PuzzleError("score.task: found a callable without a name; give a function") from None
+    if not hasattr(task, "__qualname__"):
+        raise PuzzleError("score.task: found a callable without a name; give a function")
+    return f"{task.__module__}:{task.__qualname__}"
 
 
 def task_score(run: Run, task: Task, file: Path, label: str, model: Callable[[], PuzzleForCausalLM]) -> float | None:
@@ -48,8 +47,7 @@ def task_score(run: Run, task: Task, file: Path, label: str, model: Callable[[],
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):  # such as a tensor of several numbers
-            found = type(value).__name__
-            raise PuzzleError(f"score.task: {task_name(task)} returned {found}, not a number") from None
+            raise PuzzleError(f"score.task: {task_name(task)} returned {type(value).__name__}, not a number") from None
         if not math.isfinite(number):
             if label == "parent":
                 raise PuzzleError(f"score.task: {task_name(task)} is {number} for the parent itself")

@@ -164,7 +164,7 @@ class Variant(ABC):
         """E||y - y'||^2 / E||y||^2 of these weights on the calibration text; None: its moments do not suffice."""
         return None
 
-    def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
+    def widen(self, state: State, wider: "Variant") -> State | None:
         """Weights of the larger variant `wider` that compute the same function as `state`; None: there are none."""
         return None
 
@@ -203,7 +203,8 @@ def register(variant: type[V]) -> type[V]:
     if known is not None and known.__qualname__ != variant.__qualname__:
         raise PuzzleError(f"register: {variant.subblock} kind {variant.kind!r} is taken; name yours differently")
     if variant.module is not None:
-        _check_module(variant.module)
+        if wrong := _wrong(variant.module):
+            raise PuzzleError(f"register: {variant.module.__name__} {wrong}")
         MODULES[variant.subblock, variant.kind] = variant.module
     REGISTRY[variant.subblock][variant.kind] = variant
     return variant
@@ -222,8 +223,7 @@ def parse_variant(subblock: Subblock, name: str) -> Variant:
 
 def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
     """The variant that an entry of `PuzzleConfig.blocks` has for this subblock."""
-    kind = REGISTRY[subblock].get(entry["kind"])
-    if kind is None:
+    if (kind := REGISTRY[subblock].get(entry["kind"])) is None:
         known = ", ".join(REGISTRY[subblock])
         raise PuzzleError(
             f"blocks: {subblock} kind {entry['kind']!r} is unknown; use {known}, or import the module that registers it"
@@ -231,22 +231,18 @@ def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
     return kind(**{name: size for name, size in entry.items() if name != "kind"})
 
 
-def _check_module(module: type[nn.Module]) -> None:
-    """A `PuzzleError` unless the class can stand in another file that imports `_CARRIED` alone."""
+def _wrong(module: type[nn.Module]) -> str:
+    """Why the class cannot stand in another file that imports `_CARRIED` alone; empty if it can."""
     try:
         source = textwrap.dedent(inspect.getsource(module))
     except (OSError, TypeError):
-        wrong = "has no source that a checkpoint could carry; write it to a file"
-    else:
-        used = _globals(symtable.symtable(source, module.__name__, "exec"))
-        if foreign := ", ".join(sorted(used - _CARRIED - set(dir(builtins)))):
-            wrong = f"uses {foreign}, but a checkpoint carries the class alone; use {', '.join(sorted(_CARRIED))} only"
-        elif "Attention" in module.__name__:
-            wrong = "says Attention in its name, by which transformers takes the whole model for one whose attention "
-            wrong += "implementation cannot be set; name it differently"
-        else:
-            return
-    raise PuzzleError(f"register: {module.__name__} {wrong}")
+        return "has no source that a checkpoint could carry; write it to a file"
+    used = _globals(symtable.symtable(source, module.__name__, "exec"))
+    if foreign := ", ".join(sorted(used - _CARRIED - set(dir(builtins)))):
+        return f"uses {foreign}, but a checkpoint carries the class alone; use {', '.join(sorted(_CARRIED))} only"
+    attention = "says Attention in its name, by which transformers takes the whole model for one whose attention "
+    attention += "implementation cannot be set; name it differently"
+    return attention if "Attention" in module.__name__ else ""
 
 
 def _globals(table: symtable.SymbolTable) -> set[str]:

@@ -121,9 +121,8 @@ class Space:
     def restricted(self, keeps: Callable[[int, Variant], bool]) -> "Space":
         """The parent's own variants, and those of which `keeps(layer, variant)` is true."""
         layers = []
-        for index, layer in enumerate(self.layers):
-            subblocks = (layer.attention, layer.ffn)
-            kept = ([each for each in some if each == some[0] or keeps(index, each)] for some in subblocks)
+        for i, layer in enumerate(self.layers):
+            kept = ([v for v in some if v == some[0] or keeps(i, v)] for some in (layer.attention, layer.ffn))
             layers.append(LayerSpace(*map(tuple, kept)))
         return Space(tuple(layers))
 

@@ -14,8 +14,7 @@ from puzzle.variants.least_squares import least_squares_update
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 """Default widths as shares of the parent's (paper section 2.1)."""
-_ROWS = ("mlp.gate_proj", "mlp.up_proj")
-"""Modules whose tensors' rows are the channels."""
+_ROWS = ("mlp.gate_proj", "mlp.up_proj")  # modules whose tensors' rows are the channels
 
 
 @register
@@ -70,7 +69,7 @@ class GatedFFN(Variant):
         power = parent.statistics["output_power"].double() * len(left_DI)
         return float((left_DI @ moment_II * left_DI).sum() / power)
 
-    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
+    def widen(self, state: State, wider: Variant) -> State | None:
         if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
             return None
         missing = wider.intermediate_size - self.intermediate_size

@@ -10,6 +10,8 @@ from torch import Tensor
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants.base import ParentSubblock, State, Variant, register
 
+_KV = ("self_attn.k_proj.", "self_attn.v_proj.")
+
 
 @register
 @dataclass(frozen=True)
@@ -80,19 +82,22 @@ class GroupedQuery(Variant):
         new_heads, merged = self.num_key_value_heads, parent.variant.num_key_value_heads // self.num_key_value_heads
         means = {
             name: parent.state[name].unflatten(0, (new_heads, merged, -1)).double().mean(1).flatten(0, 1)
-            for name in _kv_tensors(parent.state)
+            for name in parent.state
+            if name.startswith(_KV)
         }
         return parent.state | {name: mean.to(parent.dtype) for name, mean in means.items()}
 
     def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
         return 0.0 if parent.variant == self else None
 
-    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
+    def widen(self, state: State, wider: Variant) -> State | None:
         if not isinstance(wider, GroupedQuery) or (wider.window, wider.sinks) != (self.window, self.sinks):
             return None
         repeats, rest = divmod(wider.num_key_value_heads, self.num_key_value_heads)
-        repeated = {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in _kv_tensors(state)}
-        return None if rest else state | repeated
+        if rest:
+            return None
+        kv = (name for name in state if name.startswith(_KV))
+        return state | {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in kv}
 
     def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
         """W_o W_v: each token attends to itself alone; the V heads are repeated for the query heads that read them."""
@@ -113,10 +118,6 @@ class GroupedQuery(Variant):
         """Largest number of tokens that a token attends to."""
         limit: int = config.max_position_embeddings
         return limit if self.window is None else min(limit, self.window + self.sinks)
-
-
-def _kv_tensors(state: State) -> set[str]:
-    return {name for name in state if name.split(".")[1] in ("k_proj", "v_proj")}
 
 
 def _repeated(tensor: Tensor, heads: int, repeats: int) -> Tensor:

@@ -1,6 +1,5 @@
-"""Linear maps: instead of attention (each token attends to itself alone) or of the FFN (paper section 2.1).
-
-Of low rank: two maps through a few channels, with nothing between them.
+"""Linear maps instead of attention (each token attends to itself alone) or of the FFN (paper section 2.1); of low rank,
+two maps through a few channels.
 """
 
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ class LowRankFFN(_Linear):
         """Smaller than the parent's FFN, and than one linear map."""
         return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
 
-    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
+    def widen(self, state: State, wider: Variant) -> State | None:
         if not isinstance(wider, LowRankFFN) or wider.rank < self.rank:
             return None
         missing = wider.rank - self.rank
