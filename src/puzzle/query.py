@@ -45,7 +45,11 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     _check_known(tables)
     written = {question.table: to_table_file(tables.scores, tables.costs, tables.settings.score)}
     if question.frontier or question.pool:
-        key = _quantity(tables.demands[0], question.over)
+        known = _known(tables.demands[0])
+        over = question.over or next(iter(known), None)
+        if over not in known:
+            raise PuzzleError(f"--over: found {over}; the table has costs for {', '.join(known) or 'nothing'}")
+        key = known[over]
         if question.frontier:
             found = frontier(tables, key, question.frontier)
         else:
@@ -91,12 +95,3 @@ def _known(demand: Demand) -> dict[str, str]:
     """The quantities that a table has costs for, by their setting in `target`."""
     unknown, parent = demand.costs.unknown, demand.parent
     return {each.setting: key for key, each in COSTS.items() if unknown.isdisjoint(each.columns) and parent[key]}
-
-
-def _quantity(demand: Demand, setting: str | None) -> str:
-    """The key of the quantity with that setting; by default of the first that the table has costs for."""
-    known = _known(demand)
-    setting = setting or next(iter(known), None)
-    if setting not in known:
-        raise PuzzleError(f"--over: found {setting}; the table has costs for {', '.join(known) or 'nothing'}")
-    return known[setting]

@@ -16,10 +16,7 @@ DROPPED = {"none+none", "none"}
 
 
 def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
-    """The architecture that baseline `name` finds within the target's bounds, checked against the raw tables, unproven.
-
-    Args:
-        seed: of `random`; the others draw nothing.
+    """The architecture that a baseline finds within the target's bounds, unproven; `seed` is that of `random`.
 
     Raises:
         PuzzleError: there is no such baseline, or it finds nothing within the bounds; the search itself still may.
@@ -37,11 +34,9 @@ def solve_baseline(tables: Tables, name: str, seed: int = 0) -> Solution:
 def random(tables: Tables, seed: int = 0) -> Solution | None:
     """A random architecture within the bounds, whatever the scores say (paper section F.2.4).
 
-    The optimum over random scores: always within the bounds, however tight, where anything is. The scores are Gumbel
-    noise, for which every architecture is equally likely where no bound binds.
+    The optimum over Gumbel noise, for which every architecture is equally likely where no bound binds.
     """
-    noise = np.random.default_rng(seed).gumbel(size=len(tables.known_scores.rows))
-    return _most(tables, noise.tolist())
+    return _most(tables, np.random.default_rng(seed).gumbel(size=len(tables.known_scores.rows)).tolist())
 
 
 def greedy(tables: Tables) -> Solution | None:

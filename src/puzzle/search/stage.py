@@ -8,7 +8,8 @@ as much.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from puzzle.artefacts import Correction, Solution, WholeScore
 from puzzle.costs import Sample
@@ -98,8 +99,7 @@ def _addresses(tables: Tables) -> dict[str, object]:
     return {"scores": digest(tables.scores.to_json()), "costs": costs}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Met:
+class Met(NamedTuple):
     """The solution, and the tables in which the search found it."""
 
     solution: Solution
@@ -143,8 +143,8 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
                 fitted(demand.costs, serving.batch_size, timings[place].times) if place in timings else demand.costs
                 for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True))
             ]
-            targets = [target for _, target in tables.further]
-            changed = replace(changed, costs=costs[0], further=[*zip(costs[1:], targets, strict=True)])
+            further = [(its, target) for its, (_, target) in zip(costs[1:], tables.further, strict=True)]
+            changed = replace(changed, costs=costs[0], further=further)
         try:
             again = search(run, changed)
         except PuzzleError as error:
@@ -156,7 +156,7 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
     if met is None:
         run.log_warning(f"the target is still missed by {missing:.1%} as measured; raise search.margin")
         met = solution, tables
-    return Met(solution=met[0], tables=met[1], timings=tuple(history))
+    return Met(*met, tuple(history))
 
 
 def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solution]) -> Solution:

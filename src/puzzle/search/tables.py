@@ -22,9 +22,8 @@ _LARGEST = 1e12
 def parent_totals(scores: ScoreTable, costs: CostTable) -> dict[str, float]:
     """The parent's predicted totals that relative targets refer to, as `Totals.as_dict`.
 
-    One rule for every quantity: at the allowed batch size where the parent's throughput is highest, the smallest of
-    these if there are several. So `2x` of throughput and `50%` of memory speak of the same parent, served as
-    well as the scenario lets it be.
+    At the allowed batch size where its throughput is highest, the smallest of these if there are several: all
+    quantities are of the same parent, served as well as the scenario lets it be.
     """
     totals = [costs.totals(scores.parent_blocks, batch_size).as_dict() for batch_size in sorted(costs.batch_sizes)]
     return max(totals, key=lambda each: each["throughput_tok_s"])

@@ -35,10 +35,7 @@ def uniform_solution(run: Run, parent: Parent, space: Space, tables: Tables, chi
     """The uniform architecture of the lowest estimated score that meets the child's bounds.
 
     Bounds on sizes are met by exact count. Where a speed or a time is bounded, it must be as fast as the child, both
-    timed on the engine in turns.
-
-    Args:
-        tables: with the influence of each layer.
+    timed on the engine in turns. `tables` know the influence of each layer.
 
     Raises:
         PuzzleError: no uniform architecture gets there.
