@@ -93,7 +93,7 @@ def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Spa
     file = stage.path / "expected.json"
     if not stage.done:
         # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
-        settings, rows = run.recipe.library.model_copy(update={"start": "closed_form"}), []
+        settings, rows = LibrarySettings(start="closed_form", channels=run.recipe.library.channels), []
         for layer, which in product(range(parent.num_layers), SUBBLOCKS):
             own = statistics.parent_subblock(parent, settings, run.device, layer, which)
             for variant in space.layers[layer].subblock(which):
