@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import puzzle.scores.whole
 from puzzle.artefacts import Correction, CostTable, ScoreTable, WholeScore
 from puzzle.data import TokenData
 from puzzle.library import Library
@@ -67,29 +66,20 @@ def test_it_ends_within_the_bounds_and_goes_on_after_a_kill(
     pico_parent: Parent,
     pico_data: TokenData,
     pico_library: Library,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = CorrectSettings(tokens=256, pool=4, differing=2)
     run = Run(tmp_path, pico_run.recipe.model_copy(update={"correct": settings}))
     solution = solve(tables)
 
-    def corrected() -> Correction:
-        evaluate = partial(true_scores, run, pico_parent, pico_data, pico_library)
-        return correct(run, tables, solution, evaluate, pico_library, pico_data)
+    evaluate = partial(true_scores, run, pico_parent, pico_data, pico_library)
 
-    write = puzzle.scores.whole.write_json
-
-    def write_and_die(path: Path, value: object) -> None:
-        write(path, value)
+    def evaluate_and_die(some: Sequence[tuple[str, ...]]) -> list[WholeScore]:
+        evaluate(some[:2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(puzzle.scores.whole, "_AT_ONCE", 1)
-    monkeypatch.setattr(puzzle.scores.whole, "write_json", write_and_die)
-    for _ in range(4):
-        with pytest.raises(KeyboardInterrupt):
-            corrected()
-    monkeypatch.setattr(puzzle.scores.whole, "write_json", write)
-    found = corrected()
+    with pytest.raises(KeyboardInterrupt):
+        correct(run, tables, solution, evaluate_and_die, pico_library, pico_data)
+    found = correct(run, tables, solution, evaluate, pico_library, pico_data)
     values = [each.kl for each in found.evaluated]
     assert len(values) == 4
     assert found.ranked[-1] == solution

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from puzzle.artefacts import Bounds, Proof, Serving, Solution
 from puzzle.errors import PuzzleError
@@ -28,7 +28,7 @@ def evaluated(tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int])
         )
         for demand, batch_size in zip(tables.demands, batch_sizes, strict=True)
     )
-    values = {field.name: getattr(main, field.name) for field in fields(main) if field.name != "scenario"}
+    values = {name: value for name, value in vars(main).items() if name != "scenario"}
     return Solution(blocks=tuple(blocks), score=tables.total(blocks), proof=None, further=tuple(further), **values)
 
 

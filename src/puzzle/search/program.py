@@ -70,13 +70,12 @@ def relax(program: Program) -> float:
 
 def minimise(program: Program, *, gap: float, time_limit_s: float) -> Outcome:
     """Solve `program` until the best solution is proven to within the relative `gap`, or the time is over."""
-    objective = program.objective
+    objective, clipped = program.objective, program.objective
     if objective.any():
-        far = _OUTLIER * float(np.median(np.abs(objective[objective != 0])))
-        objective = objective.clip(None, far)
-    outcome = _minimise(program, objective, gap, time_limit_s)
-    if outcome.positions is not None and (objective < program.objective)[outcome.positions].any():
-        return _minimise(program, program.objective, gap, time_limit_s)
+        clipped = objective.clip(None, _OUTLIER * float(np.median(np.abs(objective[objective != 0]))))
+    outcome = _minimise(program, clipped, gap, time_limit_s)
+    if outcome.positions is not None and (clipped < objective)[outcome.positions].any():
+        return _minimise(program, objective, gap, time_limit_s)
     return outcome
 
 
@@ -107,9 +106,8 @@ def _infeasible(solver: Any) -> bool:
 def _solve(program: Program, objective: Floats, *, whole: bool, **given: float) -> tuple[Any, float, list[list[Ints]]]:
     """The solver when it is done, what its objective must be multiplied with, and the classes of groups.
 
-    Groups with the same terms are one class, of which the solver counts how many take each block: which of them does is
-    no matter, and to prove that by branching takes long. One thread and a fixed seed: the same program has the same
-    answer.
+    Groups with the same terms are one class, of which the solver counts how many take each block: to prove by branching
+    that it is no matter which of them does takes long. One thread, a fixed seed: the same program has the same answer.
     """
     solver = highspy.Highs()
     options = {"output_flag": False, "threads": 1, "random_seed": 0, "small_matrix_value": 1e-12}

@@ -37,8 +37,8 @@ def solve(tables: Tables) -> Solution:
 def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     """The `count` best architectures, each of which differs from all others in at least `differing` layers.
 
-    The best first; each is proven to be the best of those that differ enough from the ones found before it, for
-    `differing` above 1 to a relative gap of 1e-3. Fewer where there are no more, or none is found in time.
+    Each is proven to be the best of those that differ enough from the ones before it, for `differing` above 1 to a
+    relative gap of 1e-3. Fewer where there are no more, or none is found in time.
 
     Raises:
         PuzzleError: as `solve`, or `differing` is not from 1 to the number of layers.

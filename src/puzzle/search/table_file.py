@@ -30,10 +30,9 @@ class _Scenario(Section):
 
 
 class _Costs(Section):
-    """A cost that is left out in every row is unknown and counts nothing."""
+    """A cost that is left out in every row is unknown and counts nothing. Without batch size it holds for all."""
 
     batch_size: PositiveInt | None = None
-    """Without it the row holds for every batch size."""
     params: _Natural | None = None
     weight_bytes: _Natural | None = None
     kv_bytes_per_sequence: _Natural | None = None
@@ -48,11 +47,9 @@ class _Costs(Section):
 class _Row(_Costs):
     layer: Annotated[int, Field(ge=0, lt=10_000)]
     block: Text | None = None
-    """A whole block; without costs of its own it is `ATTENTION+FFN` and costs what these cost."""
     attention: Text | None = None
     ffn: Text | None = None
     score: Annotated[float, Field(ge=-1e15, le=1e15)] | None = None
-    """Of a block: the lower the better, and only its difference to the parent's counts."""
 
     @model_validator(mode="after")
     def _says_something_of_one_part(self) -> Self:

@@ -128,10 +128,7 @@ def time_bounds(bounds: Bounds) -> Bounds:
 
 
 def fitted(table: CostTable, batch_size: int, times: Sequence[Timed]) -> CostTable:
-    """The table whose rows at this batch size predict these times best, by least squares of relative errors.
-
-    A scale for all rows, and an offset of what is fixed.
-    """
+    """The table with its rows at this batch size scaled, and what is fixed shifted, to predict these times best."""
     lines = {
         name: _line([each for each in times if each.quantity == name], getattr(table.fixed(batch_size), name))
         for name in TIMES
@@ -148,7 +145,9 @@ def fitted(table: CostTable, batch_size: int, times: Sequence[Timed]) -> CostTab
 
 
 def _line(times: Sequence[Timed], fixed: float) -> tuple[float, float]:
-    """Scale and offset; a scale alone where predictions are too close to tell both, or nothing fixed would be left."""
+    """Scale and offset by least squares of relative errors; a scale alone where predictions are too close to tell both,
+    or nothing fixed would be left.
+    """
     predicted, measured = np.array([(each.predicted, each.measured) for each in times]).T
     if not measured.all():
         return 1.0, 0.0
