@@ -19,7 +19,7 @@ from puzzle.evaluate import evaluate
 SPEEDS = ("1.5x", "2x", "3x")
 SPACE = {"kv_heads": [3, 1], "ffn_widths": [256, 128, 64]}
 BASE: dict[str, dict[str, Any]] = {
-    "space": {**SPACE, "prune": None},
+    "space": SPACE,
     "library": {"tokens": 65_536, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 16_384},
     "score": {"tokens": 8192},
 }

@@ -37,7 +37,7 @@ sys.exit(main(["report", sys.argv[1]]))
 """
 SECTIONS = {
     "data": {"sequence_length": 64, "max_tokens": "400k"},
-    "space": {"kv_heads": [1], "ffn_widths": [128], "attention": ["linear"], "ffn": ["none"], "prune": None},
+    "space": {"kv_heads": [1], "ffn_widths": [128], "attention": ["linear"], "ffn": ["none"]},
     "calibration": {"tokens": 4096},
     "library": {"tokens": 4096, "validation_tokens": 1024, "batch_size": 4},
     "score": {"tokens": 512},

@@ -58,7 +58,7 @@ def measure(way: str, folder: str, text: str, memory: str) -> None:
     chosen = recipe(
         str(parent),
         text,
-        space={**subblocks, "attention": [], "ffn": [], "prune": None},
+        space={**subblocks, "attention": [], "ffn": []},
         calibration={"tokens": 16_384},
         library={"tokens": 4096, "batch_size": 4, "validation_tokens": 2048},
         score={"tokens": 2048},

@@ -39,7 +39,7 @@ def main(parent: str, text: str, folder: str) -> None:
 def measure(pipeline: Pipeline) -> Iterator[dict[str, object]]:
     """Held-out loss and replace-1 KL of every variant beside the parent's other subblock."""
     run, parent, data = pipeline.run, pipeline.parent, pipeline.data
-    space = thinned(pipeline.full_space)
+    space = thinned(pipeline.space)
     library = build_library(run, parent, data, pipeline.statistics, space)
     for subblock in SUBBLOCKS:
         beside = Space(tuple(_alone(layer, subblock) for layer in space.layers))

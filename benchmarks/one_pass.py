@@ -32,7 +32,7 @@ def main(parent: str, text: str) -> None:
 
 def time_bld(method: Pipeline) -> tuple[float, float]:
     """All trained variants in one pass of the parent, against a pass up to its own layer for each variant."""
-    plans = student_plans(method.parent, method.full_space, None, None)
+    plans = student_plans(method.parent, method.space, None, None)
     built = students_at_start(method.run, method.parent, method.statistics, None, plans)
     students = [student for student in built.values() if student.parameters()]
     stream = Stream(method.run, method.parent, method.run.path / "activations")

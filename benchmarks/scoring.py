@@ -61,7 +61,7 @@ def prepared(method: Pipeline, layers: Sequence[int]) -> tuple[Space, Library]:
     space = Space(
         tuple(
             layer if index in layers else LayerSpace(layer.attention[:1], layer.ffn[:1])
-            for index, layer in enumerate(method.full_space.layers)
+            for index, layer in enumerate(method.space.layers)
         )
     )
     return space, build_library(method.run, method.parent, method.data, method.statistics, space)

@@ -32,7 +32,6 @@ def recipe(parent: str, text: str, **sections: dict[str, Any]) -> Recipe:
     """A recipe for a parent of some millions of parameters; `sections` are put over the defaults here."""
     defaults: dict[str, dict[str, Any]] = {
         "data": {"source": text, "sequence_length": 256, "max_tokens": "8M", **SHARES},
-        "space": {"prune": None},
         "calibration": {"tokens": 131_072},
         "library": {"tokens": 131_072, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 32_768},
         "score": {"tokens": 16_384},

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle.artefacts import CostRow, CostTable, Scenario, ScoreRow, ScoreTable
-from puzzle.cache import cache_folder
 from puzzle.data import TokenData
+from puzzle.engines.environments import cache_folder
 from puzzle.library import Library, Statistics
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.parents import Parent

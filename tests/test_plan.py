@@ -11,7 +11,7 @@ import yaml
 from tests.test_recipes import parent_config
 
 import puzzle.pipeline
-from puzzle.checks import check_installed, check_recipe
+from puzzle.checks import check_recipe
 from puzzle.cli import main
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
@@ -29,8 +29,6 @@ SHEET = {
     "memory_gb_s": 100,
     "memory_gb": 8,
     "link_gb_s": 10,
-    "network_gb_s": 1,
-    "node_devices": 4,
     "compute_share": 0.5,
 }
 CONFIG = PuzzleConfig(
@@ -188,9 +186,9 @@ def test_what_is_not_installed_is_missed_by_the_stages_that_need_it(
     given = {"parent": "model", "data": {"source": "text"}, "target": {"throughput": "2x"}}
     recipe = Recipe.model_validate(given | sections)
     check_recipe(recipe, CONFIG)
-    check_installed(recipe, **before)
+    check_recipe(recipe, CONFIG, **before)
     with pytest.raises(PuzzleError, match=f"^{re.escape(line)}"):
-        check_installed(recipe)
+        check_recipe(recipe, CONFIG, timed=True)
 
 
 def test_a_run_is_refused_before_anything_is_computed(pico_checkpoint: Path, tmp_path: Path) -> None:

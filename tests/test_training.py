@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from puzzle.distributed.state import SaveTimer, TrainingState, saved_names
 from puzzle.errors import PuzzleError
 from puzzle.runs import Progress
-from puzzle.training import Part, Trained, adamw, schedule, train
+from puzzle.training import Part, Trained, adamw, best_point, schedule, train
 
 STEPS, RATE, WARMUP, MAX_NORM = 12, 0.05, 0.25, 0.5
 
@@ -145,7 +145,7 @@ def test_the_weights_of_the_best_point_are_kept(tmp_path: Path) -> None:
     assert min(found) < found[-1]
     for name, value in trained.best.items():
         task.parameters[name].data.copy_(value)
-    assert task.held_out() == trained.best_point["validation_kl"] == min(found)
+    assert task.held_out() == best_point(trained.curve)["validation_kl"] == min(found)
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:

@@ -1,18 +1,12 @@
 """Puzzle: from a trained language model, a machine, an engine and a target, a child that is cheaper to serve.
 
-Names are imported when they are first used, so that `import puzzle` takes no time. It also makes transformers know the
-child's model class: at once if transformers is imported already, and otherwise as soon as it is.
+Names are imported when they are first used, so that `import puzzle` takes no time.
 """
 
 import ast
-import sys
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # isort: off
@@ -51,30 +45,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_homes()})
-
-
-class _Registration(MetaPathFinder):
-    """Has `puzzle.modeling`, which registers the model class, imported right after transformers itself."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "transformers":
-            return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, others), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                if self in sys.meta_path:  # only once
-                    sys.meta_path.remove(self)
-                    import_module("puzzle.modeling")
-
-            setattr(spec.loader, "exec_module", execute_and_register)  # noqa: B010
-        return spec
-
-
-if "transformers" in sys.modules:
-    import_module("puzzle.modeling")
-else:
-    sys.meta_path.insert(0, _Registration())

@@ -86,10 +86,10 @@ class Cost:
     """One decode step of the whole batch, at the scenario's middle context length."""
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in _COSTS})
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in COST_FIELDS})
 
 
-_COSTS = tuple(field.name for field in fields(Cost))
+COST_FIELDS = tuple(field.name for field in fields(Cost))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostRow:
+class CostRow(Cost):
     """One variant of one subblock of one layer at one batch size.
 
     Or, as `block`, a whole block, in tables of other libraries. Or, as `fixed`, what every child has: embeddings, final
@@ -128,11 +128,6 @@ class CostRow:
     part: Part
     variant: str
     batch_size: int
-    params: int
-    weight_bytes: int
-    kv_bytes_per_sequence: int
-    prefill_ms: float
-    decode_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +144,7 @@ class CostTable(Artefact):
 
     @cached_property
     def _costs(self) -> dict[tuple[int, str, str, int], Cost]:
-        costs = ((row, Cost(**{name: getattr(row, name) for name in _COSTS})) for row in self.rows)
-        return {(row.layer, row.part, row.variant, row.batch_size): cost for row, cost in costs}
+        return {(row.layer, row.part, row.variant, row.batch_size): row for row in self.rows}
 
     def fixed(self, batch_size: int) -> Cost:
         return self._costs[-1, "fixed", "", batch_size]

@@ -7,14 +7,11 @@ from puzzle.recipe import Recipe
 from puzzle.search import check_asked, check_spans
 
 
-def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True) -> None:
-    """That nothing in the recipe contradicts the parent, or itself.
+def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True, timed: bool = False) -> None:
+    """Refuse a recipe that contradicts the parent, itself, or what is installed here.
 
     Args:
-        searched: whether the search is to be reached, and what comes after it.
-
-    Raises:
-        PuzzleError: something does; names the setting.
+        searched: whether the search is to be reached. timed: whether engines are to measure something.
     """
     longest = config.max_position_embeddings
     if recipe.data.sequence_length > longest:
@@ -32,17 +29,5 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True)
     check_spans(recipe.search, config.num_layers)
     if searched:
         check_asked([target for *_, target in recipe.served], recipe.search)
-
-
-def check_installed(recipe: Recipe, *, timed: bool = True) -> None:
-    """That this machine has what the recipe asks for.
-
-    Args:
-        timed: whether anything is measured, for which the engines are needed.
-
-    Raises:
-        PuzzleError: it has not; names the setting, or says how to install the engine.
-    """
-    for _, scenario, _ in recipe.served:
-        if timed and scenario.engine in MODULES:
-            python_of(scenario.engine)
+    for engine in {scenario.engine for _, scenario, _ in recipe.served if timed} & MODULES.keys():
+        python_of(engine)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from puzzle.data import TokenData
 from puzzle.device import autocast
@@ -41,8 +40,7 @@ class Child:
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> PuzzleForCausalLM:
         """The child, for inference."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
-        return model.to(device).eval().requires_grad_(False)
+        return self.source().load(dtype=dtype, device=torch.device(device))
 
     def source(self) -> Parent:
         """Opened like a parent, so that it can be streamed."""

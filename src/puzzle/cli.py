@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -290,13 +291,6 @@ def explain_recipe(arguments: argparse.Namespace) -> None:
     print(describe(Recipe), end="")
 
 
-def version(arguments: argparse.Namespace) -> None:
-    """Show the version."""
-    from importlib.metadata import version
-
-    print(f"puzzle {version('puzzle-llm')}")
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, with the command that was probably meant."""
@@ -308,7 +302,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="puzzle", description="Make a language model cheaper to serve.", allow_abbrev=False)
-    parser.add_argument("--version", action="store_const", dest="function", const=version, help="show the version")
+    parser.add_argument("--version", action="version", version=f"puzzle {version('puzzle-llm')}")
     parser.set_defaults(function=lambda _: parser.print_help())
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 

@@ -18,10 +18,10 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle.cache import cache_folder
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import autocast, multiplies_bfloat16
 from puzzle.distributed.state import remove_states
+from puzzle.engines.environments import cache_folder
 from puzzle.parents import open_parent
 from puzzle.pipeline import plan, run_stage
 from puzzle.recipe import DataSettings, Recipe

@@ -10,13 +10,14 @@ settings nor its inputs have changed.
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
-from puzzle.checks import check_installed, check_recipe
+from puzzle.checks import check_recipe
 from puzzle.child import Child, realise, refine
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
@@ -25,12 +26,12 @@ from puzzle.distill import distil, distillation_curve
 from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.evaluate import evaluate, measure_speed
 from puzzle.export import export_hf
-from puzzle.library import Library, Statistics, build_library, calibrate, promising_space
+from puzzle.library import Library, Statistics, build_library, calibrate
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
-from puzzle.report import ReportData, final_table, model_card, render, summary, table_row
+from puzzle.report import ReportData, final_table, model_card, render, table_row
 from puzzle.runs import Run, write_json, write_text
 from puzzle.scores import score, true_scores
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
@@ -60,11 +61,6 @@ class Pipeline:
         return open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
 
     @cached_property
-    def full_space(self) -> Space:
-        """The variants that the recipe asks for, as far as what it is deployed and timed on can run them."""
-        return _full_space(self.run.recipe, self.parent.config)
-
-    @cached_property
     def data(self) -> TokenData:
         """The text, as packed tokens in disjoint ranges."""
         return prepare_data(self.run, self.parent)
@@ -76,8 +72,8 @@ class Pipeline:
 
     @cached_property
     def space(self) -> Space:
-        """Which variants each layer may take: those asked for, less those that start hopelessly."""
-        return promising_space(self.run, self.parent, self.statistics, self.full_space)
+        """Which variants each layer may take: those asked for that run where the child is deployed and timed."""
+        return _space(self.run.recipe, self.parent.config)
 
     @cached_property
     def subblock_library(self) -> Library:
@@ -200,7 +196,8 @@ class Pipeline:
         asked = self.run.recipe.target.model_dump(mode="json", exclude_none=True)
         bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
         target = f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
-        write_json(self.run.path / "summary.json", summary(target, self.rows))
+        rows = {m: {key: v if isfinite(v) else None for key, v in row.items()} for m, row in self.rows.items()}
+        write_json(self.run.path / "summary.json", {"target": target, "rows": rows})
         child, path = self.exported, self.run.path / "report.html"
         write_text(path, render(self._report_data()))
         Console().print(final_table(self.rows))
@@ -259,11 +256,11 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
     """
     config = read_config(recipe.parent)
     check_recipe(recipe, config)
-    return plan_work(recipe, config, _full_space(recipe, config), choose_device(recipe.execution.device), devices)
+    return plan_work(recipe, config, _space(recipe, config), choose_device(recipe.execution.device), devices)
 
 
-def _full_space(recipe: Recipe, config: PuzzleConfig) -> Space:
-    space = derive_space(config, **recipe.space.model_dump(exclude={"prune"}))
+def _space(recipe: Recipe, config: PuzzleConfig) -> Space:
+    space = derive_space(config, **recipe.space.model_dump())
     timed = [TIMED_AS[scenario.engine] for _, scenario, _ in recipe.served if scenario.engine in TIMED_AS]
     return deployable(space, config, [*recipe.deploy, *timed])
 
@@ -277,7 +274,6 @@ def run_stage(run: Run, name: str) -> Pipeline:
     pipeline = Pipeline(run)
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
-    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached)
-    check_installed(run.recipe, timed="cost" in reached)
+    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed="cost" in reached)
     getattr(pipeline, by_name[name].result)
     return pipeline

@@ -102,8 +102,6 @@ class SpaceSettings(Section):
     """Other attention variants by name: `linear`, `none`, `kv2win1024s4` (2 KV heads, window 1024, 4 sinks)."""
     ffn: list[Text] = ["linear", "none"]
     """Other FFN variants by name: `linear`, `none`, `rank64`."""
-    prune: Annotated[float, Field(gt=1)] | None = 2.0
-    """Drop variants whose initial error is more than this multiple of a smaller variant's; null: keep all."""
 
 
 class CalibrationSettings(Section):

@@ -155,12 +155,6 @@ CALIBRATE = Stage(
     inputs=("parent", "data"),
     work=_calibration_work,
 )
-SPACE = Stage(
-    name="space",
-    help="Leave out variants that start much worse than smaller ones.",
-    reads=("library.channels",),
-    inputs=("parent", "statistics", "space"),
-)
 LIBRARY = Stage(
     name="library",
     help="Build and train every variant of every layer (BLD).",
@@ -271,7 +265,7 @@ EXPORT = Stage(
 REPORT = Stage(name="report", help="Write the report.", result="report")
 
 STAGES = (
-    *(DATA, CALIBRATE, SPACE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
+    *(DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
     *(EVALUATE, UNIFORM, SPEED, EXPORT, REPORT),
 )
 """In the order of the method."""

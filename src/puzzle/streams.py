@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from puzzle.device import disk_bytes, memory_bytes
@@ -197,7 +198,10 @@ class Stream:
 
     def _reached(self, file: Path) -> int:
         """The layer whose inputs it holds; 0 if it is not there."""
-        return int(read_tensors(file)["layer"]) if file.exists() else 0
+        if not file.exists():
+            return 0
+        with safe_open(file, "pt") as handle:
+            return int(handle.get_tensor("layer"))
 
     @torch.no_grad()
     def _states(self, text: str, numbered_BT: tuple[int, Tensor]) -> tuple[int, Tensor]:

@@ -57,10 +57,6 @@ class Trained:
     diverged: Sequence[str]
     """Names of the parts that stopped, since their gradients were not finite for ten steps."""
 
-    @property
-    def best_point(self) -> Point:
-        return _best(self.curve)
-
 
 def train(
     parts: Sequence[Part],
@@ -101,7 +97,7 @@ def train(
         if validate is None or (done % math.ceil(steps / _NUM_POINTS) and done != steps):
             return
         curve.append(validate(done))
-        if _best(curve) is curve[-1]:
+        if best_point(curve) is curve[-1]:
             for name, value in trained.items():
                 best[f"best.{name}"].copy_(value.detach())
         group.first(lambda: write_json(file, curve))
@@ -169,7 +165,7 @@ def _step(part: Part, rate: float, max_grad_norm: float) -> Tensor:
     return skipped
 
 
-def _best(curve: Sequence[Point]) -> Point:
+def best_point(curve: Sequence[Point]) -> Point:
     return min(curve, key=lambda point: point["validation_kl"])
 
 

@@ -120,9 +120,8 @@ def format_ratio(value: float) -> str:
     return f"{format_number(value)}x" if math.isfinite(value) else "-"
 
 
-def format_bytes(count: float) -> str:
-    """`24.0 GB`, in powers of 1000 as disks and engines are sold."""
-    return BYTES.text(count)
+format_bytes = BYTES.text
+"""`24.0 GB`, in powers of 1000 as disks and engines are sold."""
 
 
 def format_seconds(seconds: float) -> str:

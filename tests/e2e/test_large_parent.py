@@ -26,7 +26,7 @@ from puzzle import Pipeline, open_run
 torch.set_num_threads(1)
 with open_run(Path(sys.argv[1])) as run:
     method = Pipeline(run)
-    method.data, method.full_space
+    method.data, method.space
     torch.ones(300, 300) @ torch.ones(300, 300)  # what threads and kernels take
     status = Path("/proc/self/status").read_text()
     now = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1])
@@ -77,7 +77,7 @@ def run(folder: Path, parent: Path, execution: dict[str, Any], room_bytes: int) 
     recipe = {
         "parent": str(parent),
         "data": {"source": str(parent.parent / "text.jsonl"), "sequence_length": 32, "scoring": 0.1},
-        "space": {"kv_heads": [2], "ffn_widths": [64], "attention": [], "ffn": [], "prune": None},
+        "space": {"kv_heads": [2], "ffn_widths": [64], "attention": [], "ffn": []},
         "calibration": {"tokens": 256},
         "library": {"tokens": 128, "batch_size": 2, "validation_tokens": 64, "channels": "independent"},
         "score": {"tokens": 64},

@@ -103,6 +103,6 @@ def test_engines_that_are_timed_restrict_the_space_too(pico_recipe: Recipe, tmp_
     recipe = Recipe.model_validate(pico_recipe.model_dump() | {"scenario": scenario})
     create_folder(tmp_path / "run", recipe)
     with open_run(tmp_path / "run") as run:
-        ffn = {variant.name for layer in Pipeline(run).full_space.layers for variant in layer.ffn}
+        ffn = {variant.name for layer in Pipeline(run).space.layers for variant in layer.ffn}
     assert "none" in ffn
     assert "linear" not in ffn

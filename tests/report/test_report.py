@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from puzzle.report import ReportData, final_table, model_card, render, summary
+from puzzle.report import ReportData, final_table, model_card, render
 from puzzle.report.page import METRICS, answers, result
 
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
@@ -176,11 +176,6 @@ def test_target_is_judged_by_what_was_measured(make_data: Make, quantity: str, b
     solution = replace(data.solution, asked={quantity: bound})
     ((*_, found),) = answers(replace(data, rows={"child": row}, solution=solution))
     assert found.startswith(verdict)
-
-
-def test_summary_is_plain_json() -> None:
-    found = summary("2x", {"parent": {"kl": 0.0, "test_loss": math.nan}, "child": {"kl": 0.25}})
-    assert found == {"target": "2x", "rows": {"parent": {"kl": 0.0, "test_loss": None}, "child": {"kl": 0.25}}}
 
 
 def test_model_card_has_the_facts(data: ReportData) -> None:

@@ -12,7 +12,7 @@ import torch
 from puzzle.artefacts import Scenario
 from puzzle.device import device_name
 from puzzle.modeling import PuzzleConfig
-from puzzle.parents import open_parent
+from puzzle.parents import read_config
 
 Model = PuzzleConfig | Path
 """Shapes alone, to be timed with arbitrary weights; or a checkpoint on disk."""
@@ -64,4 +64,4 @@ class Engine(ABC):
 
 def shapes_of(model: Model) -> PuzzleConfig:
     """A model's configuration."""
-    return model if isinstance(model, PuzzleConfig) else open_parent(str(model)).config
+    return model if isinstance(model, PuzzleConfig) else read_config(str(model))

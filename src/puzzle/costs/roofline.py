@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample, shapes_of
@@ -36,8 +36,6 @@ class Machine(Section):
     memory_gb: PositiveFloat
     link_gb_s: PositiveFloat = 32.0
     link_us: NonNegativeFloat = 10.0
-    node_devices: PositiveInt = 8
-    network_gb_s: PositiveFloat = 12.5
     compute_share: Share = 0.6
     bandwidth_share: Share = 0.8
     layer_us: NonNegativeFloat = 2.0

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from puzzle.artefacts import CostRow, CostTable, Scenario
-from puzzle.cache import cache_folder
 from puzzle.costs.engine import Engine, Sample
 from puzzle.costs.table import PADS, cost_rows, stacks_of
 from puzzle.costs.timing import (
@@ -28,6 +27,7 @@ from puzzle.costs.timing import (
     typical,
     without_drift,
 )
+from puzzle.engines.environments import cache_folder
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings

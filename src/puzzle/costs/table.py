@@ -40,7 +40,7 @@ def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
         _WHOLE: (pad, *[pad] * COPIES, pad),
         _LAST: (pad, replace(empty, attention=pad.attention)),
     }
-    alone = {_name(each): replace(empty, **{each.subblock: each}) for each in _variants(space) if not each.absent}
+    alone = {_name(each): replace(empty, **{each.subblock: each}) for each in space.variants if not each.absent}
     return stacks | {name: (pad, *[block] * COPIES, pad) for name, block in alone.items()}
 
 
@@ -49,7 +49,7 @@ def cost_rows(
 ) -> Iterator[CostRow]:
     """The rows at one batch size: what is fixed, then every variant of every layer; from samples of each stack."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
-    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in _variants(space)}
+    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in space.variants}
     prefill_ms, decode_ms = (
         _part_times(space, config, {stack: [each[place] for each in rounds] for stack, rounds in samples.items()})
         for place in (0, 1)
@@ -61,7 +61,7 @@ def cost_rows(
 
     yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
     for index, layer in enumerate(space.layers):
-        for variant in (*layer.attention, *layer.ffn):
+        for variant in layer.variants:
             last = variant.subblock == "ffn" and index == len(space.layers) - 1
             timed_as = f"last {_name(variant)}" if last else _name(variant)
             yield row(index, variant.subblock, variant.name, sizes[variant], timed_as)
@@ -72,7 +72,7 @@ def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequ
     stack_ms = dict(zip(rounds_ms, map(typical, without_drift([*rounds_ms.values()])), strict=True))
     empty_layer_ms = (stack_ms[_EMPTY_LAYERS] - stack_ms[PADS]) / EMPTY_LAYERS
     parts_ms = {stack: (time_ms - stack_ms[PADS]) / COPIES - empty_layer_ms for stack, time_ms in stack_ms.items()}
-    pad, variants = _pad(space, config), _variants(space)
+    pad, variants = _pad(space, config), space.variants
     attention_ms, ffn_ms = parts_ms[_name(pad.attention)], parts_ms[_name(pad.ffn)]
     # At least 0: a block that takes more has found less in the cache.
     saved_ms = max(0.0, attention_ms + ffn_ms - parts_ms[_WHOLE])
@@ -108,11 +108,6 @@ def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
 def _pad(space: Space, config: PuzzleConfig) -> BlockVariant:
     """The largest of the parent's blocks."""
     return max((layer.parent for layer in space.layers), key=lambda block: block.num_params(config))
-
-
-def _variants(space: Space) -> list[Variant]:
-    """The distinct ones of all layers."""
-    return list(dict.fromkeys(variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)))
 
 
 def _name(variant: Variant) -> str:

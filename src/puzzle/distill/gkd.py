@@ -28,7 +28,7 @@ from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpo
 from puzzle.parents import Parent
 from puzzle.runs import Run, progress, read_json
 from puzzle.stages import DISTIL, TEACHER
-from puzzle.training import Part, Point, adamw, train
+from puzzle.training import Part, Point, adamw, best_point, train
 
 
 def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str = "child") -> Child:
@@ -66,7 +66,7 @@ def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str =
         )
     if trained.diverged:
         raise PuzzleError("distil: ten steps in a row had no finite gradient; lower distil.learning_rate")
-    best, weights = trained.best_point, collect(trained.best)
+    best, weights = best_point(trained.curve), collect(trained.best)
     if run.leads:
         if best is not trained.curve[-1]:
             log = run.log if best["step"] else run.log_warning

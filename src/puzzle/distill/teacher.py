@@ -49,7 +49,6 @@ class Losses(NamedTuple):
     kl: Tensor
     cosine: Tensor
     """Mean over the layers that the child has."""
-    lm: Tensor
 
 
 class Distillation(nn.Module):
@@ -77,7 +76,7 @@ class Distillation(nn.Module):
         settings = self._settings
         with autocast(batch.tokens_BT.device, self._precision):
             hidden_ND, kl, cosine = self._beside_teacher(batch) if self._cache is None else self._from_cache(batch)
-            total, kl_mean, lm_mean = head_losses(
+            total, kl_mean, _ = head_losses(
                 hidden_ND,
                 self.student.lm_head.weight,
                 kl,
@@ -85,7 +84,7 @@ class Distillation(nn.Module):
                 kl_weight=settings.kl_weight if torch.is_grad_enabled() else 1.0,
                 lm_weight=settings.lm_weight,
             )
-        return Losses(total + settings.cosine_weight * cosine, kl_mean, cosine.detach(), lm_mean)
+        return Losses(total + settings.cosine_weight * cosine, kl_mean, cosine.detach())
 
     def _beside_teacher(self, batch: Batch) -> tuple[Tensor, KL, Tensor]:
         """Child and parent in lock step: layer i of both, and at once the cosine of what leaves it.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants import Architecture, LayerSpace, Space, Variant
+from puzzle.variants import Architecture, Space, Variant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,7 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
     readers = [READERS[name] for name in names]
     for name in names:
         require(config, name)
-
-    def kept(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-        return tuple(each for each in variants if all(each.cell in reader.runs for reader in readers))
-
-    space = Space(tuple(LayerSpace(kept(layer.attention), kept(layer.ffn)) for layer in space.layers))
+    space = space.restricted(lambda _, variant: all(variant.cell in reader.runs for reader in readers))
     for reader in readers:
         for found in reader.refused_windows(variant for layer in space.layers for variant in layer.attention):
             raise PuzzleError(f"space.attention: {found}")

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from puzzle.cache import cache_folder
 from puzzle.errors import PuzzleError
 
 MODULES = {"vllm": "vllm", "llama.cpp": "llama_cpp"}
@@ -106,6 +105,11 @@ def install(name: str) -> None:
         python.with_name(program).unlink(missing_ok=True)
         python.with_name(program).symlink_to(compiled)
     print(f"{name}: {python}")
+
+
+def cache_folder() -> Path:
+    """The user's, for what serves every run on a machine: below `XDG_CACHE_HOME` or `.cache`; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "puzzle"
 
 
 def _folder() -> Path:

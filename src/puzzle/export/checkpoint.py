@@ -91,8 +91,8 @@ def export_stock(source: Path, target: Path) -> Path:
     sizes = layers[0].attention | layers[0].ffn if layers else {}
     if family != "llama" or len(blocks) != 1 or sizes.keys() != {"n_heads_in_group", "intermediate_size"}:
         raise PuzzleError(
-            f"export to llama: found {', '.join(map(str, blocks))} of the family {family}; all layers of a Llama have "
-            "the same sizes; export to hf, deci or gguf"
+            f"export to llama: found {', '.join(block.name for block in blocks)} of the family {family}; all layers of "
+            "a Llama have the same sizes; export to hf, deci or gguf"
         )
     config = _llama_config(
         child.config,

@@ -7,7 +7,6 @@ from puzzle.library.library import Names as Names
 from puzzle.library.library import final_states as final_states
 from puzzle.library.statistics import Statistics as Statistics
 from puzzle.library.statistics import calibrate as calibrate
-from puzzle.library.statistics import promising_space as promising_space
 from puzzle.library.students import Student as Student
 from puzzle.library.students import fit as fit
 from puzzle.library.students import held_out as held_out

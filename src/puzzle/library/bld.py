@@ -140,10 +140,9 @@ def _train_layers(
     texts: Texts = {**student_texts(data, run.recipe, settings.batch_size, steps), "calibration": calibration}
     begun = {int(name.partition(".")[0]) for name in saved_names(folder)}
 
-    def training_bytes(layer: int) -> int:
-        return BLD_BYTES * sum(plan.num_params for plan in missing([layer]))
-
-    for group in stream.groups(to_train, training_bytes, range(min(begun), max(begun) + 1) if begun else ()):
+    begun_layers = range(min(begun), max(begun) + 1) if begun else ()
+    training_bytes = [BLD_BYTES * sum(plan.num_params for plan in missing([i])) for i in range(parent.num_layers)]
+    for group in stream.groups(to_train, training_bytes.__getitem__, begun_layers):
         stream.prepare(group.start, texts)
         _train_group(run, stream, texts, group, make(missing(group)), steps, folder)
     stream.close()

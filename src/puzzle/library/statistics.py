@@ -24,7 +24,6 @@ float32 (what that loses: benchmarks/large_parent.md).
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,10 +36,10 @@ from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
 from puzzle.parents import Parent
 from puzzle.recipe import LibrarySettings
-from puzzle.runs import Run, progress, read_json, read_tensors, write_json, write_tensors
-from puzzle.stages import CALIBRATE, SPACE
+from puzzle.runs import Run, progress, read_tensors, write_tensors
+from puzzle.stages import CALIBRATE
 from puzzle.streams import LayerPass, Stream
-from puzzle.variants import SUBBLOCKS, ParentSubblock, Space, State, Subblock, add_sum, prune_space, split_state
+from puzzle.variants import SUBBLOCKS, ParentSubblock, State, Subblock, add_sum, split_state
 
 _BATCH_SIZE = 8
 
@@ -83,29 +82,6 @@ def calibrate(run: Run, parent: Parent, data: TokenData) -> Statistics:
         for_layers(run, stage, task, [1.0 + size for size in _sum_bytes(parent)])
         stage.commit()
     return statistics
-
-
-def promising_space(run: Run, parent: Parent, statistics: Statistics, space: Space) -> Space:
-    """`space` without the variants that start with `space.prune` times the error of a smaller one, by moments alone."""
-    if (ratio := run.recipe.space.prune) is None:
-        return space
-    stage = run.open(SPACE, parent=parent, statistics=statistics, space=space.names)
-    file = stage.path / "expected.json"
-    if not stage.done:
-        # By closed forms whatever the library starts with: the paper's linear maps start worse than nothing at all.
-        settings, rows = LibrarySettings(start="closed_form", channels=run.recipe.library.channels), []
-        for layer, which in product(range(parent.num_layers), SUBBLOCKS):
-            own = statistics.parent_subblock(parent, settings, run.device, layer, which)
-            for variant in space.layers[layer].subblock(which):
-                rows.append([layer, which, variant.name, variant.expected_loss(own, variant.initialise(own))])
-        write_json(file, rows)
-        stage.commit()
-    losses = {(layer, which, variant): loss for layer, which, variant, loss in read_json(file)}
-    pruned = prune_space(space, losses, parent.config, ratio)
-    before, after = (sum(map(len, each.names)) for each in (space, pruned))
-    if gone := before - after:
-        run.log(f"space: {gone} of {before} variants start {ratio:g} times worse than a smaller one; left out")
-    return pruned
 
 
 def _sum_bytes(parent: Parent) -> list[int]:
@@ -155,7 +131,8 @@ def _calibrate_layers(
         for handle in handles:
             handle.remove()
         for layer in group:
-            moments = {name: total.div_(num_tokens).float() for name, total in sums.pop(layer).items()}
+            totals = sums.pop(layer)  # popped one by one: there is no room for all of them twice
+            moments = {name: totals.pop(name).div_(num_tokens).float() for name in [*totals]}
             if not all(moment.sum(dtype=torch.float64).isfinite() for moment in moments.values()):
                 raise PuzzleError(f"parent: the activations of layer {layer} are not finite; get a sound checkpoint")
             write_tensors(statistics.file(layer), moments)

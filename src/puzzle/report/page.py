@@ -130,15 +130,6 @@ def final_table(rows: Rows) -> Table:
     return _terminal(head, [line if len(line) > 1 else [] for line in body][1:])
 
 
-def summary(target: str, rows: Rows) -> dict[str, Any]:
-    """The numbers for programs, as JSON can hold them: `{"target": .., "rows": {model: {key: number or None}}}`."""
-    finite = {
-        model: {key: value if math.isfinite(value) else None for key, value in row.items()}
-        for model, row in rows.items()
-    }
-    return {"target": target, "rows": finite}
-
-
 def answers(data: ReportData) -> list[tuple[str, str, str, str]]:
     """What was asked, predicted and measured, and a verdict, bound by bound; further scenarios are predicted only."""
     solution, generated = data.solution, data.costs.scenario.generated_tokens

@@ -51,14 +51,6 @@ class StageFolder:
         facts: dict[str, Any] = read_json(self.path / "manifest.json")["facts"]
         return facts
 
-    def start_clock(self) -> None:
-        """Note that an attempt begins now. Those before it count until the last file they wrote."""
-        clock, spent_s = self.path / "clock.json", 0.0
-        if clock.exists():
-            earlier = read_json(clock)
-            spent_s = earlier["spent_s"] + max(0.0, last_written(self.path) - earlier["began"])
-        write_json(clock, {"began": time.time(), "spent_s": spent_s})
-
     def commit(self, **facts: Any) -> None:
         """Mark the stage as finished, with its seconds over all attempts; every file of it must be on disk."""
         clock = read_json(self.path / "clock.json")
@@ -108,8 +100,12 @@ class Run:
             folder.path.mkdir(parents=True, exist_ok=True)
             if not (folder.path / "stage.json").exists():
                 write_json(folder.path / "stage.json", identity)
-            if not folder.done:
-                folder.start_clock()
+            if not folder.done:  # an attempt begins now; those before it count until the last file they wrote
+                clock, spent_s = folder.path / "clock.json", 0.0
+                if clock.exists():
+                    earlier = read_json(clock)
+                    spent_s = earlier["spent_s"] + max(0.0, last_written(folder.path) - earlier["began"])
+                write_json(clock, {"began": time.time(), "spent_s": spent_s})
         if folder not in self.used:
             self.used.append(folder)
             if self.leads:

@@ -32,7 +32,7 @@ from puzzle.scores.task import Task, load_task, task_name, task_score, with_bloc
 from puzzle.stages import SCORE
 from puzzle.streams import Stream
 from puzzle.units import format_bytes
-from puzzle.variants import BlockVariant, LayerSpace, Space
+from puzzle.variants import BlockVariant, Space
 
 METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
 """Per-sequence means, the columns of [n, M]."""
@@ -86,12 +86,10 @@ def _score_layers(
         return
     parent, dtype, costs = library.parent, getattr(torch, run.recipe.precision), _costs(space)
     state_bytes = max(_BATCH_TOKENS, data.sequence_length) * parent.config.hidden_size * dtype.itemsize
-
-    def candidate_bytes(choices: LayerSpace) -> int:
-        weights = sum(variant.weight_bytes(parent.config, dtype) for variant in choices.variants)
-        return weights + len(choices.blocks()) * state_bytes
-
-    stream = Stream(run, parent, folder / "activations", max(map(candidate_bytes, space.layers)))
+    weights = [sum(each.weight_bytes(parent.config, dtype) for each in choices.variants) for choices in space.layers]
+    states = [state_bytes * len(choices.blocks()) for choices in space.layers]
+    reserved_bytes = max(map(sum, zip(weights, states, strict=True)))
+    stream = Stream(run, parent, folder / "activations", reserved_bytes)
     if task is not None and not stream.resident:
         raise PuzzleError(
             f"score.task: needs the whole parent in memory, {format_bytes(sum(stream.layer_bytes))} of layers, and "

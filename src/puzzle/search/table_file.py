@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from puzzle.artefacts import CostRow, CostTable, Part, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
+from puzzle.artefacts import COST_FIELDS, CostRow, CostTable, Part, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
 from puzzle.errors import PuzzleError
 from puzzle.recipe import PositiveInt, SearchSettings, Section, Text, validate
 from puzzle.search.tables import Tables
 
-_COSTS = ("params", "weight_bytes", "kv_bytes_per_sequence", "prefill_ms", "decode_ms")
 _PARTS: tuple[Part, ...] = ("attention", "ffn", "block")
 _Natural = Annotated[int, Field(ge=0, le=10**15)]  # beyond it sums are no longer exact in float64
 _Milliseconds = Annotated[float, Field(ge=-1e12, le=1e12)]  # noise may make a small time negative
@@ -41,7 +40,7 @@ class _Costs(Section):
 
     @property
     def given(self) -> dict[str, float]:
-        return self.model_dump(include={*_COSTS}, exclude_none=True)
+        return self.model_dump(include={*COST_FIELDS}, exclude_none=True)
 
 
 class _Row(_Costs):
@@ -109,7 +108,7 @@ def read_table(path: Path) -> Tables:
 def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl") -> str:
     """The tables as the text of such a file: a row for each block's score, and each subblock's costs, one a line."""
     scores = scores.having(score)
-    known = [name for name in ("batch_size", *_COSTS) if name not in costs.unknown]
+    known = [name for name in ("batch_size", *COST_FIELDS) if name not in costs.unknown]
     fixed, parts = [], []
     for row in costs.rows:
         values = {name: getattr(row, name) for name in known}
@@ -169,7 +168,7 @@ def _costs(scenario: _Scenario, fixed: list[_Costs], given: list[_Row]) -> CostT
             key = layer, part, getattr(costs, part, ""), batch_size
             if key in found:
                 raise ValueError(f"{where}: its costs at batch size {batch_size} stand in an earlier row; keep one")
-            values: dict[str, Any] = dict.fromkeys(_COSTS, 0) | costs.given
+            values: dict[str, Any] = dict.fromkeys(COST_FIELDS, 0) | costs.given
             found[key] = CostRow(layer=layer, part=part, variant=key[2], batch_size=batch_size, **values)
     if absent := [size for size in sizes if (-1, "fixed", "", size) not in found]:
         raise ValueError(f"fixed has no row for batch size {absent[0]}; give one, or none at all")
@@ -178,5 +177,5 @@ def _costs(scenario: _Scenario, fixed: list[_Costs], given: list[_Row]) -> CostT
         scenario=Scenario(**scenario.model_dump(exclude={"batch_sizes"})),
         batch_sizes=sizes,
         rows=tuple(found.values()),
-        unknown=frozenset(_COSTS) - known,
+        unknown=frozenset(COST_FIELDS) - known,
     )

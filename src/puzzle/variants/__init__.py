@@ -22,7 +22,6 @@ from puzzle.variants.space import LayerSpace as LayerSpace
 from puzzle.variants.space import Space as Space
 from puzzle.variants.space import derive_space as derive_space
 from puzzle.variants.space import narrow_space as narrow_space
-from puzzle.variants.space import prune_space as prune_space
 
 for _module in pkgutil.iter_modules(kinds.__path__):
     importlib.import_module(f"{kinds.__name__}.{_module.name}")

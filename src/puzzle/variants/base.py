@@ -160,10 +160,6 @@ class Variant(ABC):
     def initialise(self, parent: ParentSubblock) -> State:
         """The variant's weights before any training, in the parent's dtype."""
 
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        """E||y - y'||^2 / E||y||^2 of these weights on the calibration text; None: its moments do not suffice."""
-        return None
-
     def widen(self, state: State, wider: "Variant") -> State | None:
         """Weights of the larger variant `wider` that compute the same function as `state`; None: there are none."""
         return None

@@ -44,18 +44,6 @@ def ridge(statistics: State, *, bias: bool, rank: int | None = None) -> tuple[li
     return factors, output_mean - mapped_mean if bias else None
 
 
-def linear_loss(statistics: State, weight: Tensor, bias: Tensor | None) -> float:
-    """E||y - W h - b||^2 / E||y||^2 of any weight W [D, D] and bias b [D], y the output and h the normed input."""
-    weight = weight.double()
-    second, cross = statistics["input_second_moment"].double(), statistics["cross_moment"].double()
-    power = statistics["output_power"].double() * len(weight)
-    error = power - 2 * (weight * cross).sum() + (weight @ second * weight).sum()
-    if bias is not None:
-        missed = weight @ statistics["input_mean"].double() - statistics["output_mean"].double()
-        error = error + bias.double() @ (bias.double() + 2 * missed)
-    return float(error / power)
-
-
 def least_squares_update(weight: Tensor, second_moment: Tensor, kept: Tensor) -> Tensor:
     """The projection of the kept inputs S that comes closest to W on all inputs, W C[:, S] C[S, S]^-1, [D, S].
 

@@ -3,10 +3,8 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import Block, PuzzleConfig
@@ -115,6 +113,11 @@ class Space:
         return [[variant.name for variant in layer.variants] for layer in self.layers]
 
     @property
+    def variants(self) -> list[Variant]:
+        """The distinct ones of all layers."""
+        return list(dict.fromkeys(variant for layer in self.layers for variant in layer.variants))
+
+    @property
     def num_architectures(self) -> int:
         return math.prod(len(layer.attention) * len(layer.ffn) for layer in self.layers)
 
@@ -168,27 +171,6 @@ def derive_space(
             "(of KV heads, divisors)"
         )
     return space
-
-
-def prune_space(
-    space: Space, losses: Mapping[tuple[int, str, str], float | None], config: PuzzleConfig, ratio: float
-) -> Space:
-    """`space` without the variants that start with more than `ratio` times the loss of a smaller one of their subblock.
-
-    Smaller means: no more parameters, and no larger KV cache of the longest sequence. `losses` are the expected ones,
-    by layer, subblock and name; what has none stays.
-    """
-    tokens, every = config.max_position_embeddings, {each for layer in space.layers for each in layer.variants}
-    sizes = {each: (each.num_params(config), each.kv_bytes(config, tokens, torch.float32)) for each in every}
-
-    def hopeful(layer: int, variant: Variant) -> bool:
-        which, (params, cache) = variant.subblock, sizes[variant]
-        expected = {each: losses[layer, which, each.name] for each in space.layers[layer].subblock(which)}
-        smaller = [each for each in expected if sizes[each][0] <= params and sizes[each][1] <= cache]
-        known, loss = [each for each in map(expected.get, smaller) if each is not None], expected[variant]
-        return loss is None or loss <= ratio * min(known)
-
-    return space.restricted(hopeful)
 
 
 def narrow_space(space: Space, solutions: Sequence[Sequence[str]], keep: int, always: Sequence[str]) -> Space:

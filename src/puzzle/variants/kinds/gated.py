@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -58,16 +57,6 @@ class GatedFFN(Variant):
         moment_II = parent.statistics["activation_second_moment"].double()
         updated = least_squares_update(down_DI.double(), moment_II, kept)
         return parent.state | rows | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        """tr((W - W') C (W - W')^T) / E||y||^2, W' zero where a channel is gone; of untrained weights only."""
-        if parent.variant == self:
-            return 0.0
-        left_DI = parent.state["mlp.down_proj.weight"].to(torch.float64, copy=True)
-        left_DI[:, self._kept(parent)] -= state["mlp.down_proj.weight"].double()
-        moment_II = parent.statistics["activation_second_moment"].double()
-        power = parent.statistics["output_power"].double() * len(left_DI)
-        return float((left_DI @ moment_II * left_DI).sum() / power)
 
     def widen(self, state: State, wider: Variant) -> State | None:
         if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:

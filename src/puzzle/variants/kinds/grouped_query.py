@@ -87,9 +87,6 @@ class GroupedQuery(Variant):
         }
         return parent.state | {name: mean.to(parent.dtype) for name, mean in means.items()}
 
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return 0.0 if parent.variant == self else None
-
     def widen(self, state: State, wider: Variant) -> State | None:
         if not isinstance(wider, GroupedQuery) or (wider.window, wider.sinks) != (self.window, self.sinks):
             return None

@@ -3,7 +3,6 @@ two maps through a few channels.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig
 from puzzle.variants.base import ParentSubblock, State, Variant, register
-from puzzle.variants.least_squares import linear_loss, ridge
+from puzzle.variants.least_squares import ridge
 
 
 class PuzzleLinearMixer(nn.Module):
@@ -72,10 +71,6 @@ class _Linear(Variant):
         if bias_D is not None:
             state[f"{self.factors[0]}.bias"] = bias_D
         return parent.norm | {name: tensor.to(parent.dtype).contiguous() for name, tensor in state.items()}
-
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        weight_DD = reduce(torch.matmul, (state[f"{name}.weight"].double() for name in self.factors))
-        return linear_loss(parent.statistics, weight_DD, state.get(f"{self.factors[0]}.bias"))
 
 
 @register

@@ -23,9 +23,6 @@ class _Nothing(Variant):
     def initialise(self, parent: ParentSubblock) -> State:
         return {}
 
-    def expected_loss(self, parent: ParentSubblock, state: State) -> float | None:
-        return 1.0
-
 
 @register
 @dataclass(frozen=True)
