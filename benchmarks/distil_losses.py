@@ -34,7 +34,7 @@ LOSSES = {
 
 def main(parent: str, text: str, folder: str, *seeds: str) -> None:
     """Print and keep one row per loss and seed, and at last the table."""
-    puzzle.training._best = lambda curve: curve[-1]
+    puzzle.training.best_point = lambda curve: curve[-1]
     distillation = {"tokens": TOKENS, "learning_rate": 3e-4, "batch_size": 8, "validation_tokens": 2048}
     chosen = recipe(parent, text, **BASE, distil=distillation, evaluate={"tokens": 65_536})
     rows = []

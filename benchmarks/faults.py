@@ -29,7 +29,6 @@ import torch
 import puzzle.distributed.state
 import puzzle.training
 torch.set_num_threads(1)
-puzzle.training.CHECKPOINT_INTERVAL_S = 0.0
 puzzle.training.steps_between_looks = lambda seconds: 1
 puzzle.distributed.state.SaveTimer.due = lambda timer: True
 from puzzle.cli import main

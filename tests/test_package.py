@@ -1,4 +1,4 @@
-"""What `import puzzle` gives, and what `puzzle.modeling` makes known to transformers."""
+"""What `import puzzle` gives, and what it makes known to transformers."""
 
 import subprocess
 import sys
@@ -24,15 +24,17 @@ def test_every_name_is_there() -> None:
         puzzle.Pipline  # noqa: B018
 
 
-def test_transformers_loads_a_child_without_the_flag(tmp_path: Path) -> None:
+@pytest.mark.parametrize("imports", ["import puzzle, transformers", "import transformers, puzzle"])
+def test_transformers_loads_a_child_without_the_flag(tmp_path: Path, imports: str) -> None:
     pico_puzzle("kv2+w16", "none+w48").save_pretrained(tmp_path)
-    code = "import sys, transformers, puzzle.modeling\n"
+    code = f"import sys\n{imports}\n"
     code += "print(type(transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     assert python(code, str(tmp_path)) == "PuzzleForCausalLM\n"
 
 
 def test_importing_puzzle_imports_no_model_code() -> None:
-    assert python("import sys, puzzle\nprint('torch' in sys.modules)") == "False\n"
+    code = "import sys, importlib.util, puzzle\nimportlib.util.find_spec('transformers')\nprint('torch' in sys.modules)"
+    assert python(code) == "False\n"
 
 
 def test_a_task_of_the_users_own_finds_puzzle_inside_the_command(tmp_path: Path) -> None:

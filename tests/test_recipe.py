@@ -131,7 +131,7 @@ def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_help_and_its_default_in_the_help() -> None:
-    assert [path for path, field in settings(Recipe) if not field.description and "." in path] == []
+    assert [path for path, field, _ in settings(Recipe) if not field.description and "." in path] == []
     described = yaml.safe_load(describe(Recipe))
     described["parent"], described["data"]["source"] = "model", "text"
     assert Recipe.model_validate(described) == Recipe.model_validate(MINIMAL)

@@ -1,11 +1,15 @@
 """Puzzle: from a trained language model, a machine, an engine and a target, a child that is cheaper to serve.
 
-Names are imported when they are first used, so that `import puzzle` takes no time.
+Names are imported when they are first used, so that `import puzzle` takes no time. It also makes transformers know the
+child's model class: at once if transformers is imported already, and otherwise as soon as it is.
 """
 
 import ast
+import sys
 from functools import cache
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,3 +49,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_homes()})
+
+
+class _Registration(MetaPathFinder):
+    """Has `puzzle.modeling`, which registers the model class, imported right after transformers itself."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        spec: Any = PathFinder.find_spec(name, path, target) if name == "transformers" else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), import_module("puzzle.modeling"))
+        return spec
+
+
+sys.meta_path.insert(0, _Registration())
+if "transformers" in sys.modules:
+    import_module("puzzle.modeling")

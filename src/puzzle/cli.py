@@ -302,8 +302,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="puzzle", description="Make a language model cheaper to serve.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"puzzle {version('puzzle-llm')}")
-    parser.set_defaults(function=lambda _: parser.print_help())
+    parser.add_argument("--version", action="store_true", help="show the version")
+    parser.set_defaults(
+        function=lambda asked: print("puzzle", version("puzzle-llm")) if asked.version else parser.print_help()
+    )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
     for stage_name in _STAGES:

@@ -22,9 +22,7 @@ from puzzle.errors import PuzzleError
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.5
 """Of free memory, for weights and training states. A GPU is ours alone: what is left over holds a batch's activations
 (5 GB for 16k tokens in an FFN of 14336 channels) and fragments. A computer runs other programs and caches files."""
-
 _CAPTURE_WARM_UPS = 3
-
 _MAX_STEPS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS = 16, 10.0
 """A training asks the device for numbers this rarely, as each time the device runs out of work; but often enough that
 being asked to stop is noticed."""

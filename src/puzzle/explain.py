@@ -13,7 +13,7 @@ Schema = type[BaseModel]
 
 def explain(error: ValidationError, schema: Schema) -> str:
     """Pydantic's first problem with the setting's path and what was found, and the paths of the other problems."""
-    fields = dict(settings(schema))
+    fields = {path: field for path, field, _ in settings(schema)}
     known = {name for path in fields for name in path.split(".")}
     problems: dict[str, Any] = {}
     for detail in error.errors(include_url=False):
@@ -46,9 +46,8 @@ def describe(schema: Schema, values: Mapping[str, Any] | None = None) -> str:
         values: such as `{"target.throughput": "2x"}`; sections without any of them are left out.
     """
     lines: list[str] = []
-    for path, field in settings(schema):
+    for path, field, section in settings(schema):
         name, indent = path.rpartition(".")[2], "  " * path.count(".")
-        section = _section(field)
         if section is not None and (values is None or any(key.startswith(f"{path}.") for key in values)):
             lines += ["", f"{name}:  # {_one_line(section.__doc__)}"]
         elif section is None and (values is None or path in values):
@@ -59,17 +58,14 @@ def describe(schema: Schema, values: Mapping[str, Any] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings(schema: Schema, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every section and setting by its path, such as `target.throughput`, in order."""
+def settings(schema: Schema, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Schema | None]]:
+    """Every section, with its schema, and every setting by its path, such as `target.throughput`, in order."""
     for name, field in schema.model_fields.items():
-        yield prefix + name, field
-        if (section := _section(field)) is not None:
+        kind = field.annotation
+        section = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        yield prefix + name, field, section
+        if section is not None:
             yield from settings(section, f"{prefix}{name}.")
-
-
-def _section(field: FieldInfo) -> Schema | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _suggestion(path: str, paths: list[str]) -> str:

@@ -204,20 +204,15 @@ class Pipeline:
         self.run.log(f"child: {child}\nreport: {path}")
         return path
 
-    @property
-    def influence(self) -> list[float]:
-        """Block influence of each layer."""
-        return [float(self.statistics.moments(layer)["influence"]) for layer in range(self.parent.num_layers)]
-
     def _tables(self, scores: ScoreTable) -> Tables:
-        recipe = self.run.recipe
+        recipe, layers = self.run.recipe, range(self.parent.num_layers)
         return Tables(
             scores=scores,
             costs=self.costs,
             target=recipe.target,
             settings=recipe.search,
             further=[*zip(self.all_costs[1:], (each.target for each in recipe.scenarios), strict=True)],
-            influence=lambda: self.influence,
+            influence=lambda: [float(self.statistics.moments(layer)["influence"]) for layer in layers],
         )
 
     def _report_data(self) -> ReportData:

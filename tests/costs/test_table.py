@@ -9,8 +9,8 @@ from tests.costs.conftest import EMPTY_LAYER_MS, FIXED_MS, FakeEngine, planted_m
 from transformers import DynamicCache
 
 from puzzle.artefacts import CostRow, Scenario
-from puzzle.costs import Sample, subblock_memory
-from puzzle.costs.table import cost_rows, fixed_memory, stacks_of
+from puzzle.costs import Sample
+from puzzle.costs.table import cost_rows, fixed_memory, stacks_of, subblock_memory
 from puzzle.parents import Parent
 from puzzle.variants import Architecture, BlockVariant, LayerSpace, Space
 

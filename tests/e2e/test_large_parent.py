@@ -88,7 +88,7 @@ def run(folder: Path, parent: Path, execution: dict[str, Any], room_bytes: int) 
     command = [sys.executable, "-c", LIMITED, str(folder), str(room_bytes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if room_bytes:  # the allocator gives back at once what is freed
-        environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+        environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

@@ -8,7 +8,7 @@ import torch
 from tests.search.test_until_met import Clock, clock
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
-from puzzle.costs import subblock_memory
+from puzzle.costs.table import subblock_memory
 from puzzle.pipeline import Pipeline
 from puzzle.recipe import SearchSettings
 from puzzle.runs import Run

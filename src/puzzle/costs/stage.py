@@ -46,7 +46,6 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
 
     Memory from shapes, times from the engine. The address holds no weights: models of one shape cost the same.
     """
-    run.apply_threads()
     settings = settings or run.recipe.scenario
     scenario = scenario_of(settings, run.device)
     engine = ENGINES[settings.engine](scenario)

@@ -68,19 +68,16 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
             found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
             raise PuzzleError(f"data.source: {root} holds nothing to read ({found}); read are {', '.join(_SUFFIXES)}")
         for path in readable:
-            yield _file(path, path.relative_to(root if root.is_dir() else root.parent), settings.column, known)
+            place = path.relative_to(root if root.is_dir() else root.parent).as_posix()
+            try:
+                found, size = file_digest(path, known), path.stat().st_size
+            except OSError as error:
+                raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
+            yield Source([place, found], partial(float, size), partial(_read_file, path, settings.column))
     elif root.suffix.lower() in _SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
         raise PuzzleError(f"data.source: {name} does not exist")
     else:
         yield _dataset(match, settings, known)
-
-
-def _file(path: Path, name: Path, column: str, known: dict[str, str]) -> Source:
-    try:
-        size, found = path.stat().st_size, file_digest(path, known)
-    except OSError as error:
-        raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
-    return Source([name.as_posix(), found], lambda: size, partial(_read_file, path, column))
 
 
 def _read_file(path: Path, column: str, start: int) -> Iterator[Document]:

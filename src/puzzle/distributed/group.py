@@ -24,7 +24,6 @@ from puzzle.errors import PuzzleError
 T = TypeVar("T")
 
 _POLL_S = 0.05
-
 TIMEOUT = timedelta(hours=2)
 """Of a collective: the others wait while rank 0 writes a whole model. torchrun notices lost processes by itself."""
 

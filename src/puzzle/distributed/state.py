@@ -35,13 +35,10 @@ from puzzle.runs import read_json, write_json
 
 CHECKPOINT_INTERVAL_S = 30.0
 """Work lost at most when a training is killed, unless saving takes long."""
-
 _PAUSE_PER_SAVE = 20
 """Times that a save took must pass before the next one: saving takes a twentieth of the time at most."""
-
 _ASSUMED_BYTES_PER_S = 5e8
 """Speed of the first save, before one was measured."""
-
 _NAMES = "tensors.json"
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one

@@ -29,7 +29,7 @@ def export_hf(run: Run, child: Child, card: str) -> Path:
     """Copy the child to `DIR/child`, with `architecture.json` and the model card; returns that folder.
 
     `AutoModelForCausalLM.from_pretrained(DIR / "child", trust_remote_code=True)` loads it anywhere; after
-    `import puzzle.modeling` the flag is not needed.
+    `import puzzle` the flag is not needed.
     """
     stage = run.open(EXPORT, child=child, card=card)
     target = run.path / "child"

@@ -57,7 +57,8 @@ class Statistics:
     def moments(self, layer: int, subblock: Subblock | None = None) -> State:
         """Those of a subblock; or of the whole layer: `influence`, `block_power`, `block_contribution_power`."""
         named = {name.rpartition(".")[::2]: value for name, value in read_tensors(self.file(layer)).items()}
-        return {moment: value for (which, moment), value in named.items() if which == (subblock or "")}
+        # Copied, since a part of a file keeps all of it mapped.
+        return {moment: value.clone() for (which, moment), value in named.items() if which == (subblock or "")}
 
     def parent_subblock(
         self, parent: Parent, settings: LibrarySettings, device: torch.device, layer: int, subblock: Subblock

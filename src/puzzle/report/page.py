@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -239,7 +239,8 @@ def render(data: ReportData) -> str:
         ],
         heights={name: figure.layout.height for name, figure in shown.items()},
         packed={name: base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in scripts},
-        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        versions={"python": platform.python_version()}
+        | {d.name: d.version for d in distributions() if d.name in _PACKAGES},
         over_parent=partial(_child_over_parent, data.rows),
         quantities=QUANTITIES,
         colours=figures.COLOURS,

@@ -174,7 +174,7 @@ class Variant(ABC):
 
 def add_sum(sums: State, name: str, value: Tensor) -> None:
     """Add to a sum that is kept in float64."""
-    sums[name] = sums[name] + value if name in sums else value.double()
+    sums[name] = sums[name].add_(value) if name in sums else value.double()
 
 
 def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock) -> State:

@@ -50,7 +50,7 @@ class GatedFFN(Variant):
         """
         if parent.variant == self:
             return dict(parent.state)
-        kept, down_DI = self._kept(parent), parent.state["mlp.down_proj.weight"]
+        kept, down_DI = parent.channels[: self.intermediate_size].sort().values, parent.state["mlp.down_proj.weight"]
         rows = {name: tensor[kept].clone() for name, tensor in parent.state.items() if name.startswith(_ROWS)}
         if parent.settings.start == "paper":
             return parent.state | rows | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
@@ -73,7 +73,3 @@ class GatedFFN(Variant):
         if (up_bias := state.get("mlp.up_proj.bias")) is not None:
             bias = down_DI @ up_bias.double() + (0 if bias is None else bias.double())
         return down_DI @ state["mlp.up_proj.weight"].double(), bias
-
-    def _kept(self, parent: ParentSubblock) -> Tensor:
-        """Indices of the kept channels, ascending. [I']"""
-        return parent.channels[: self.intermediate_size].sort().values
