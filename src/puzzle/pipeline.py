@@ -205,14 +205,14 @@ class Pipeline:
         return path
 
     def _tables(self, scores: ScoreTable) -> Tables:
-        recipe, layers = self.run.recipe, range(self.parent.num_layers)
+        recipe = self.run.recipe
         return Tables(
             scores=scores,
             costs=self.costs,
             target=recipe.target,
             settings=recipe.search,
             further=[*zip(self.all_costs[1:], (each.target for each in recipe.scenarios), strict=True)],
-            influence=lambda: [float(self.statistics.moments(layer)["influence"]) for layer in layers],
+            influence=lambda: [float(self.statistics.moments(i)["influence"]) for i in range(self.parent.num_layers)],
         )
 
     def _report_data(self) -> ReportData:

@@ -59,10 +59,7 @@ def cost_rows(
         costs = vars(size) | {"prefill_ms": prefill_ms[timed_as], "decode_ms": decode_ms[timed_as]}
         return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **costs)
 
-    # Embeddings, final norm and head; a tied head is counted once.
-    parameters = empty_model(config).named_parameters()
-    params = sum(parameter.numel() for name, parameter in parameters if not name.startswith("model.layers."))
-    yield row(-1, "fixed", "", Cost(params=params, weight_bytes=params * dtype.itemsize), "fixed")
+    yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
     for index, layer in enumerate(space.layers):
         for variant in layer.variants:
             last = variant.subblock == "ffn" and index == len(space.layers) - 1
@@ -99,6 +96,13 @@ def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, 
         weight_bytes=variant.weight_bytes(config, dtype),
         kv_bytes_per_sequence=variant.kv_bytes(config, tokens, dtype),
     )
+
+
+def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
+    """What every child has: embeddings, final norm and head, a tied head counted once."""
+    parameters = empty_model(config).named_parameters()
+    params = sum(parameter.numel() for name, parameter in parameters if not name.startswith("model.layers."))
+    return Cost(params=params, weight_bytes=params * dtype.itemsize)
 
 
 def _pad(space: Space, config: PuzzleConfig) -> BlockVariant:
