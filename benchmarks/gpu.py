@@ -25,12 +25,13 @@ import torch
 import transformers
 from setting import opened, recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from puzzle.artefacts import CostTable
 from puzzle.costs import ENGINES, scenario_of, summarise
 from puzzle.costs.table import cost_rows, stacks_of
 from puzzle.costs.timing import Samples, measure_in_turns
+from puzzle.costs.torch_engine import fixed_step
 from puzzle.distill.teacher import Batch, Distillation
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
@@ -59,7 +60,7 @@ STEPS, WARM_UP = 10, 3
 def main(device_name: str = "cuda", size: str = "full") -> None:
     """Print the table, part by part."""
     device, began = torch.device(device_name), time.monotonic()
-    parts: list[Callable[[torch.device, str], Lines]] = [environment, decode, predictions, gkd, noise, stages]
+    parts: list[Callable[[torch.device, str], Lines]] = [environment, laws, decode, predictions, gkd, noise, stages]
     for part in parts:
         try:
             for name, value in part(device, size):
@@ -78,6 +79,34 @@ def environment(device: torch.device, size: str) -> Lines:
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
         yield "nvidia-smi", subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+@torch.no_grad()
+def laws(device: torch.device, size: str) -> Lines:
+    """Largest differences of logits that are 0 on a CPU, or rounding: in float32, of small models."""
+    sizes = dict(zip(_NAMES, SHAPES["tiny"]["1B"], strict=True))
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).to(device).eval()
+    config = PuzzleConfig(**sizes)
+    model = PuzzleForCausalLM(config).to(device).eval()
+    model.load_state_dict(original.state_dict())
+    tokens_BT = torch.randint(config.vocab_size, (2, 48), device=device)
+    own_BTV = model(tokens_BT).logits
+    yield "law 1: to transformers' Llama", f"{float((own_BTV - original(tokens_BT).logits).abs().max()):.1e}"
+    again_BTV = torch.cat([model(row_BT).logits for row_BT in tokens_BT.split(1)])
+    yield "another batch shape", f"{float((own_BTV - again_BTV).abs().max()):.1e}"
+    blocks = ["none+w512", "kv4+none", "kv2win16s4+w128", "linear+linear"]
+    child = PuzzleForCausalLM(Architecture.parse(blocks).configure(config)).to(device).eval()
+    whole_BTV, cache, steps = child(tokens_BT).logits, DynamicCache(config=child.config), []
+    for token_B1 in tokens_BT.split(1, dim=1):
+        steps.append(child(token_B1, past_key_values=cache, use_cache=True).logits)
+    difference = float((whole_BTV - torch.cat(steps, dim=1)).abs().max())
+    yield f"law 6: with a cache, of {' '.join(blocks)}", f"{difference:.1e}"
+    cache = DynamicCache(config=child.config)
+    child(tokens_BT[:, :-1], past_key_values=cache, use_cache=True)
+    last_B1 = tokens_BT[:, -1:].clone()
+    fixed_B1V = fixed_step(child, cache, last_B1, position=tokens_BT.shape[1] - 1)()
+    yield "a decode step over a fixed cache", f"{float((whole_BTV[:, -1:] - fixed_B1V).abs().max()):.1e}"
 
 
 def decode(device: torch.device, size: str) -> Lines:
