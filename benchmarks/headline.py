@@ -13,10 +13,10 @@ from pathlib import Path
 import plotly.graph_objects as go
 import torch
 
-from puzzle import Recipe
 from puzzle.artefacts import Cost, Totals
 from puzzle.costs import scenario_of, summarise, time_models
 from puzzle.parents import open_parent
+from puzzle.runs import read_recipe
 
 PAPER = {"speed": 2.17, "kept": 0.984}
 """Nemotron-51B: throughput on one H100 at FP8, and the share of Llama-3.1-70B's mean accuracy (arXiv 2411.19146)."""
@@ -28,7 +28,7 @@ def main(folder: str, threads: str = "1") -> None:
     """Time both, print, draw."""
     torch.set_num_threads(int(threads))
     run = Path(folder)
-    recipe = Recipe.read(run / "recipe.yaml")
+    recipe = read_recipe(run)
     rows = json.loads((run / "summary.json").read_text())["rows"]
     scenario = scenario_of(recipe.scenario.model_copy(update={"engine": "llama.cpp"}), torch.device("cpu"))
     (batch_size,) = recipe.scenario.batch_sizes

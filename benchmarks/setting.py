@@ -30,8 +30,9 @@ SHARES = {"calibration": 0.06, "validation": 0.04, "scoring": 0.04, "test": 0.06
 
 def recipe(parent: str, text: str, **sections: dict[str, Any]) -> Recipe:
     """A recipe for a parent of some millions of parameters; `sections` are put over the defaults here."""
-    defaults: dict[str, dict[str, Any]] = {
+    defaults: dict[str, Any] = {
         "data": {"source": text, "sequence_length": 256, "max_tokens": "8M", **SHARES},
+        "precision": "float32",
         "calibration": {"tokens": 131_072},
         "library": {"tokens": 131_072, "learning_rate": 3e-3, "batch_size": 4, "validation_tokens": 32_768},
         "score": {"tokens": 16_384},

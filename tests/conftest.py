@@ -128,10 +128,11 @@ def pico_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         {
             "parent": str(folder / "parent"),
             "data": {"source": str(folder / "text.jsonl"), "sequence_length": 32, **shares},
+            "precision": "float32",
             "calibration": {"tokens": 2048},
             "library": {"tokens": 4096, "batch_size": 8, "validation_tokens": 1024},
             "score": {"tokens": 512, "composed_share": None},
-            "scenario": {"batch_sizes": [2], "prompt_tokens": 16, "generated_tokens": 8},
+            "scenario": {"dtype": "float32", "batch_sizes": [2], "prompt_tokens": 16, "generated_tokens": 8},
             "cost": {"repeats": 1},
             "target": {"parameters": "70%"},
             "distil": {"tokens": 8192, "learning_rate": 2e-3, "validation_tokens": 512},

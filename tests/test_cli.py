@@ -22,6 +22,7 @@ from tests.conftest import pico_puzzle
 
 from puzzle.artefacts import Solution
 from puzzle.cli import main
+from puzzle.device import fast_dtype
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe, TargetSettings
 from puzzle.runs import Run, is_run_folder, open_run
@@ -30,7 +31,7 @@ from puzzle.stages import COMMANDS
 
 STAGES = [stage.name for stage in COMMANDS]
 TABLE = Path("table.json")
-RECIPE = "parent: model  # a comment\ndata: {source: text}\n"
+RECIPE = "parent: model  # a comment\ndata: {source: text}\nprecision: float32\nscenario: {dtype: float32}\n"
 
 
 class Pipeline:
@@ -223,7 +224,7 @@ def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: 
     sets = [word for assignment in scenario for word in ("--set", assignment)]
     assert main(["bench", pico_recipe.parent, *sets]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "torch, cpu, float32, prompt 4, generate 2"
+    assert first == f"torch, cpu, {fast_dtype(torch.device('cpu'))}, prompt 4, generate 2"
     assert [line.partition(": ")[0] for line in lines] == [f"{pico_recipe.parent}, batch {size}" for size in (1, 2)]
     assert all("generated tok/s (+-" in line and "rounds), prefill " in line for line in lines)
     line = complaint(capsys, "bench", pico_recipe.parent, "--set", "engine=tarch")

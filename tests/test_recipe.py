@@ -61,7 +61,7 @@ GIVEN = "parent: m\ndata: {source: t}\n"
         (GIVEN + "libary: {tokens: 3}", "libary is not a setting; did you mean library?"),
         (GIVEN + "score: {zzz: 3}", "score.zzz is not a setting; allowed here: score.tokens"),
         (GIVEN + "score: 3", "score: Input should be a valid dictionary or instance of ScoreSettings, found 3"),
-        (GIVEN + "precision: int4", "precision: Input should be 'float32' or 'bfloat16', found 'int4'"),
+        (GIVEN + "precision: int4", "precision: Input should be 'auto', 'float32' or 'bfloat16', found 'int4'"),
         (GIVEN + "library: {tokens: many}", "library.tokens: expected a number such as 512k"),
         (GIVEN + "library: {batch_size: 1.5}", "library.batch_size: Input should be a valid integer"),
         (GIVEN + "library: {learning_rate: .nan}", "library.learning_rate: Input should be a finite number, found nan"),
@@ -135,3 +135,16 @@ def test_every_setting_has_help_and_its_default_in_the_help() -> None:
     described = yaml.safe_load(describe(Recipe))
     described["parent"], described["data"]["source"] = "model", "text"
     assert Recipe.model_validate(described) == Recipe.model_validate(MINIMAL)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_auto_is_the_precision_and_of_a_scenario_what_its_engine_is_fast_in(precision: str) -> None:
+    scenarios = [{"engine": "roofline"}, {"engine": "llama.cpp"}, {"engine": "vllm"}, {"dtype": "float16"}]
+    further = {"scenarios": [{"scenario": each, "target": {}} for each in scenarios]}
+    for given, auto in ({"precision": precision}, "auto"), ({}, precision):
+        recipe = Recipe.model_validate(MINIMAL | given | further).resolved(auto)
+        assert recipe.precision == precision
+        served = [scenario.dtype for _, scenario, _ in recipe.served]
+        assert served == [precision, "bfloat16", "float16", precision, "float16"]
+        assert recipe.resolved("auto") == recipe
+    assert "scenarios" not in Recipe.model_validate(MINIMAL).resolved(precision).to_yaml()

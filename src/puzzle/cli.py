@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     with open_run(out, arguments.on) as opened:
         from puzzle.pipeline import plan, run_stage
 
-        for line in plan(recipe):
+        for line in plan(opened.recipe):
             opened.log(line)
         run_stage(opened, arguments.until)
 

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.data import TokenData, prepare_data
-from puzzle.device import autocast, multiplies_bfloat16
+from puzzle.device import autocast, fast_dtype
 from puzzle.distributed.state import remove_states
 from puzzle.engines.environments import cache_folder
 from puzzle.parents import open_parent
@@ -71,6 +71,7 @@ def _recipe(parent: Path, data: DataSettings, tokens: float) -> Recipe:
         {
             "parent": str(parent),
             "data": data.model_dump(exclude_unset=True),
+            "precision": "float32",  # in which its figures and the speeds above were taken
             "calibration": {"tokens": 65_536},
             "library": {"tokens": part(_LIBRARY_SHARE, _LIBRARY_SPEED), "learning_rate": 5e-3},
             "score": {"tokens": part(_SCORE_SHARE, _SCORE_SPEED)},
@@ -95,7 +96,8 @@ def _trained_parent(seconds: float) -> tuple[Path, DataSettings, float]:
     # The parent trains on the same training range that the child is distilled on.
     shares = {"calibration": 0.05, "validation": 0.04, "scoring": 0.04, "test": 0.05}
     settings = DataSettings(source=str(corpus), sequence_length=_SEQUENCE_LENGTH, **shares)
-    create_folder(folder / "pretraining", Recipe(parent=str(start), data=settings))
+    precision = fast_dtype(torch.device("cpu"))
+    create_folder(folder / "pretraining", Recipe(parent=str(start), data=settings, precision=precision))
     with open_run(folder / "pretraining") as run:
         untrained = open_parent(str(start))
         data = prepare_data(run, untrained)
@@ -141,7 +143,7 @@ def _pretrain(stage: StageFolder, start: Path, parent: Path, data: TokenData, se
 
     def gradients(step: int) -> dict[str, Tensor]:
         tokens_BT = data.training_batch(step, _BATCH_SIZE, seed=0)
-        with autocast(model.device, torch.bfloat16 if multiplies_bfloat16() else torch.float32):
+        with autocast(model.device, getattr(torch, fast_dtype(model.device))):
             logits_BTV = model(tokens_BT[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits_BTV.float().flatten(0, 1), tokens_BT[:, 1:].flatten())
         loss.backward()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -89,10 +90,16 @@ def float32_product(rows_ND: torch.Tensor, operand_VD: torch.Tensor) -> torch.Te
     return rows_ND @ operand_VD.T
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether this computer's processor has instructions for it; elsewhere it is slower than float32."""
+def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What `precision: auto` is: bfloat16 on what has instructions for it; elsewhere that is slower than float32.
+
+    SmolLM2-135M's shape, how many times as fast: forward 3.0, forward and backward 2.3, a decode step 1.4 (batch 1) and
+    1.2 (16) with avx512_bf16 (8 layers, one core of an AMD EPYC, 2026-11-28); forward 3.9, with backward 2.0 with AMX.
+    """
+    if is_gpu(device):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
 def mesh_type(device: torch.device) -> str:

@@ -11,7 +11,7 @@ from puzzle.artefacts import CostTable, Scenario
 from puzzle.child import Child
 from puzzle.costs import Sample, relative_standard_error, requests_ms, scenario_of, summarise, time_models
 from puzzle.data import TokenData
-from puzzle.device import choose_device
+from puzzle.device import choose_device, fast_dtype
 from puzzle.errors import PuzzleError
 from puzzle.metrics import compare
 from puzzle.parents import Parent, open_parent
@@ -88,7 +88,8 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
     for path in checkpoints:
         if is_run_folder(path):
             raise PuzzleError(f"{path} is a run folder; give its child, {path / 'child'}")
-    scenario = scenario_of(settings, choose_device("auto"))
+    device = choose_device("auto")
+    scenario = scenario_of(settings.resolved(fast_dtype(device)), device)
     models = {path: open_parent(str(path)).path for path in checkpoints}
     yield str(scenario)
     for batch_size in settings.batch_sizes:

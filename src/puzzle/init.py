@@ -11,7 +11,7 @@ from puzzle.recipe import Recipe
 from puzzle.variants import derive_space
 
 _LARGE_PARAMS = 500_000_000
-"""From here on: half precision where the checkpoint has it, a GPU's batch sizes, and smaller learning rates."""
+"""From here on: a GPU's batch sizes, and smaller learning rates."""
 
 
 def init_recipe(model: str) -> str:
@@ -32,23 +32,21 @@ def init_recipe(model: str) -> str:
         f"# {model}: {len(space.layers)} layers, {shape}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
         f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
         "# Before `puzzle run` with this file: set data.source, scenario and target.",
+        "# Models run and are served in bfloat16 where that is fast, as on a GPU; `precision: float32` says otherwise.",
         "# Every other setting and its default: `puzzle help recipe`.",
     ]
     # What differs for large models follows the paper and its reference code, scaled down to one machine.
     large = num_params >= _LARGE_PARAMS
     longest = config.max_position_embeddings
-    served = dtype if large and dtype in ("bfloat16", "float16") else "float32"
     values = {
         "parent": model,
         "data.source": "path/to/your/text",
         "data.sequence_length": min(2048 if large else 512, longest),
-        "precision": "float32" if served == "float32" else "bfloat16",  # float16 has too small a range to train in
         **sizes,
         "library.tokens": "20M" if large else "1M",
         "library.learning_rate": 1e-4 if large else 1e-3,
         "score.tokens": "128k" if large else "64k",
         "scenario.engine": "torch",
-        "scenario.dtype": served,
         "scenario.batch_sizes": [16, 64] if large else [8],
         "scenario.prompt_tokens": min(1024, longest * 3 // 4),
         "scenario.generated_tokens": min(256, longest // 4),

@@ -21,7 +21,7 @@ from puzzle.checks import check_recipe
 from puzzle.child import Child, realise, refine
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
-from puzzle.device import choose_device
+from puzzle.device import choose_device, fast_dtype
 from puzzle.distill import distil, distillation_curve
 from puzzle.engines.capability import TIMED_AS, deployable
 from puzzle.evaluate import evaluate, measure_speed
@@ -249,9 +249,10 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
     Args:
         devices: such as `8xh100-sxm`; None: this machine.
     """
-    config = read_config(recipe.parent)
+    config, device = read_config(recipe.parent), choose_device(recipe.execution.device)
+    recipe = recipe.resolved("bfloat16" if devices else fast_dtype(device))
     check_recipe(recipe, config)
-    return plan_work(recipe, config, _space(recipe, config), choose_device(recipe.execution.device), devices)
+    return plan_work(recipe, config, _space(recipe, config), device, devices)
 
 
 def _space(recipe: Recipe, config: PuzzleConfig) -> Space:

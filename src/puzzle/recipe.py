@@ -153,14 +153,19 @@ class ScenarioSettings(Section):
     """Inference engine; `roofline` calculates times from a machine's data sheet instead of measuring."""
     machine: Text = "h100-sxm"
     """Machine for `roofline`: a known one, a data sheet (YAML), or `8xh100-sxm` for tensor parallelism over 8."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Data type of weights and KV cache."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of weights and KV cache; `auto`: `precision`, but roofline's is bfloat16 and llama.cpp's float16."""
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
     """Batch sizes that the search may choose from."""
     prompt_tokens: PositiveCount = 1024
     """Prompt tokens per request."""
     generated_tokens: PositiveCount = 256
     """Generated tokens per request."""
+
+    def resolved(self, precision: str) -> Self:
+        """With the data type that `auto` stands for where the recipe's precision is this."""
+        served = {"roofline": "bfloat16", "llama.cpp": "float16"}.get(self.engine, precision)
+        return self.model_copy(update={"dtype": served}) if self.dtype == "auto" else self
 
 
 class CostSettings(Section):
@@ -306,8 +311,9 @@ class Recipe(Section):
     parent: Text
     """Folder of a Hugging Face checkpoint, or a hub name."""
     data: DataSettings
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Data type in which models run in calibration, BLD, scoring, GKD and evaluation."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type in which models run in calibration, BLD, scoring, GKD and evaluation; `auto`: bfloat16 on a GPU or a
+    processor that multiplies it faster, else float32."""
     space: SpaceSettings = SpaceSettings()
     deploy: list[Literal["hf", "vllm", "deci", "gguf"]] = []
     """Engines and formats that must run the child, such as `vllm` or `gguf` (docs/engines.md). They restrict the space,
@@ -343,6 +349,15 @@ class Recipe(Section):
         """Every scenario, the main one first: the path before its settings, these, and its target."""
         further = ((f"scenarios[{place}].", each.scenario, each.target) for place, each in enumerate(self.scenarios))
         return [("", self.scenario, self.target), *further]
+
+    def resolved(self, auto: str) -> Self:
+        """With data types in place of each `auto`; that of the precision is `auto`."""
+        precision = auto if self.precision == "auto" else self.precision
+        update: dict[str, Any] = {"precision": precision, "scenario": self.scenario.resolved(precision)}
+        if self.scenarios:
+            scenarios = [(each, each.scenario.resolved(precision)) for each in self.scenarios]
+            update["scenarios"] = [each.model_copy(update={"scenario": scenario}) for each, scenario in scenarios]
+        return self.model_copy(update=update)
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":

@@ -89,6 +89,7 @@ def opened(pico_checkpoint: Path, folder: Path, **cost: object) -> Iterator[Run]
         {
             "parent": str(pico_checkpoint),
             "data": {"source": "unused.txt"},
+            "precision": "float32",
             "scenario": {"batch_sizes": [2, 3], "prompt_tokens": 6, "generated_tokens": 5},
             "cost": {"repeats": 3, **cost},
             "execution": {"device": "cpu", "threads": 1},

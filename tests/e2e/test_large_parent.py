@@ -77,6 +77,7 @@ def run(folder: Path, parent: Path, execution: dict[str, Any], room_bytes: int) 
     recipe = {
         "parent": str(parent),
         "data": {"source": str(parent.parent / "text.jsonl"), "sequence_length": 32, "scoring": 0.1},
+        "precision": "float32",
         "space": {"kv_heads": [2], "ffn_widths": [64], "attention": [], "ffn": []},
         "calibration": {"tokens": 256},
         "library": {"tokens": 128, "batch_size": 2, "validation_tokens": 64, "channels": "independent"},

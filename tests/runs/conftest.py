@@ -9,7 +9,8 @@ import pytest
 from puzzle.recipe import Recipe
 from puzzle.runs import create_folder
 
-RECIPE = Recipe.model_validate({"parent": "model", "data": {"source": "text"}})
+GIVEN = {"parent": "model", "data": {"source": "text"}, "precision": "float32", "scenario": {"dtype": "float32"}}
+RECIPE = Recipe.model_validate(GIVEN)
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from puzzle import device
 from puzzle.errors import PuzzleError
-from puzzle.recipe import Recipe, ScoreSettings
-from puzzle.runs import Run, create_folder, digest, open_run
+from puzzle.recipe import Recipe, ScenarioSettings, ScoreSettings
+from puzzle.runs import Run, create_folder, digest, open_run, read_recipe
 from puzzle.stages import Stage
 
 _HOLD = """
@@ -65,6 +66,27 @@ def test_a_folder_whose_making_was_cut_off_is_made(tmp_path: Path, recipe: Recip
     create_folder(tmp_path, recipe)
     with open_run(tmp_path) as run:
         assert run.recipe == recipe
+
+
+def test_auto_is_decided_once_and_kept_wherever_the_folder_goes(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto = recipe.model_copy(update={"precision": "auto", "scenario": ScenarioSettings()})
+    stage = Stage(name="stage", help="", reads=("precision", "scenario"))
+    create_folder(tmp_path / "run", auto)
+    for machine in ("bfloat16", "float32"):
+        monkeypatch.setattr(device, "fast_dtype", lambda _, its=machine: its)
+        create_folder(tmp_path / "run", auto)
+        with open_run(tmp_path / "run") as run:
+            assert (run.recipe.precision, run.recipe.scenario.dtype) == ("bfloat16", "bfloat16")
+            assert ("auto is bfloat16 on " in capsys.readouterr().out) == (machine == "bfloat16")
+            address = run.open(stage).address
+        assert Recipe.read(tmp_path / "run" / "recipe.yaml") == auto
+        assert read_recipe(tmp_path / "run") == run.recipe
+    explicit = {"precision": "bfloat16", "scenario": ScenarioSettings(dtype="bfloat16")}
+    create_folder(tmp_path / "run", recipe.model_copy(update=explicit))
+    with open_run(tmp_path / "run") as run:
+        assert run.open(stage).address == address
 
 
 SCORE = Stage(name="score", help="", reads=("score.tokens", "data"), inputs=("library",))

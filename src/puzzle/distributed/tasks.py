@@ -14,8 +14,7 @@ from pathlib import Path
 from puzzle.device import choose_device
 from puzzle.distributed.group import is_lost_peer, start
 from puzzle.errors import PuzzleError, one_line
-from puzzle.recipe import Recipe
-from puzzle.runs import Run, StageFolder, check_folder, open_run
+from puzzle.runs import Run, StageFolder, check_folder, open_run, read_recipe
 
 TOGETHER = ("teacher", "distil")
 """The stages that several processes work on as one; all before them must be finished."""
@@ -59,13 +58,13 @@ def split(costs: Sequence[float], parts: int) -> list[range]:
 def open_together(path: Path) -> Iterator[Run]:
     """The run in `path` for each process that torchrun started; rank 0 holds its lock, and alone writes and prints."""
     check_folder(path)
-    recipe = Recipe.read(path / "recipe.yaml")
-    group = start(choose_device(recipe.execution.device))
+    group = start(choose_device(read_recipe(path).execution.device))
     with ExitStack() as stack:
-        opened = [Run(path, recipe, leads=False)]
+        opened: list[Run] = []
         group.first(lambda: opened.append(stack.enter_context(open_run(path))))
+        run = opened[0] if opened else Run(path, read_recipe(path), leads=False)
         try:
-            yield replace(opened[-1], only=TOGETHER)
+            yield replace(run, only=TOGETHER)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise

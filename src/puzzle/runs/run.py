@@ -1,6 +1,6 @@
 """The run folder: one recipe, one process at a time, and one folder per finished or unfinished stage.
 
-DIR/puzzle.json              the mark of a run folder
+DIR/puzzle.json              the mark of a run folder, with what `precision: auto` stands for in it
 DIR/recipe.yaml              what the person wrote; edit it and only what depends on the edit runs again
 DIR/used.json                the stage folders that the last command used
 DIR/stages/NAME-ADDRESS/     a stage's files, and beside them
@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import attrgetter
 from pathlib import Path
@@ -70,6 +70,7 @@ class Run:
 
     path: Path
     recipe: Recipe
+    """Resolved: without `auto`."""
     on: str | None = field(default=None, compare=False)
     """The Ray cluster that tasks run on, `ray` or `ray://HOST:PORT`; None: here."""
     leads: bool = field(default=True, compare=False)
@@ -158,7 +159,8 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
     check_new(path)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        write_json(path / _MARK, {"format": 1})  # no other is read or written yet
+        if not is_run_folder(path):
+            write_json(path / _MARK, {"format": 1})  # no other is read or written yet
         write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
 
 
@@ -177,7 +179,20 @@ def open_run(path: Path, on: str | None = None) -> Iterator[Run]:
     with _locked(path):
         for leftover in path.rglob(".*.[0-9]*.tmp"):  # of `write_atomically` in killed processes
             leftover.unlink(missing_ok=True)
-        yield Run(path, Recipe.read(path / "recipe.yaml"), on=on)
+        run = Run(path, read_recipe(path), on=on)
+        mark = read_json(path / _MARK)
+        if run.recipe.precision == "auto":
+            from puzzle.device import device_name, fast_dtype
+
+            mark["precision"] = fast_dtype(run.device)
+            run.log(f"precision: auto is {mark['precision']} on {device_name(run.device)}, in this folder from now on")
+            write_json(path / _MARK, mark)
+        yield replace(run, recipe=read_recipe(path))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a run folder, resolved once the folder was opened."""
+    return Recipe.read(path / "recipe.yaml").resolved(read_json(path / _MARK).get("precision", "auto"))
 
 
 def check_folder(path: Path) -> None:
