@@ -218,6 +218,8 @@ class ScoreTable(Artefact):
     sequences: int
     sequence_length: int
     rows: tuple[ScoreRow, ...]
+    noise: float = 0.0
+    """KL of the parent to itself, run as blocks are: those below it count as equal. 0 where it was not measured."""
 
     @cached_property
     def by_key(self) -> dict[tuple[int, str], ScoreRow]:
@@ -238,9 +240,12 @@ class ScoreTable(Artefact):
     def value(self, layer: int, block: str, score: ScoreName = "kl") -> float:
         """What the block takes away from the parent's quality; of the parent's own block exactly 0.
 
-        `lm_loss` is the rise above the parent's, `task` the fall below it: both can be negative.
+        Of other blocks a KL is no less than the noise: below it nothing is known. `lm_loss` is the rise above the
+        parent's, `task` the fall below it: both can be negative.
         """
         value = getattr(self.by_key[layer, block], score)
+        if score == "kl" and self.noise and value:
+            return max(float(value), self.noise)
         if score in ("kl", "cosine"):
             return float(value)
         parent = getattr(self.by_key[layer, self.parent_blocks[layer]], score)

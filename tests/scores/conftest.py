@@ -28,13 +28,19 @@ def scored(tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenD
     space = Space((LayerSpace(attention, ffn),) * 3 + (LayerSpace(attention[:1], ffn[:1]),))
 
     def score_table(
-        name: str = "run", *, function: Any = None, memory: int | None = None, **settings: Any
+        name: str = "run",
+        *,
+        function: Any = None,
+        memory: int | None = None,
+        precision: str = "float32",
+        **settings: Any,
     ) -> ScoreTable:
         (tmp_path / name).mkdir(exist_ok=True)
         recipe = pico_run.recipe
         sections = {
             "score": recipe.score.model_copy(update=settings),
             "execution": recipe.execution.model_copy(update={"memory": memory}),
+            "precision": precision,
         }
         run = Run(tmp_path / name, recipe.model_copy(update=sections))
         return score(run, pico_parent, pico_data, pico_library, space, function)

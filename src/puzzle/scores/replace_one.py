@@ -38,6 +38,7 @@ METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
 """Per-sequence means, the columns of [n, M]."""
 _BATCH_TOKENS = 2048
 """Of a batch of text on disk: longer ones save nothing, and all candidates of a layer have a state for each token."""
+_NOISE = "noise.json"
 _MIN_SHARE = 4
 """Sequences at least of the share for composed blocks: fewer say nothing of their own spread."""
 
@@ -64,7 +65,12 @@ def score(
             sequences=data.num_sequences("scoring", settings.tokens),
             sequence_length=data.sequence_length,
             rows=tuple(ScoreRow(**row) for file in files for row in read_json(file)),
+            noise=read_json(stage.path / _NOISE) if (stage.path / _NOISE).exists() else 0.0,
         )
+        if table.noise:
+            run.log(
+                f"score: a KL is known to {table.noise:.1e} nats, that of the parent to itself; less counts as equal"
+            )
         write_text(table_file, table.to_json())
         stage.commit()
     return read_parsed(table_file, ScoreTable.from_json)
@@ -103,7 +109,10 @@ def _score_layers(
         for layer in missing:
             stream.prepare(layer, {"scoring": scorer.inputs})
             own, *blocks = space.layers[layer].blocks()
-            modules = LayerBlocks(library, layer, blocks, stream.model)
+            modules = LayerBlocks(library, layer, [own, *blocks], stream.model)
+            if layer == 0 and dtype == torch.bfloat16:
+                again = scorer.blocks(modules, [own] * (1 + len(blocks)), range(1))[own]
+                write_json(out / _NOISE, max(0.0, float(again[:, METRICS.index("kl")].mean())))
             values = scorer.blocks(modules, blocks, scorer.shared)
             single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
             for block, rest in scorer.blocks(modules, single, scorer.rest).items():

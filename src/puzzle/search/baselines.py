@@ -143,7 +143,8 @@ def _most(tables: Tables, worth: Sequence[float]) -> Solution | None:
     # The parent's rows come first: its block is the first of its layer with a score of 0.
     rows = sorted(zip(tables.known_scores.rows, worth, strict=True), key=lambda each: not is_parents(each[0]))
     own = {row.layer: value for row, value in rows if is_parents(row)}
-    scores = replace(tables.known_scores, rows=tuple(replace(row, kl=own[row.layer] - value) for row, value in rows))
+    worths = tuple(replace(row, kl=own[row.layer] - value) for row, value in rows)
+    scores = replace(tables.known_scores, rows=worths, noise=0.0)
     settings = tables.settings.model_copy(update={"score": "kl"})
     found = best(replace(tables, scores=scores, settings=settings), _cost_bounds(tables))
     return found and _best_of(tables, [found.blocks])
