@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def train(
         for step in range(first, steps):
             shown, rate = gradients(step), schedule(step, steps=steps, warmup=warmup)
             # Steps in a row without a finite gradient: now, and the most so far. Nothing here waits for the device.
-            skips = (skips + 1) * torch.stack([_step(part, rate, max_grad_norm) for part in parts])
+            skips = (skips + 1) * _step(parts, rate, max_grad_norm)
             most_skips = torch.maximum(most_skips, skips)
             done = step + 1
             hold_out(done)
@@ -150,19 +151,38 @@ def adamw(parameters: Iterable[Tensor], learning_rate: float, *, weight_decay: f
     return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, _BETAS, fused=True)
 
 
-def _step(part: Part, rate: float, max_grad_norm: float) -> Tensor:
-    """A step at this share of the highest rate; none if a gradient is not finite: whether it was skipped, 0 or 1."""
-    norm = torch.nn.utils.clip_grad_norm_(part.parameters.values(), max_grad_norm)
-    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    skipped = (~whole_norm.isfinite()).float()
-    for optimizer in part.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.setdefault("initial_lr", group["lr"])
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused ones, as torch.amp.GradScaler's
-        if getattr(optimizer, "_step_supports_amp_scaling", False) or not skipped:  # others wait for the device
-            optimizer.step()
-        optimizer.zero_grad()
-    return skipped
+def _step(parts: Sequence[Part], rate: float, max_grad_norm: float) -> Tensor:
+    """A step at this share of the highest rate, of each part none if a gradient is not finite: which were skipped, 0/1.
+
+    Nothing is launched more than once a part: BLD has hundreds of small ones.
+    """
+    gradients = [[each.grad for each in part.parameters.values() if each.grad is not None] for part in parts]
+    norm_P = _norms(gradients)
+    skipped_P = (~norm_P.isfinite()).float()
+    shrinks = (max_grad_norm / (norm_P + 1e-6)).clamp(max=1.0).unbind()
+    for part, own, shrink, skipped in zip(parts, gradients, shrinks, skipped_P.unbind(), strict=True):
+        torch._foreach_mul_(own, shrink)
+        for optimizer in part.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.setdefault("initial_lr", group["lr"])
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by fused ones, as of a GradScaler
+            if getattr(optimizer, "_step_supports_amp_scaling", False) or not skipped:  # others wait for the device
+                optimizer.step()
+            optimizer.zero_grad()
+    return skipped_P
+
+
+def _norms(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Of each part's gradients, [parts]; parts with equally many go together, so that none depends on the others."""
+    every = iter(torch._foreach_norm([each for own in gradients for each in own]))
+    norms = [[*islice(every, len(own))] for own in gradients]
+    found: dict[int, Tensor] = {}
+    for count in {len(own) for own in norms}:
+        places = [place for place, own in enumerate(norms) if len(own) == count]
+        stacked = torch.stack([norm for place in places for norm in norms[place]])
+        whole = stacked.full_tensor() if isinstance(stacked, DTensor) else stacked
+        found |= zip(places, torch.linalg.vector_norm(whole.view(-1, count), dim=1).unbind(), strict=True)
+    return torch.stack([found[place] for place in range(len(gradients))])
 
 
 def best_point(curve: Sequence[Point]) -> Point:
