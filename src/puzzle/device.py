@@ -1,6 +1,6 @@
 """Everything that depends on the device that computes: nobody else asks what kind of device it is.
 
-float32 stays float32 (no TF32), since laws compare bits; bfloat16, `precision` in the recipe, is the fast way. Nothing
+float32 stays float32, since laws compare bits; bfloat16, `precision` in the recipe, is the fast way. Nothing
 is compiled yet: once a measurement says what `torch.compile` of GKD's layers brings on a GPU, it is decided here. The
 attention kernel is SDPA's choice, made in `modeling`.
 """
@@ -10,8 +10,10 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -88,6 +90,25 @@ def float32_product(rows_ND: torch.Tensor, operand_VD: torch.Tensor) -> torch.Te
     if operand_VD.dtype == torch.bfloat16:
         return torch.mm(rows_ND, operand_VD.T, out_dtype=torch.float32)
     return rows_ND @ operand_VD.T
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products on a GPU in TF32 if allowed: some 7 times as fast, with 10 of 23 bits: bfloat16 has 7."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "tf32" if allowed else before
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def rows_at_once(device: torch.device) -> int:
+    """Rows that one product sums: after each 8, TF32 units cut off what does not fit, by reckoning 6e-6 of 2048 equal
+    signs; a CPU sums any number.
+    """
+    return 2048 if is_gpu(device) else sys.maxsize
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:

@@ -1,6 +1,6 @@
 """Calibration moments against a plain computation in float64, with hooks on the original modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.data import TokenData
 from puzzle.distributed.state import SaveTimer
-from puzzle.library import Statistics, calibrate
+from puzzle.library import Statistics, calibrate, statistics
 from puzzle.parents import Parent
 from puzzle.recipe import ExecutionSettings
 from puzzle.runs import Run, read_tensors, write_tensors
@@ -127,3 +127,45 @@ def test_what_was_saved_is_not_computed_again(
     again = calibrated()
     changes = [again.moments(i)["influence"] - pico_statistics.moments(i)["influence"] for i in range(4)]
     assert [change > 0.1 for change in changes] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(("error", "falls_back"), [(1e-5, False), (1e-4, True)])
+def test_tf32_is_taken_if_it_is_good_enough_for_the_first_batch(
+    error: float, falls_back: bool, monkeypatch: pytest.MonkeyPatch, pico_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A planted error, as sums that are cut off have it; never for values that TF32 itself would cut."""
+    products = statistics._products
+
+    def cut(left_NI: Tensor, right_NJ: Tensor, fast: bool) -> Iterator[Tensor]:
+        return (product * (1 - error * fast) for product in products(left_NI, right_NJ, fast))
+
+    monkeypatch.setattr(statistics, "_products", cut)
+    hidden_BTD = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    hidden_BTD[..., 3] = 0.0
+    assert not statistics._suits_tf32(pico_run, hidden_BTD)
+    assert statistics._suits_tf32(pico_run, hidden_BTD.bfloat16()) == (not falls_back)
+    assert ("moments in TF32 are off by 1.0e-04" in capsys.readouterr().out) == falls_back
+
+
+def test_moments_of_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    left_NI, right_NJ = torch.randn(50, 6), torch.randn(50, 4)
+    (whole_IJ,) = statistics._products(left_NI, right_NJ, True)
+    assert torch.equal(whole_IJ, left_NI.T @ right_NJ)
+    monkeypatch.setattr(statistics, "rows_at_once", lambda device: 16)
+    parts = [*statistics._products(left_NI, right_NJ, False)]
+    assert len(parts) == 4
+    torch.testing.assert_close(sum(parts), whole_IJ)
+    found: State = {}
+    statistics._record("ffn.", found, False, torch.nn.Identity(), (left_NI.view(2, 25, 6),))
+    torch.testing.assert_close(found["ffn.activation_second_moment"], left_NI.T @ left_NI)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_multiplies_bfloat16_values_in_tf32_well_enough() -> None:
+    hidden_ND = torch.randn(16_384, 512, device="cuda").add_(3.0).bfloat16().float()
+    found_DD = sum(product.double() for product in statistics._products(hidden_ND, hidden_ND, True))
+    expected_DD = hidden_ND.double().T @ hidden_ND.double()
+    scale_D = expected_DD.diagonal().sqrt()
+    assert float(((found_DD - expected_DD) / torch.outer(scale_D, scale_D)).abs().max()) <= statistics._ALLOWED_ERROR
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"

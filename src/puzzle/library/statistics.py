@@ -18,10 +18,12 @@ and per layer, x being its input and x' its output:
 
 The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use. Products are float32 and sums float64, from which
 means can be subtracted without loss; only the moment of activations, the largest by far and never centred, is summed in
-float32 (what that loses: benchmarks/large_parent.md).
+float32 (what that loses: benchmarks/large_parent.md). A GPU multiplies bfloat16 states in TF32, which holds
+them exactly, if the text's first batch shows that its sums are good enough.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from puzzle.data import TokenData
+from puzzle.device import rows_at_once, tf32
 from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.tasks import for_layers
 from puzzle.errors import PuzzleError
@@ -42,6 +45,8 @@ from puzzle.streams import LayerPass, Stream
 from puzzle.variants import SUBBLOCKS, ParentSubblock, State, Subblock, add_sum, split_state
 
 _BATCH_SIZE = 8
+_ALLOWED_ERROR = 3e-5
+"""Of a moment in TF32, as a share of sqrt(C_ii C_jj): a down projection loses 6e-8 (benchmarks/large_parent.md)."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,11 @@ def _calibrate_layers(
     text = partial(data.inputs, "calibration", _BATCH_SIZE, run.recipe.calibration.tokens)
     sum_bytes, settings = _sum_bytes(parent), run.recipe.calibration
     num_tokens = data.num_sequences("calibration", settings.tokens) * data.sequence_length
+    fast: bool | None = None
     for group in stream.groups(missing, sum_bytes.__getitem__, _read(file)[1]):
         stream.prepare(group.start, {"calibration": text})
+        if fast is None:
+            fast = _suits_tf32(run, stream.inputs(group.start, "calibration", (0, next(iter(text())))))
         batches, sums = _read(file, stream.model.device)
         if sums.keys() != set(group):
             batches, sums = 0, {layer: {} for layer in group}
@@ -114,7 +122,7 @@ def _calibrate_layers(
         handles = [
             stream.layers[layer]
             .get_submodule(variant.recorded)
-            .register_forward_pre_hook(partial(_record, f"{variant.subblock}.", sums[layer]))
+            .register_forward_pre_hook(partial(_record, f"{variant.subblock}.", sums[layer], fast))
             for layer in group
             for variant in parent.architecture.blocks[layer].subblocks
             if variant.recorded is not None
@@ -123,7 +131,7 @@ def _calibrate_layers(
             passes = stream.passes(group, "calibration", text(), batches)
             for number, layer_passes in enumerate(passes, batches + 1):
                 for seen in layer_passes:
-                    _add(sums[seen.index], seen)
+                    _add(sums[seen.index], seen, fast)
                 bar.advance(seen.num_tokens)
                 if timer.due():
                     with timer.saving():
@@ -151,17 +159,43 @@ def _read(file: Path, device: torch.device | str = "cpu") -> tuple[int, dict[int
     return batches, sums
 
 
-def _record(prefix: str, sums: State, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _suits_tf32(run: Run, hidden_BTD: Tensor) -> bool:
+    """Whether moments may be multiplied in TF32: that of a layer's inputs, on a batch, shows the error of its sums."""
+    if hidden_BTD.dtype != torch.bfloat16:  # TF32 would cut the numbers themselves
+        return False
+    hidden_ND = hidden_BTD.float().flatten(0, 1)
+    exact_DD, found_DD = (torch.stack([*_products(hidden_ND, hidden_ND, fast)]).sum(0) for fast in (False, True))
+    scale_D = exact_DD.diagonal().sqrt()
+    error = float(((found_DD - exact_DD).abs() / torch.outer(scale_D, scale_D)).nan_to_num().max())
+    if error > _ALLOWED_ERROR:
+        run.log(
+            f"calibrate: moments in TF32 are off by {error:.1e}, so products are in full float32, which takes longer"
+        )
+    return error <= _ALLOWED_ERROR
+
+
+def _products(left_NI: Tensor, right_NJ: Tensor, fast: bool) -> Iterator[Tensor]:
+    """The parts of left.T @ right, to be added up."""
+    size = rows_at_once(left_NI.device)
+    for left, right in zip(left_NI.split(size), right_NJ.split(size), strict=True):
+        with tf32(fast):
+            product_IJ = left.T @ right
+        yield product_IJ
+
+
+def _record(prefix: str, sums: State, fast: bool, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """A hook: add the moments of what enters a module. The second is summed in float32."""
     activation_NI = inputs[0].float().flatten(0, -2)
     add_sum(sums, f"{prefix}activation_mean_abs", activation_NI.abs().sum(0))
     name, channels = f"{prefix}activation_second_moment", activation_NI.shape[1]
     if name not in sums:
         sums[name] = activation_NI.new_zeros(channels, channels)
-    sums[name].addmm_(activation_NI.T, activation_NI)
+    for part in activation_NI.split(rows_at_once(activation_NI.device)):
+        with tf32(fast):
+            sums[name].addmm_(part.T, part)
 
 
-def _add(sums: State, seen: LayerPass) -> None:
+def _add(sums: State, seen: LayerPass, fast: bool) -> None:
     """Add the other moments of a batch."""
     input_ND, output_ND = (each.float().flatten(0, 1) for each in (seen.inputs_BTD["attention"], seen.output_BTD))
     add_sum(sums, "influence", (1 - cosine_similarity(input_ND, output_ND, dim=-1)).sum())
@@ -172,7 +206,8 @@ def _add(sums: State, seen: LayerPass) -> None:
             continue
         h_ND, y_ND = (each.float().flatten(0, 1) for each in (norm(seen.inputs_BTD[which]), seen.added_BTD[which]))
         add_sum(sums, f"{which}.input_mean", h_ND.sum(0))
-        add_sum(sums, f"{which}.input_second_moment", h_ND.T @ h_ND)
         add_sum(sums, f"{which}.output_mean", y_ND.sum(0))
-        add_sum(sums, f"{which}.cross_moment", y_ND.T @ h_ND)
+        for name, left_ND in (("input_second_moment", h_ND), ("cross_moment", y_ND)):
+            for product_DD in _products(left_ND, h_ND, fast):
+                add_sum(sums, f"{which}.{name}", product_DD)
         add_sum(sums, f"{which}.output_power", y_ND.square().mean(-1).sum())
