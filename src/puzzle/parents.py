@@ -4,6 +4,7 @@ Of a folder of safetensors files the headers are read first, and weights only as
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from puzzle.errors import PuzzleError, one_line
-from puzzle.modeling import FAMILIES, PuzzleConfig, PuzzleForCausalLM, empty_model, finish
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, puzzle_config, refusal
 from puzzle.runs import digest, file_digest, remembered
 from puzzle.variants import Architecture
 
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
-_OF_THE_FILE = ("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version")
-"""Fields of a configuration that describe the file, not the model."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
 
@@ -36,6 +37,8 @@ class Entry(NamedTuple):
     """One stored tensor."""
 
     file: Path
+    stored: str
+    """Its name in the file."""
     shape: tuple[int, ...]
     dtype: str
 
@@ -46,18 +49,25 @@ class Checkpoint:
 
     path: Path
     entries: dict[str, Entry]
+    """By the names that the model has."""
+    stacked: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Tensors that are stored apart, expert by expert: of each, the entries to be stacked, and these joined by rows."""
     _finite: set[str] = field(default_factory=set, repr=False, compare=False)
     """Tensors that were read before and found finite: streamed layers are read again and again."""
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """A `PuzzleError` unless the tensor is there, in floating point, with this shape."""
-        entry = self.entries.get(name)
-        if entry is None:
-            raise PuzzleError(f"parent: {self.path} lacks the tensor {name}; get the whole checkpoint")
+        parts = self.stacked.get(name, [[name]])
+        if missing := [each for some in parts for each in some if each not in self.entries]:
+            raise PuzzleError(f"parent: {self.path} lacks the tensor {missing[0]}; get the whole checkpoint")
+        entry = self.entries[parts[0][0]]
         if entry.dtype not in _DTYPES:
             raise PuzzleError(f"parent: {name} is stored as {entry.dtype}; get a checkpoint that is not quantised")
-        if entry.shape != tuple(shape):
-            raise PuzzleError(f"parent: {name} has shape {list(entry.shape)}, its config.json asks for {list(shape)}")
+        found = entry.shape
+        if name in self.stacked:
+            found = (len(parts[0]), entry.shape[0] * len(parts), *entry.shape[1:])
+        if found != tuple(shape):
+            raise PuzzleError(f"parent: {name} has shape {list(found)}, its config.json asks for {list(shape)}")
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
@@ -65,14 +75,43 @@ class Checkpoint:
         def file_of(name: str) -> Path:
             return self.entries[name].file
 
-        for file, wanted in groupby(sorted(names, key=file_of), file_of):
+        wanted = list(names)
+        for file, some in groupby(sorted((name for name in wanted if name in self.entries), key=file_of), file_of):
             with safe_open(file, framework="pt") as handle:
-                for name in wanted:
-                    tensor = handle.get_tensor(name)
+                for name in some:
+                    tensor = handle.get_tensor(self.entries[name].stored)
                     if name not in self._finite and not tensor.isfinite().all():
                         raise PuzzleError(f"parent: {file.name} has NaN or infinity in {name}; get a sound checkpoint")
                     self._finite.add(name)
                     yield name, tensor
+        for name in self.stacked.keys() & set(wanted):
+            experts = dict(self.read(each for some in self.stacked[name] for each in some))
+            stacks = [torch.stack([experts[each] for each in some]) for some in self.stacked[name]]
+            yield name, torch.cat(stacks, dim=1)
+
+    def named_as(self, model_type: str, text_model: bool = False) -> "Checkpoint":
+        """The same by the names that a family's model has, which may not be those that it is stored under.
+
+        Args:
+            text_model: whether it is the text part of a model that also sees.
+        """
+        transforms = get_checkpoint_conversion_mapping(model_type) or []
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+        entries: dict[str, Entry] = {}
+        stacked: dict[str, dict[str, list[str]]] = {}
+        for stored in sorted(self.entries, key=dot_natural_key):
+            name = re.sub(r"^(model\.)?language_model\.(?=lm_head)", "", stored) if text_model else stored
+            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name) if text_model else name
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            entries[name] = self.entries[stored]
+            for converter in converters:
+                target, pattern = converter.rename_source_key(name)
+                if pattern is not None:
+                    patterns = stacked.setdefault(target, {each: [] for each in converter.source_patterns})
+                    patterns[pattern].append(name)
+        return Checkpoint(self.path, entries, {name: [*patterns.values()] for name, patterns in stacked.items()})
 
     def address(self, digests: Path | None) -> str:
         """Hash of the configuration and the weights; the file `digests` remembers those of files."""
@@ -98,7 +137,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         try:
             with safe_open(file, framework="pt") as handle:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}
-                entries |= {name: Entry(file, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+                entries |= {name: Entry(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise PuzzleError(f"parent: {file} is truncated or damaged ({one_line(error)}); get it again") from None
     return Checkpoint(path, entries)
@@ -150,7 +189,7 @@ class Parent:
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
         names = [name for layer in (None, *held) for name in self._names[layer]]
-        state = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.read(names)}
+        state = {name: tensor.to(device, self._dtype(name, dtype)) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
         file = self.path / "generation_config.json"
         if file.exists():
@@ -165,7 +204,23 @@ class Parent:
     ) -> dict[str, Tensor]:
         """One layer's tensors by their names within the layer; no others are read."""
         tensors = self.checkpoint.read(self._names[layer])
-        return {name.split(".", 3)[3]: tensor.to(device, dtype) for name, tensor in tensors}
+        return {name.split(".", 3)[3]: tensor.to(device, self._dtype(name, dtype)) for name, tensor in tensors}
+
+    def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if dtype.itemsize < 4 and name in self._float32 else dtype
+
+    @cached_property
+    def _float32(self) -> set[str]:
+        """Tensors that the family keeps in float32 in models of half precision, such as a router's."""
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            model = empty_model(self.config)
+        finally:
+            torch.set_default_dtype(default)
+        strict = model.family._keep_in_fp32_modules_strict or ()
+        tensors = stored_tensors(model).items()
+        return {name for name, each in tensors if each.dtype == torch.float32 or any(part in name for part in strict)}
 
     def embeddings_and_head(self) -> dict[str, Tensor]:
         """Embeddings, final norm and untied head in float32, by their names in the model."""
@@ -179,7 +234,7 @@ class Parent:
     def _names(self) -> dict[int | None, list[str]]:
         """Every parameter once, a tied one under the name that checkpoints keep; those outside of layers by None."""
         names: dict[int | None, list[str]] = defaultdict(list)
-        for name, _ in empty_model(self.config).named_parameters():
+        for name in stored_tensors(empty_model(self.config)):
             names[int(name.split(".")[2]) if name.startswith("model.layers.") else None].append(name)
         return names
 
@@ -191,12 +246,14 @@ def open_parent(source: str, digests: Path | None = None, address: str | None = 
     """
     path = _locate(source, _HUB_FILES)
     checkpoint = open_checkpoint(path)
-    return Parent(path, _read_config(path, checkpoint), checkpoint, address or checkpoint.address(digests))
+    config, named = _read_config(path, checkpoint)
+    assert named is not None
+    return Parent(path, config, named, address or checkpoint.address(digests))
 
 
 def read_config(source: str) -> PuzzleConfig:
     """The configuration alone, of a folder with config.json or a hub name: no weights are needed."""
-    return _read_config(_locate(source, ["config.json"]), None)
+    return _read_config(_locate(source, ["config.json"]), None)[0]
 
 
 def _locate(source: str, wanted: list[str]) -> Path:
@@ -217,29 +274,33 @@ def _locate(source: str, wanted: list[str]) -> Path:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
-    supported = [*FAMILIES, "puzzle"]
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found not in supported:
-        raise PuzzleError(f"parent: model_type {found!r} is not supported; use one of {', '.join(supported)}")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise PuzzleError(f"parent: {path / 'config.json'} has no model_type; get the whole checkpoint")
     return path
 
 
-def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
-    """The configuration as a Puzzle model's, after every parameter that it asks for was found in the checkpoint."""
-    file = path / "config.json"
+def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfig, Checkpoint | None]:
+    """The configuration as a Puzzle model's, after every tensor that it asks for was found in the checkpoint; and that
+    by the names of the model.
+    """
+    file, text_model = path / "config.json", False
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not isinstance(config, PuzzleConfig):
-            fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_FILE}
-            if fields.get("quantization_config") is not None:
+            if getattr(config, "quantization_config", None) is not None:
                 raise PuzzleError(f"parent: {file} has a quantization_config; get a checkpoint that is not quantised")
-            config = PuzzleConfig(**fields, base_model_type=config.model_type)
+            text_model = hasattr(config, "text_config")
+            config = config.get_text_config()
+            if why := refusal(config.model_type):
+                raise PuzzleError(f"parent: model_type {config.model_type!r} is not supported: {why}")
+            config = puzzle_config(config)
         if checkpoint is not None:
+            checkpoint = checkpoint.named_as(config.base_model_type, text_model)
             names = {"model.embed_tokens.weight", "lm_head.weight"}
             if config.tie_word_embeddings and names <= checkpoint.entries.keys():
                 # Where both are stored and differ, transformers does not tie them either.
                 config.tie_word_embeddings = torch.equal(*(tensor for _, tensor in checkpoint.read(names)))
-            parameters = dict(empty_model(config).named_parameters())
+            tensors = stored_tensors(empty_model(config))
     except PuzzleError:
         raise
     except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
@@ -248,6 +309,12 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> PuzzleConfig:
     if not config.blocks:
         raise PuzzleError(f"parent: {file} asks for no layers; num_hidden_layers must be at least 1")
     if checkpoint is not None:
-        for name, parameter in parameters.items():
-            checkpoint.check(name, parameter.shape)
-    return config
+        for name, tensor in tensors.items():
+            checkpoint.check(name, tensor.shape)
+    return config, checkpoint
+
+
+def stored_tensors(model: PuzzleForCausalLM) -> dict[str, Tensor]:
+    """What a checkpoint holds: parameters, tied ones once, and the buffers that are kept."""
+    kept = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{name: each for name, each in model.named_buffers() if name in kept}}

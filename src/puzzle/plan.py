@@ -72,7 +72,7 @@ class Shapes:
 
 def _kept_values(variant: Variant, config: PuzzleConfig) -> int:
     """Values a token kept for the backward pass between its matrices: what they give, and what the last one takes."""
-    shapes, last = variant.shapes(config), f"{variant.output_projection}.weight"
+    shapes, last = variant.shapes(config), f"{variant.output_projection(config)}.weight"
     kept = [shape[1] if name == last else shape[0] for name, shape in shapes.items() if len(shape) == 2]
     return sum(kept) if last in shapes else 0
 

@@ -24,7 +24,7 @@ def test_the_own_variant_starts_as_the_parents_subblock(
 ) -> None:
     pico_llama(attention_bias=bias, mlp_bias=bias).save_pretrained(tmp_path)
     parent = open_parent(str(tmp_path))
-    state = split_state(parent.layer_state(2), variant.subblock)
+    state = split_state(parent.layer_state(2), variant.subblock, parent.config)
     found = variant.initialise(
         ParentSubblock(config=parent.config, variant=variant, state=state, statistics={}, settings=settings)
     )

@@ -1,35 +1,144 @@
-"""What a family's own modules may do otherwise than Llama's, and the model's own way through a family's parts."""
+"""The contract that every family of transformers keeps, on small models of random weights; what some do otherwise."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
-from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from puzzle.modeling import FAMILIES, PuzzleForCausalLM
+from puzzle.modeling import PuzzleForCausalLM, puzzle_config, refusal, save_checkpoint, tiny_config
+from puzzle.parents import open_parent
+from puzzle.variants import SUBBLOCKS, Architecture, derive_space, parse_variant, split_state
+
+DENSE = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo"),
+    *("olmo2", "olmo3", "smollm3", "exaone4", "glm4", "helium", "stablelm", "seed_oss", "starcoder2", "nemotron"),
+    *("apertus", "arcee", "ernie4_5", "hunyuan_v1_dense"),
+)
+SPARSE = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "dots1", "glm4_moe"),
+    *("minimax_m2", "ernie4_5_moe", "hunyuan_v1_moe"),
+)
+every_family = pytest.mark.parametrize("family", [*DENSE, *SPARSE])
+TOKENS = 24
+"""More than the small models' windows hold."""
+
+
+def original(family: str) -> PreTrainedModel:
+    """The family's own model, whose norms are no identities."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def as_puzzle(model: PreTrainedModel) -> PuzzleForCausalLM:
+    puzzle = PuzzleForCausalLM(puzzle_config(model.config)).eval()
+    puzzle.load_state_dict(model.state_dict())
+    return puzzle
+
+
+def mixed_child(parent: PuzzleForCausalLM) -> PuzzleForCausalLM:
+    """Layer 0 without attention, 1 with other attention and no FFN, 2 with another FFN, 3 empty; of random weights."""
+    space = derive_space(parent.config)
+    chosen = [[layer.attention[0], layer.ffn[0]] for layer in space.layers]
+    chosen[0][0] = chosen[3][0] = parse_variant("attention", "none")
+    chosen[1][1] = chosen[3][1] = parse_variant("ffn", "none")
+    chosen[1][0], chosen[2][1] = space.layers[1].attention[1], space.layers[2].ffn[1]
+    names = [f"{attention}+{ffn}" for attention, ffn in chosen]
+    child = PuzzleForCausalLM(Architecture.parse(names).configure(parent.config)).eval()
+    own = parent.state_dict()
+    for name, value in child.state_dict().items():
+        same = name in own and own[name].shape == value.shape
+        value.copy_(own[name] if same else 0.1 * torch.randn_like(value))
+    return child
+
+
+@every_family
+def test_a_family_is_admitted(family: str) -> None:
+    assert refusal(family) == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("cohere2", "its layers add both subblocks at once: they have one norm, input_layernorm"),
+        ("lfm2", "its layers are of no known form: their norms are ffn_norm, operator_norm"),
+        ("qwen3_next", "has no attribute `self_attn`"),
+        ("nanochat", "its logits differ by"),  # its embeddings are normed
+        ("bert", ""),
+    ],
+)
+def test_a_family_that_is_refused(family: str, why: str) -> None:
+    found = refusal(family)
+    assert found
+    assert why in found
+
+
+@torch.no_grad()
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parent_is_read_as_transformers_reads_it(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Law 1, from the names and the tensors of the family's own checkpoints: experts are stored one by one."""
+    original(family).to(dtype).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    tokens_BT = torch.randint(128, (2, TOKENS))
+    assert torch.equal(open_parent(str(tmp_path)).load(dtype=dtype)(tokens_BT).logits, expected(tokens_BT).logits)
+
+
+@torch.no_grad()
+@every_family
+def test_a_tensor_belongs_to_one_subblock_which_can_be_left_out(family: str) -> None:
+    """Law 2, in the first, a middle and the last layer."""
+    model = as_puzzle(original(family))
+    for layer in model.model.layers:
+        states = [split_state(layer.state_dict(), which, model.config) for which in SUBBLOCKS]
+        assert states[0].keys() | states[1].keys() == layer.state_dict().keys()
+        assert not states[0].keys() & states[1].keys()
+    blocks = list(model.config.blocks)
+    places = (0, 2, len(blocks) - 1)
+    for place in places:
+        blocks[place] = {which: {"kind": "none"} for which in SUBBLOCKS}
+    empty = PuzzleForCausalLM(type(model.config)(**model.config.to_dict() | {"blocks": blocks})).eval()
+    empty.load_state_dict(model.state_dict(), strict=False)
+    hidden_BTD = torch.randn(1, 5, model.config.hidden_size)
+    for place in places:
+        assert torch.equal(empty.model.layers[place](hidden_BTD, **empty.model.context(hidden_BTD)), hidden_BTD)
+
+
+@torch.no_grad()
+@every_family
+def test_a_child_generates_with_its_cache_what_it_does_without(family: str) -> None:
+    """Laws 6 and 10: one token after another, and the bytes that the cache then holds."""
+    child = mixed_child(as_puzzle(original(family)))
+    tokens_BT, cache = torch.randint(128, (2, TOKENS)), DynamicCache(config=child.config)
+    whole_BTV = child(tokens_BT).logits
+    steps = [child(token_B1, past_key_values=cache, use_cache=True).logits for token_B1 in tokens_BT.split(1, 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole_BTV, atol=2e-5, rtol=1e-5)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    variants = (variant for block in Architecture.of(child.config).blocks for variant in block.subblocks)
+    assert held == 2 * sum(variant.kv_bytes(child.config, TOKENS, torch.float32) for variant in variants)
+
+
+@torch.no_grad()
+@every_family
+def test_a_child_is_loaded_again(family: str, tmp_path: Path) -> None:
+    """With the buffers that no checkpoint holds."""
+    child = mixed_child(as_puzzle(original(family)))
+    save_checkpoint(child, tmp_path, extra_files_from=None)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens_BT = torch.randint(128, (2, TOKENS))
+    torch.testing.assert_close(again(tokens_BT).logits, child(tokens_BT).logits, atol=1e-5, rtol=1e-5)
+
 
 BLOCKS = ("kv4win3+w48", "none+w16", "kv2+none", "kv1win6s2+linear")
-
-
-def child(attention: type[nn.Module], *blocks: str) -> PuzzleForCausalLM:
-    """The weights of the same Llama child with this attention; Qwen2's biases are zero."""
-    llama = pico_puzzle(*blocks)
-    family = FAMILIES["llama"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, "llama", replace(family, attention=attention))
-        model = PuzzleForCausalLM(llama.config).eval()
-    state = {name: llama.state_dict().get(name, torch.zeros_like(value)) for name, value in model.state_dict().items()}
-    model.load_state_dict(state)
-    return model
 
 
 @pytest.fixture
@@ -49,20 +158,14 @@ def windows() -> Iterator[list[int | None]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", [LlamaAttention, MistralAttention, Qwen2Attention])
-def test_every_layer_has_its_own_window_and_hands_it_on_once(
-    attention: type[nn.Module], windows: list[int | None]
-) -> None:
-    """Llama's attention knows no windows, Mistral's asks the configuration for one, Qwen2's has it as an attribute; the
-    latter two hand theirs to the attention function themselves.
-    """
-    tokens_BT = random_tokens(2, 11)
-    expected_BTV = pico_puzzle(*BLOCKS)(tokens_BT).logits
-    assert torch.equal(child(attention, *BLOCKS)(tokens_BT).logits, expected_BTV)
-    recorded = child(attention, "kv4win3+w48", "none+w16", "kv2+none", "kv1win6+linear")
-    recorded.set_attn_implementation("recorded")
-    recorded(tokens_BT)
-    assert windows == [3, None, 6]
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "gemma3_text", "exaone4", "olmo2"])
+def test_every_layer_has_its_own_window_and_hands_it_on_once(family: str, windows: list[int | None]) -> None:
+    """Some attentions know no windows, some ask the configuration, some have them as an attribute and hand them on."""
+    parent = puzzle_config(tiny_config(family))
+    model = PuzzleForCausalLM(Architecture.parse(["kv2win3+w96", "none+w32", "kv1win6+none"]).configure(parent)).eval()
+    model.set_attn_implementation("recorded")
+    model(torch.randint(128, (2, 11)))
+    assert windows == [3, 6]
 
 
 @torch.no_grad()
@@ -76,7 +179,6 @@ def test_the_parts_of_a_forward() -> None:
         for which in ("attention", "ffn"):
             output_BTD = layer.subblock_output(which, hidden_BTD, **context)
             assert (which in layer.norm_names) == bool(output_BTD.any()) == (block[which]["kind"] != "none")
-            assert (layer.norm_of(which) is not None) == (which in layer.norm_names)
             hidden_BTD = hidden_BTD + output_BTD
     outputs = model(tokens_BT, output_hidden_states=True)
     assert torch.equal(model.final_norm(hidden_BTD), outputs.hidden_states[-1])

@@ -94,9 +94,9 @@ WRONG_CONFIGS = [
 ]
 BROKEN_INDICES = ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"]
 DAMAGES: list[tuple[Damage, str]] = [
-    (config(model_type="mamba2"), "model_type 'mamba2' is not supported; use one of llama, puzzle"),
+    (config(model_type="gpt2"), "model_type 'gpt2' is not supported: its layers are of no known form"),
     *((text("config.json", content), "config.json cannot be read") for content in (None, "", "{", "\x00")),
-    *((text("config.json", content), "model_type None is not supported") for content in ("[]", "null")),
+    *((text("config.json", content), "has no model_type; get the whole checkpoint") for content in ("[]", "null")),
     *((config(**changes), "config.json") for changes in WRONG_CONFIGS),
     (config(quantization_config={"quant_method": "fp8"}), "get a checkpoint that is not quantised"),
     (

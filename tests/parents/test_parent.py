@@ -102,7 +102,7 @@ def test_a_child_can_be_the_next_parent(tmp_path: Path) -> None:
     for layer, own in enumerate(parent.architecture.blocks):
         assert space.layers[layer].parent == own
         for variant in (own.attention, own.ffn):
-            state = split_state(parent.layer_state(layer), variant.subblock)
+            state = split_state(parent.layer_state(layer), variant.subblock, parent.config)
             assert variant.num_params(parent.config) == sum(tensor.numel() for tensor in state.values())
             subblock = ParentSubblock(config=parent.config, variant=variant, state=state, statistics={})
             assert variant.initialise(subblock).keys() == state.keys()

@@ -53,7 +53,7 @@ def subblock(
     kv_heads: int = 4,
 ) -> ParentSubblock:
     """A subblock of layer 1, in the model's dtype."""
-    state = split_state(model.model.layers[1].state_dict(), subblock)
+    state = split_state(model.model.layers[1].state_dict(), subblock, model.config)
     own = parse_variant(subblock, f"kv{kv_heads}" if subblock == "attention" else "w48")
     return ParentSubblock(
         config=model.config, variant=own, state=state, statistics=statistics, settings=settings or LibrarySettings()

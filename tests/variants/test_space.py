@@ -70,7 +70,10 @@ def test_given_sizes_and_kinds() -> None:
         ({"kv_heads": [16]}, r"kv_heads: 16 is no"),
         ({"ffn_widths": [256, 513]}, r"ffn_widths: 513 is no smaller form of what the parent has \(w512\); use"),
         ({"attention": ["mamba"]}, r"attention: attention variant 'mamba' is unknown; use kv<"),
-        ({"ffn": ["linear", "moe"]}, r"ffn: ffn variant 'moe' is unknown; use w<number>, linear, rank<number>, none"),
+        (
+            {"ffn": ["linear", "moe"]},
+            r"ffn: ffn variant 'moe' is unknown; use experts, w<number>, linear, rank<number>, none",
+        ),
         ({"ffn": ["rank64"]}, r"ffn: rank64 is no smaller form of what the parent has \(w512\); use smaller sizes"),
         ({"attention": ["kv3"]}, r"attention: kv3 is no smaller form of what the parent has \(kv8\)"),
     ],

@@ -58,7 +58,7 @@ def test_no_other_name_is_taken(subblock: Subblock, name: str) -> None:
 ATTENTION_FORMS = r"use kv<number>\[win<number>\]\[s<number>\], linear, none"
 WRONG = ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²", "win8"]
 WRONG += ["kv2win", "kv2win0", "kv2win1", "kv2win08", "kv2s4", "kv2win8s", "kv2win8s0"]
-FFN_FORMS = "use w<number>, linear, rank<number>, none"
+FFN_FORMS = "use experts, w<number>, linear, rank<number>, none"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_a_block_needs_both_subblocks(name: str) -> None:
 
 
 def test_a_kind_that_nobody_registered() -> None:
-    with pytest.raises(PuzzleError, match=r"blocks: ffn kind 'moe' is unknown; use gated, .*, or import the module"):
+    with pytest.raises(
+        PuzzleError, match=r"blocks: ffn kind 'moe' is unknown; use experts, gated, .*, or import the module"
+    ):
         variant_from_entry("ffn", {"kind": "moe"})
     for subblock in SUBBLOCKS:
         blocks = [{"attention": {"kind": "none"}, "ffn": {"kind": "none"}, subblock: {"kind": "moe"}}]
@@ -128,7 +130,9 @@ def test_a_variants_parameters_are_its_modules(overrides: dict[str, object]) -> 
     counts = []
     for layer, block in zip(model.model.layers, Architecture.of(model.config).blocks, strict=True):
         for subblock, variant in zip(SUBBLOCKS, block.subblocks, strict=True):
-            counts.append(sum(tensor.numel() for tensor in split_state(layer.state_dict(), subblock).values()))
+            counts.append(
+                sum(tensor.numel() for tensor in split_state(layer.state_dict(), subblock, model.config).values())
+            )
             assert variant.num_params(model.config) == counts[-1]
             assert variant.weight_bytes(model.config, torch.bfloat16) == 2 * counts[-1]
     outside = sum(value.numel() for name, value in model.named_parameters() if not name.startswith("model.layers."))
@@ -143,7 +147,7 @@ def test_two_subblocks_are_one_layer() -> None:
     model = pico_puzzle("kv4+w48", "kv2+w16")
     layer, hidden_BTD = model.model.layers[1], torch.randn(2, 5, 32)
     context = model.model.context(hidden_BTD)
-    states = {which: split_state(layer.state_dict(), which) for which in SUBBLOCKS}
+    states = {which: split_state(layer.state_dict(), which, model.config) for which in SUBBLOCKS}
     attention = GroupedQuery(2).build(model.config, states["attention"])
     ffn = GatedFFN(16).build(model.config, states["ffn"])
     assert torch.equal(ffn(attention(hidden_BTD, **context), **context), layer(hidden_BTD, **context))

@@ -26,7 +26,7 @@ def test_the_larger_one_computes_the_same(which: Subblock, small: str, large: st
     statistics = activation_moments(spread_activations(48)) | moments(*torch.randn(2, 90, 32, dtype=torch.float64))
     start = narrow.initialise(subblock(model, which, statistics))
     before = {name: tensor.clone() for name, tensor in start.items()}
-    widened = narrow.widen(start, wide)
+    widened = narrow.widen(start, wide, model.config)
     assert widened is not None
     hidden_BTD = torch.randn(2, 7, 32, dtype=torch.float64)
     context = model.model.context(hidden_BTD)
@@ -45,4 +45,4 @@ def test_the_larger_one_computes_the_same(which: Subblock, small: str, large: st
     ],
 )
 def test_where_there_is_no_such_form(which: Subblock, narrow: str, wide: str) -> None:
-    assert parse_variant(which, narrow).widen({}, parse_variant(which, wide)) is None
+    assert parse_variant(which, narrow).widen({}, parse_variant(which, wide), pico_parent().config) is None

@@ -38,12 +38,12 @@ class Library:
         """The weights of a variant of a layer, the parent's own included, in float32."""
         subblock = variant.subblock
         if variant == self.parent.architecture.blocks[layer].subblock(subblock):
-            return split_state(self.parent.layer_state(layer), subblock)
+            return split_state(self.parent.layer_state(layer), subblock, self.parent.config)
         row = self.index.by_key[layer, subblock, variant.name]
         state = read_tensors(self.root / row.file) if row.file else {}
         if not row.widened_from:
             return state
-        widened = parse_variant(subblock, row.widened_from).widen(state, variant)
+        widened = parse_variant(subblock, row.widened_from).widen(state, variant, self.parent.config)
         assert widened is not None, f"{row.widened_from} has no form as {variant}"
         return widened
 
@@ -69,8 +69,9 @@ class LayerBlocks:
         @cache
         def module(variant: Variant, block: BlockVariant | None) -> PuzzleDecoderLayer:
             state = library.state(layer, variant) if block is None else library.block_state(layer, block)
-            own = split_state(state, variant.subblock)
-            return variant.build(model.config, {name: own[name].to(model.device, model.dtype) for name in own})
+            own = split_state(state, variant.subblock, model.config)
+            cast_ = {name: own[name].to(model.device, model.dtype) for name in own}
+            return variant.build(model.config, cast_, layer)
 
         self._modules = {
             block: [module(each, block if block in whole else None) for each in block.subblocks] for block in blocks
@@ -123,7 +124,7 @@ def nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[Libra
         for narrow in narrower[row.layer, row.subblock]:
             if narrow.file and narrow.loss < row.loss:
                 source = parse_variant(variant.subblock, narrow.widened_from or narrow.variant)
-                if source.widen(read_tensors(root / narrow.file), variant):
+                if source.widen(read_tensors(root / narrow.file), variant, parent.config):
                     row = replace(row, file=narrow.file, widened_from=source.name, loss=narrow.loss)
         result[place] = row
         narrower[row.layer, row.subblock].append(row)

@@ -69,7 +69,7 @@ class Statistics:
         self, parent: Parent, settings: LibrarySettings, device: torch.device, layer: int, subblock: Subblock
     ) -> ParentSubblock:
         """What the variants of a subblock start from, on the device where closed forms are solved."""
-        state, moments = split_state(parent.layer_state(layer), subblock), self.moments(layer, subblock)
+        state, moments = split_state(parent.layer_state(layer), subblock, parent.config), self.moments(layer, subblock)
         return ParentSubblock(
             config=parent.config,
             variant=parent.architecture.blocks[layer].subblock(subblock),
@@ -121,11 +121,11 @@ def _calibrate_layers(
         label = "calibrate" if len(group) == stream.num_layers else f"calibrate layers {group[0]}-{group[-1]}"
         handles = [
             stream.layers[layer]
-            .get_submodule(variant.recorded)
+            .get_submodule(recorded)
             .register_forward_pre_hook(partial(_record, f"{variant.subblock}.", sums[layer], fast))
             for layer in group
             for variant in parent.architecture.blocks[layer].subblocks
-            if variant.recorded is not None
+            if (recorded := variant.recorded(parent.config)) is not None
         ]
         with progress(label, num_tokens, batches * _BATCH_SIZE * data.sequence_length) as bar:
             passes = stream.passes(group, "calibration", text(), batches)
@@ -202,9 +202,10 @@ def _add(sums: State, seen: LayerPass, fast: bool) -> None:
     add_sum(sums, "block_power", output_ND.square().mean(-1).sum())
     add_sum(sums, "block_contribution_power", (output_ND - input_ND).square().mean(-1).sum())
     for which in SUBBLOCKS:
-        if (norm := seen.layer.norm_of(which)) is None:  # the parent has left it out
+        if which not in seen.layer.norm_names:  # the parent has left it out
             continue
-        h_ND, y_ND = (each.float().flatten(0, 1) for each in (norm(seen.inputs_BTD[which]), seen.added_BTD[which]))
+        normed_BTD = seen.layer.normed(which, seen.inputs_BTD[which])
+        h_ND, y_ND = (each.float().flatten(0, 1) for each in (normed_BTD, seen.added_BTD[which]))
         add_sum(sums, f"{which}.input_mean", h_ND.sum(0))
         add_sum(sums, f"{which}.output_mean", y_ND.sum(0))
         for name, left_ND in (("input_second_moment", h_ND), ("cross_moment", y_ND)):

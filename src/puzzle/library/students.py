@@ -53,9 +53,11 @@ class Student:
         self.subblock = variants[0].subblock if len(variants) == 1 else "block"
         # Copied: variants of a subblock start from the same tensors of the parent, and each trains its own.
         own = {name: value.to(device, copy=True) for name, value in state.items()}
-        self._modules = [v.build(config, split_state(own, v.subblock)).requires_grad_(trained) for v in variants]
+        self._modules = [
+            v.build(config, split_state(own, v.subblock, config), layer).requires_grad_(trained) for v in variants
+        ]
         self._weights = dict(chain.from_iterable(module.named_parameters() for module in self._modules))
-        last = variants[0].output_projection if len(variants) == 1 else None
+        last = variants[0].output_projection(config) if len(variants) == 1 else None
         self.projection = None if last is None else cast(nn.Linear, self._modules[0].get_submodule(last))
         """The linear map that a single subblock's output comes from, if its variant has one."""
 

@@ -6,13 +6,26 @@ child without `trust_remote_code`.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.checkpoint import TOKENIZER_FILES, empty_model, finish, save_checkpoint, save_configuration
-from puzzle.modeling.configuration_puzzle import Block, PuzzleConfig
-from puzzle.modeling.modeling_puzzle import FAMILIES, MODULE_NAMES, MODULES, PuzzleDecoderLayer, PuzzleForCausalLM
+from puzzle.modeling.checkpoint import TOKENIZER_FILES as TOKENIZER_FILES
+from puzzle.modeling.checkpoint import empty_model as empty_model
+from puzzle.modeling.checkpoint import finish as finish
+from puzzle.modeling.checkpoint import save_checkpoint as save_checkpoint
+from puzzle.modeling.checkpoint import save_configuration as save_configuration
+from puzzle.modeling.configuration_puzzle import Block as Block
+from puzzle.modeling.configuration_puzzle import PuzzleConfig as PuzzleConfig
+from puzzle.modeling.family import first_layer as first_layer
+from puzzle.modeling.family import own_blocks as own_blocks
+from puzzle.modeling.family import puzzle_config as puzzle_config
+from puzzle.modeling.family import refusal as refusal
+from puzzle.modeling.family import tiny_config as tiny_config
+from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES
+from puzzle.modeling.modeling_puzzle import MODULES as MODULES
+from puzzle.modeling.modeling_puzzle import OWN_NORMS as OWN_NORMS
+from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
+from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
 from puzzle.modeling.modeling_puzzle import PuzzleModel as _PuzzleModel
-
-__all__ = ["FAMILIES", "MODULES", "MODULE_NAMES", "TOKENIZER_FILES", "Block", "PuzzleConfig", "PuzzleDecoderLayer"]
-__all__ += ["PuzzleForCausalLM", "empty_model", "finish", "save_checkpoint", "save_configuration"]
+from puzzle.modeling.modeling_puzzle import family_config as family_config
+from puzzle.modeling.modeling_puzzle import family_form as family_form
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, _PuzzleModel, exist_ok=True)

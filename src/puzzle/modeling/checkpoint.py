@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from puzzle.modeling.configuration_puzzle import PuzzleConfig
-from puzzle.modeling.modeling_puzzle import MODULES, PuzzleForCausalLM
+from puzzle.modeling.modeling_puzzle import MODULES, PuzzleForCausalLM, family_without_layers
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Of a file with weights, as hubs like it."""
@@ -38,11 +38,14 @@ def empty_model(config: PuzzleConfig) -> PuzzleForCausalLM:
 def finish(model: PuzzleForCausalLM, device: torch.device | str) -> PuzzleForCausalLM:
     """Make a model that was built without memory and given its weights ready for inference on `device`.
 
-    Ties what is tied and makes the buffers that no checkpoint holds: the rotary frequencies, in float32 whatever the
-    weights' dtype, by the rotary module's own constructor, so that any scaling starts as in a model built with memory.
+    Ties what is tied and makes the buffers that no checkpoint holds, such as rotary frequencies: in float32 whatever
+    the weights' dtype, by the family's own constructors, so that any scaling starts as in a model built with memory.
     """
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    made = family_without_layers(model.config, vocab_size=1, pad_token_id=None)
+    model.model.rotary_emb = made.rotary_emb.to(device)
+    for name, buffer in made.embed_tokens.named_buffers():
+        model.model.embed_tokens.register_buffer(name, buffer.to(device), persistent=False)
     return model.eval().requires_grad_(False)
 
 

@@ -37,6 +37,8 @@ class PuzzleConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     base_model_type: str = "llama"
+    parent: dict[str, Any] | None = None
+    """The parent's own configuration, as it was; None: that of the fields below."""
     blocks: list[dict[str, Any]] | None = None
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -64,6 +66,13 @@ class PuzzleConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.parent is None:
+            own = ("base_model_type", "parent", "blocks")
+            given = {name: getattr(self, name) for name in PuzzleConfig.__annotations__ if name not in own} | kwargs
+            layers = self.num_hidden_layers if self.blocks is None else len(self.blocks)
+            self.parent = {name: value for name, value in given.items() if value is not None} | {
+                "num_hidden_layers": layers
+            }
         if self.blocks is None:
             self.blocks = [
                 {

@@ -1,52 +1,57 @@
-"""A decoder whose layers differ, made of the parent family's own Hugging Face modules.
+"""A decoder whose layers differ, made of the parent family's own Hugging Face layers.
+
+A layer of nearly every family is `x + m * post(f(pre(x)))` twice, for attention and FFN, with a norm before or after
+the subblock, or both, and mostly m = 1. So a layer here is the family's own, built from the parent's configuration with
+this layer's sizes, from which the subblocks that are absent or replaced are taken away. There is no code for a family.
 
 This file and `configuration_puzzle.py` travel inside every checkpoint: they import nothing from the `puzzle` package.
-Parameter names are the family's own; a subblock that is `none` has no parameters, its norm included.
+Parameter names are the family's own; a subblock that is `none` has no parameters, its norms included.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary.
 """
 
+import copy
 import inspect
-from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
+import json
+import sys
+from functools import lru_cache, partial
+from itertools import accumulate, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .configuration_puzzle import Block, PuzzleConfig, has_cache
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The modules of one Hugging Face model family, and what it calls the norm before each subblock."""
-
-    attention: type[nn.Module]
-    mlp: type[nn.Module]
-    norm: type[nn.Module]
-    rotary: type[nn.Module]
-    norm_names: dict[str, str]
-
-
-FAMILIES = {
-    "llama": Family(
-        attention=LlamaAttention,
-        mlp=LlamaMLP,
-        norm=LlamaRMSNorm,
-        rotary=LlamaRotaryEmbedding,
-        norm_names={"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
-    ),
-}
+_EPSILON = 1e-6
+Form = dict[str, tuple[str | None, str | None]]
+"""The names of the norms before and after each subblock, as far as there are any."""
+FORMS: tuple[Form, ...] = (
+    {
+        "attention": ("input_layernorm", "post_self_attn_layernorm"),
+        "ffn": ("post_attention_layernorm", "post_mlp_layernorm"),
+    },
+    {
+        "attention": ("input_layernorm", "post_attention_layernorm"),
+        "ffn": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    },
+    {"attention": (None, "post_attention_layernorm"), "ffn": (None, "post_feedforward_layernorm")},
+    {"attention": ("attention_layernorm", None), "ffn": ("feedforward_layernorm", None)},
+    {"attention": ("input_layernorm", None), "ffn": ("post_attention_layernorm", None)},
+)
+"""What families call the norms before and after each subblock: the first form that has just a layer's norms is its."""
 MODULE_NAMES = {"attention": "self_attn", "ffn": "mlp"}
 """What a layer calls its subblocks' modules, of whatever kind."""
+OWN_NORMS = {"attention": "attention_norm", "ffn": "ffn_norm"}
+"""The norms before subblocks of other kinds, where the family has none before its own."""
+FAMILY_KINDS = {("attention", "gqa"), ("ffn", "gated"), ("ffn", "experts")}
+"""The kinds that the family's own modules are."""
 MODULES: dict[tuple[str, str], type[nn.Module]] = {}
 """Classes of the kinds that are not the family's own, by subblock and kind, built as `cls(config, entry)` from an entry
 of `config.blocks`. Such attention takes `hidden_states` and keywords, returns a pair `(output, None)`, and has no KV
@@ -54,15 +59,76 @@ cache. A checkpoint carries those that it uses at the end of this file."""
 
 
 class LayerConfig:
-    """One layer's view of the configuration: its own sizes, and otherwise the model's, as it is when it is asked."""
+    """One layer's view of the family's configuration: its own sizes, and the model's attention implementation."""
 
-    def __init__(self, config: PuzzleConfig, **sizes: Any) -> None:
-        self.__dict__.update(sizes, _of_model=config, per_layer_config=None)
+    def __init__(self, config: PuzzleConfig, family: Any, **sizes: Any) -> None:
+        self.__dict__.update(sizes, _of_model=config, _of_family=family)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_of_model" or name.startswith("__"):  # asked for while it is copied
+        if name in ("_of_model", "_of_family") or name.startswith("__"):  # asked for while it is copied
             raise AttributeError(name)
-        return getattr(self._of_model, name)
+        followed = name.startswith(("_attn_implementation", "_experts_implementation"))
+        return getattr(self._of_model if followed else self._of_family, name)
+
+
+@lru_cache(maxsize=64)
+def _parsed(model_type: str, fields: str) -> Any:
+    return AutoConfig.for_model(model_type, **json.loads(fields))
+
+
+def family_config(config: PuzzleConfig) -> Any:
+    """The parent's own configuration, as its family's class; shared, so not to be changed."""
+    return _parsed(config.base_model_type, json.dumps(config.parent, sort_keys=True))
+
+
+def family_layer(config: PuzzleConfig, index: int, **sizes: Any) -> nn.Module:
+    """Layer `index` of the family's own model, in these sizes."""
+    family = family_config(config)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(family)]
+    layer_class = getattr(sys.modules[causal.__module__], causal._no_split_modules[0])
+    return layer_class(LayerConfig(config, family, **sizes), index)
+
+
+def family_without_layers(config: PuzzleConfig, **changed: Any) -> Any:
+    """The family's own model without any layer: embeddings, final norm, rotary."""
+    family = copy.deepcopy(family_config(config))
+    for name, value in (changed | {"num_hidden_layers": 0}).items():
+        setattr(family, name, value)
+    return MODEL_MAPPING[type(family)](family)
+
+
+def rotary_type(family: Any, index: int) -> str | None:
+    """The type of a layer by which its rotary embedding is chosen, if the family has several."""
+    module = sys.modules[MODEL_MAPPING[type(family)].__module__]
+    rotaries = (value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))
+    if any("layer_type" in inspect.signature(rotary.forward).parameters for rotary in rotaries):
+        return str(family.layer_types[index])
+    return None
+
+
+@lru_cache(maxsize=64)
+def _form(model_type: str, fields: str) -> Form:
+    config = PuzzleConfig(base_model_type=model_type, parent=json.loads(fields), blocks=[])
+    with torch.device("meta"):
+        return form_of(family_layer(config, 0))
+
+
+def family_form(config: PuzzleConfig) -> Form:
+    """`form_of` the family's layers."""
+    return _form(config.base_model_type, json.dumps(config.parent, sort_keys=True))
+
+
+def form_of(layer: nn.Module) -> Form:
+    """A layer's form; a `ValueError` if it is none that is known."""
+    norms = {name for name, _ in layer.named_children() if "norm" in name}
+    for form in FORMS:
+        if norms == {name for names in form.values() for name in names if name}:
+            return form
+    if len(norms) == 1:
+        raise ValueError(f"its layers add both subblocks at once: they have one norm, {norms.pop()}")
+    raise ValueError(
+        f"its layers are of no known form: their norms are {', '.join(sorted(norms)) or 'named otherwise'}"
+    )
 
 
 class PuzzleSinkCacheLayer(DynamicLayer):
@@ -155,7 +221,8 @@ class PuzzleMasks:
             mask = self._make_with_sinks(window, sinks, cache_index)
         else:
             arguments = {"attention_mask": self._padding, "layer_idx": cache_index, **self._arguments}
-            mask = create_sliding_window_causal_mask(LayerConfig(self._config, sliding_window=window), **arguments)
+            config = LayerConfig(self._config, self._config, sliding_window=window)
+            mask = create_sliding_window_causal_mask(config, **arguments)
         self.made[name] = mask
         return mask
 
@@ -201,22 +268,48 @@ class PuzzleMasks:
 
 
 class PuzzleDecoderLayer(GradientCheckpointingLayer):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`, each subblock present, replaced or left out as `block` says.
+    """`x + m * post(attention(pre(x)))`, and so the FFN, each present, replaced or left out as `block` says.
 
-    `cache_index`: how many layers before it have a KV cache. `window`: how many tokens attention sees, the token itself
-    included, None for all. `sinks`: how many of the sequence's first tokens it sees besides.
+    `index`: the parent's layer that it is one of, whose rules it follows. `cache_index`: how many layers before it have
+    a KV cache. `window`: how many tokens attention sees, the token itself included, None for all. `sinks`: how many of
+    the sequence's first tokens it sees besides.
     """
 
-    def __init__(self, config: PuzzleConfig, block: Block, cache_index: int) -> None:
+    def __init__(self, config: PuzzleConfig, block: Block, index: int, cache_index: int) -> None:
         super().__init__()
-        family, attention = FAMILIES[config.base_model_type], block["attention"]
+        attention = block["attention"]
         self.window: int | None = attention.get("window") if has_cache(attention) else None
         self.sinks: int = attention.get("sinks", 0)
         self.cache_index = cache_index
-        self.norm_names = {which: family.norm_names[which] for which in MODULE_NAMES if block[which]["kind"] != "none"}
-        for which, norm_name in self.norm_names.items():
-            setattr(self, norm_name, family.norm(config.hidden_size, eps=config.rms_norm_eps))
-            setattr(self, MODULE_NAMES[which], _build(config, which, block[which], cache_index))
+        # Without a window of its own it is what the parent's layer is, to which the model's may say something else.
+        sizes: dict[str, Any] = {} if self.window is None else {"sliding_window": self.window}
+        for which, entry in block.items():
+            if (which, entry["kind"]) not in MODULES:
+                sizes |= {name: size for name, size in entry.items() if name not in ("kind", "window", "sinks")}
+        own = family_layer(config, index, **sizes)
+        self.multiplier: float = getattr(own, "residual_multiplier", 1.0)
+        self.rotary_type = rotary_type(family_config(config), index)
+        self.norm_names: Form = {}
+        """Of the subblocks that are there."""
+        for which, norms in form_of(own).items():
+            kind, name = block[which]["kind"], MODULE_NAMES[which]
+            if kind == "none":
+                continue
+            module = own.get_submodule(name)
+            if (which, kind) in MODULES:
+                bias = any(parameter.endswith(".bias") for parameter, _ in module.named_parameters())
+                view = LayerConfig(config, family_config(config), attention_bias=bias, mlp_bias=bias)
+                module, norms = MODULES[which, kind](view, block[which]), (norms[0] or OWN_NORMS[which], None)
+            elif (which, kind) not in FAMILY_KINDS:
+                raise ValueError(f"blocks: {which} kind {kind!r} is unknown; import the module that registers it first")
+            for norm in filter(None, norms):
+                setattr(self, norm, getattr(own, norm, None) or nn.RMSNorm(config.hidden_size, eps=_EPSILON))
+            setattr(self, name, module)
+            self.norm_names[which] = norms
+        if has_cache(attention):
+            self.self_attn.layer_idx = cache_index
+            if self.window is not None and hasattr(self.self_attn, "sliding_window"):
+                self.self_attn.sliding_window = self.window
         self._gives_window = self.window is not None and not _gives_window_itself(self.self_attn)
 
     @property
@@ -224,23 +317,34 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         """Which of `PuzzleMasks.made` its attention takes."""
         return _mask_name(self.window, self.sinks)
 
-    def norm_of(self, which: str) -> nn.Module | None:
-        """The norm before a subblock; None where it is left out."""
-        return self.get_submodule(self.norm_names[which]) if which in self.norm_names else None
+    def normed(self, which: str, hidden_BTD: Tensor) -> Tensor:
+        """What a linear map in the place of a subblock reads: the normed input, also where the family norms none."""
+        if (norm := self.norm_names[which][0]) is None:
+            return nn.functional.rms_norm(hidden_BTD, hidden_BTD.shape[-1:], eps=_EPSILON)
+        output_BTD: Tensor = getattr(self, norm)(hidden_BTD)
+        return output_BTD
 
     def subblock_output(self, which: str, hidden_BTD: Tensor, masks: Any = None, **context: Any) -> Tensor:
         """What a subblock adds to the residual stream, [B, T, D]; zeros where it is left out."""
-        norm = self.norm_of(which)
-        if norm is None:
+        if which not in self.norm_names:
             return torch.zeros_like(hidden_BTD)
+        before, after = self.norm_names[which]
+        if before is not None:
+            hidden_BTD = getattr(self, before)(hidden_BTD)
         if which == "ffn":
-            return self.mlp(norm(hidden_BTD))
-        if self.window is not None:
-            context["attention_mask"] = masks.of(self.window, self.sinks, self.cache_index)
-        if self._gives_window:
-            context["sliding_window"] = self.window  # read by implementations that take no such masks
-        output_BTD, _ = self.self_attn(hidden_states=norm(hidden_BTD), **context)
-        return output_BTD
+            output_BTD = self.mlp(hidden_BTD)
+        else:
+            if self.window is not None:
+                context["attention_mask"] = masks.of(self.window, self.sinks, self.cache_index)
+            if self._gives_window:
+                context["sliding_window"] = self.window  # read by implementations that take no such masks
+            context["position_embeddings"] = context["position_embeddings"][self.rotary_type]
+            output_BTD = self.self_attn(hidden_states=hidden_BTD, **context)
+        if isinstance(output_BTD, tuple):  # with attention weights, or a router's scores
+            output_BTD = output_BTD[0]
+        if after is not None:
+            output_BTD = getattr(self, after)(output_BTD)
+        return output_BTD if self.multiplier == 1 else output_BTD * self.multiplier
 
     def forward(self, hidden_states: Tensor, **context: Any) -> Tensor:
         for which in self.norm_names:
@@ -254,24 +358,56 @@ class PuzzlePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PuzzleDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the family's experts ask the configuration, as its attention does
+
+    @property
+    def family(self) -> Any:
+        """The class of the family's own model."""
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(family_config(self.config))]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the family's own models: also of buffers that no checkpoint holds, such as scales of embeddings."""
+        family = self.family.__new__(self.family)
+        nn.Module.__init__(family)
+        family.config = family_config(self.config)
+        family._init_weights(module)
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        return bool(self.family._supports_sdpa)
+
+    @property
+    def _supports_flash_attn(self) -> bool:
+        return bool(self.family._supports_flash_attn)
+
+    @property
+    def _supports_flex_attn(self) -> bool:
+        return bool(self.family._supports_flex_attn)
 
 
 class PuzzleModel(PuzzlePreTrainedModel):
     def __init__(self, config: PuzzleConfig) -> None:
         super().__init__(config)
-        family = FAMILIES[config.base_model_type]
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        blocks = config.blocks or []
+        family, blocks = family_config(config), config.blocks or []
+        outer = family_without_layers(config)
+        self.embed_tokens, self.norm, self.rotary_emb = outer.embed_tokens, outer.norm, outer.rotary_emb
+        self.embedding_multiplier: float = getattr(family, "embedding_multiplier", 1.0)
         cache_indices = accumulate((has_cache(block["attention"]) for block in blocks), initial=0)
-        self.layers: Any = nn.ModuleList(map(partial(PuzzleDecoderLayer, config), blocks, cache_indices))
-        self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = family.rotary(config=config)
+        self.layers: Any = nn.ModuleList(map(partial(PuzzleDecoderLayer, config), blocks, count(), cache_indices))
         self.gradient_checkpointing = False
         self.post_init()
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """What enters the first layer, [B, T, D]."""
+        return self._scaled(self.embed_tokens(tokens_BT))
+
+    def _scaled(self, embeddings_BTD: Tensor) -> Tensor:
+        return embeddings_BTD if self.embedding_multiplier == 1 else embeddings_BTD * self.embedding_multiplier
 
     def context(
         self,
@@ -290,12 +426,17 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
+        typed = {
+            layer.rotary_type: {"layer_type": layer.rotary_type} if layer.rotary_type else {} for layer in self.layers
+        }
         return {
             "masks": masks,
             "attention_mask": masks.of(None),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
-            "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=position_ids),
+            "position_embeddings": {
+                name: self.rotary_emb(hidden_BTD, position_ids=position_ids, **type_) for name, type_ in typed.items()
+            },
         }
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -314,7 +455,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: a model whose layers differ returns no attention weights")
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_BTD = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
@@ -361,7 +502,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What enters the first layer, [B, T, D]."""
-        return self.model.embed_tokens(tokens_BT)
+        return self.model.embed(tokens_BT)
 
     def final_norm(self, hidden_BTD: Tensor) -> Tensor:
         """What enters the head, from what leaves the last layer."""
@@ -369,7 +510,16 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits from what leaves the last layer, [B, T, V]."""
-        return self.lm_head(self.final_norm(hidden_BTD))
+        return self.scaled(self.lm_head(self.final_norm(hidden_BTD)))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """The family's logits from the head's products: divided, multiplied or capped, as its configuration says."""
+        family = family_config(self.config)
+        if (divisor := getattr(family, "logits_scaling", 1)) != 1:
+            logits = logits / divisor
+        if cap := getattr(family, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -386,7 +536,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         arguments = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         outputs = self.model(*arguments, **kwargs | {"return_dict": True})
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits_BTV = self.scaled(self.lm_head(outputs.last_hidden_state[:, kept, :]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -404,22 +554,6 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
             if layer.window is not None:
                 masks.of(layer.window, layer.sinks, layer.cache_index)
         return masks.made
-
-
-def _build(config: PuzzleConfig, which: str, entry: dict[str, Any], cache_index: int) -> nn.Module:
-    family, kind = FAMILIES[config.base_model_type], entry["kind"]
-    if (which, kind) in MODULES:
-        return MODULES[which, kind](config, entry)
-    sizes = {name: value for name, value in entry.items() if name not in ("kind", "window", "sinks")}
-    if (which, kind) == ("attention", "gqa"):
-        window = entry.get("window")
-        attention = family.attention(LayerConfig(config, sliding_window=window, **sizes), cache_index)
-        if hasattr(attention, "sliding_window"):
-            setattr(attention, "sliding_window", window)  # noqa: B010 (a module's attributes have no types)
-        return attention
-    if (which, kind) == ("ffn", "gated"):
-        return family.mlp(LayerConfig(config, **sizes))
-    raise ValueError(f"blocks: {which} kind {kind!r} is unknown; import the module that registers it first")
 
 
 def _gives_window_itself(attention: nn.Module) -> bool:

@@ -9,17 +9,17 @@ import re
 import symtable
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from puzzle.errors import PuzzleError
-from puzzle.modeling import FAMILIES, MODULE_NAMES, MODULES, PuzzleConfig, PuzzleDecoderLayer
+from puzzle.modeling import MODULE_NAMES, MODULES, OWN_NORMS, PuzzleConfig, PuzzleDecoderLayer, family_form, first_layer
 from puzzle.recipe import LibrarySettings
 from puzzle.variants.least_squares import rank_channels
 
@@ -47,13 +47,18 @@ class ParentSubblock:
 
     @property
     def norm(self) -> State:
-        """The tensors of the norm before the subblock."""
-        return {name: tensor for name, tensor in self.state.items() if name.split(".")[0] not in MODULE_NAMES.values()}
+        """The tensors of the norm before another module in its place: the parent's, or those of a norm of its own."""
+        before, _ = family_form(self.config)[self.variant.subblock]
+        if before is None:
+            ones = torch.ones(self.config.hidden_size, dtype=self.dtype, device=next(iter(self.state.values())).device)
+            return {f"{OWN_NORMS[self.variant.subblock]}.weight": ones}
+        return {name: tensor for name, tensor in self.state.items() if name.split(".")[0] == before}
 
     @cached_property
     def channels(self) -> Tensor:
         """Ranking of an FFN's channels: a narrower FFN keeps the first ones, so that widths nest. [I]"""
-        down_DI, iterative = self.state["mlp.down_proj.weight"], self.settings.channels == "iterative"
+        down_DI = self.state[f"{self.variant.output_projection(self.config)}.weight"]
+        iterative = self.settings.channels == "iterative"
         return rank_channels(down_DI, self.statistics, iterative=iterative)
 
 
@@ -73,10 +78,6 @@ class Variant(ABC):
     """Whether its start is the optimum of the BLD loss, so that it is not trained."""
     absent: ClassVar[bool] = False
     """Whether it is a subblock left out."""
-    output_projection: ClassVar[str | None] = None
-    """The linear module it ends with, such as `mlp.down_proj`: updated by least squares after training."""
-    recorded: ClassVar[str | None] = None
-    """As the parent variant: the linear module of whose inputs calibration records the moments."""
     setting: ClassVar[str | None] = None
     """The setting of the recipe's section `space` that lists its sizes; None: there is none."""
 
@@ -102,15 +103,21 @@ class Variant(ABC):
 
     # Sizes and work, all of one subblock with its norm and biases.
 
-    def build(self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None) -> PuzzleDecoderLayer:
-        """A decoder layer of this subblock alone, with the weights of `state` (shared, not copied), or on `meta`."""
+    def build(
+        self, config: PuzzleConfig, state: Mapping[str, Tensor] | None = None, layer: int | None = None
+    ) -> PuzzleDecoderLayer:
+        """Layer `layer` with this subblock alone, with the weights of `state` (shared, not copied), or on `meta`.
+
+        Without a layer, as where only shapes are asked for, the first one that has this kind in the parent, or any.
+        """
         assert state is None or config._attn_implementation is not None, "build a model with this configuration first"
         with torch.device("meta"):
             block = {"attention": {"kind": "none"}, "ffn": {"kind": "none"}, self.subblock: self.entry()}
-            layer = PuzzleDecoderLayer(config, block, cache_index=0)
+            layer = first_layer(config, self.subblock, self.kind) if layer is None else layer
+            built = PuzzleDecoderLayer(config, block, layer, cache_index=0)
         if state is not None:
-            layer.load_state_dict(dict(state), assign=True)
-        return layer.eval()
+            built.load_state_dict(dict(state), assign=True)
+        return built.eval()
 
     def shapes(self, config: PuzzleConfig) -> dict[str, torch.Size]:
         """Of its parameters, by their names in the layer."""
@@ -131,9 +138,18 @@ class Variant(ABC):
         """Floating-point operations for the last `new` of a sequence's `context` tokens: two for each multiply-add."""
         return 2.0 * self.num_params(config) * new
 
+    def output_projection(self, config: PuzzleConfig) -> str | None:
+        """The linear module it ends with, such as `mlp.down_proj`: updated by least squares after training."""
+        return None
+
+    def recorded(self, config: PuzzleConfig) -> str | None:
+        """As the parent variant: the linear module of whose inputs calibration records the moments."""
+        return None
+
     def recorded_values(self, config: PuzzleConfig) -> int:
         """Values of the second moment of what enters `recorded`."""
-        return 0 if self.recorded is None else self.shapes(config)[f"{self.recorded}.weight"][1] ** 2
+        recorded = self.recorded(config)
+        return 0 if recorded is None else self.shapes(config)[f"{recorded}.weight"][1] ** 2
 
     # Its place among the alternatives.
 
@@ -160,11 +176,11 @@ class Variant(ABC):
     def initialise(self, parent: ParentSubblock) -> State:
         """The variant's weights before any training, in the parent's dtype."""
 
-    def widen(self, state: State, wider: "Variant") -> State | None:
+    def widen(self, state: State, wider: "Variant", config: PuzzleConfig) -> State | None:
         """Weights of the larger variant `wider` that compute the same function as `state`; None: there are none."""
         return None
 
-    def linear_map(self, state: State) -> tuple[Tensor, Tensor | None] | None:
+    def linear_map(self, state: State, config: PuzzleConfig) -> tuple[Tensor, Tensor | None] | None:
         """As the parent variant: weight [D, D] and bias [D] of the map that replaces it (paper appendix A); float64."""
         return None
 
@@ -177,9 +193,38 @@ def add_sum(sums: State, name: str, value: Tensor) -> None:
     sums[name] = sums[name].add_(value) if name in sums else value.double()
 
 
-def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock) -> State:
-    """The tensors of one subblock, its norm included, out of a whole layer's."""
-    parts = {MODULE_NAMES[subblock], *(family.norm_names[subblock] for family in FAMILIES.values())}
+class Axis(NamedTuple):
+    """Where a tensor has its parts for each unit of a variant's main size, such as the rows of a channel."""
+
+    dim: int
+    start: int
+    """Entries before them, which are of no unit: the queries of a joint matrix of queries, keys and values."""
+    blocks: int
+    """Runs over all units, one after another: 2 in a joint matrix of gate and up."""
+    units: int
+
+    def mapped(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The tensor with `change` applied to its parts, [blocks, units, ...]."""
+        moved = tensor.movedim(self.dim, 0)
+        parts = moved[self.start :].unflatten(0, (self.blocks, self.units, -1))
+        changed = change(parts).flatten(0, 2)
+        return torch.cat([moved[: self.start], changed]).movedim(0, self.dim).contiguous()
+
+
+def axes(one: Variant, other: Variant, config: PuzzleConfig, entries: int = 1) -> dict[str, Axis]:
+    """The tensors of `one` that have another shape in `other`, of another main size; with `entries` in a row a unit."""
+    found, sizes, others = {}, (one.size or 0, other.size or 0), other.shapes(config)
+    for name, shape in one.shapes(config).items():
+        for dim, (length, its) in enumerate(zip(shape, others[name], strict=True)):
+            if length != its:
+                per_unit = (length - its) // (sizes[0] - sizes[1])
+                found[name] = Axis(dim, length - per_unit * sizes[0], max(1, per_unit // entries), sizes[0])
+    return found
+
+
+def split_state(layer_state: Mapping[str, Tensor], subblock: Subblock, config: PuzzleConfig) -> State:
+    """The tensors of one subblock, its norms included, out of a whole layer's."""
+    parts = {MODULE_NAMES[subblock], OWN_NORMS[subblock], *family_form(config)[subblock]}
     return {name: tensor for name, tensor in layer_state.items() if name.split(".")[0] in parts}
 
 

@@ -8,12 +8,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Variant, register
+from puzzle.variants.base import Axis, ParentSubblock, State, Variant, axes, register
 from puzzle.variants.least_squares import least_squares_update
 
 FFN_FRACTIONS = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
 """Default widths as shares of the parent's (paper section 2.1)."""
-_ROWS = ("mlp.gate_proj", "mlp.up_proj")  # modules whose tensors' rows are the channels
 
 
 @register
@@ -24,8 +23,6 @@ class GatedFFN(Variant):
     subblock = "ffn"
     kind = "gated"
     grammar = "w{intermediate_size}"
-    output_projection = "mlp.down_proj"
-    recorded = "mlp.down_proj"
     setting = "ffn_widths"
     cell = "narrower FFN"
     intermediate_size: int
@@ -43,6 +40,14 @@ class GatedFFN(Variant):
     def deci(self, config: PuzzleConfig) -> dict[str, Any]:
         return {"intermediate_size": self.intermediate_size}
 
+    def output_projection(self, config: PuzzleConfig) -> str:
+        """The matrix whose columns are the channels, whatever the family calls it."""
+        (name,) = (name for name, axis in self._axes(config).items() if axis.dim == 1)
+        return name.removesuffix(".weight")
+
+    def recorded(self, config: PuzzleConfig) -> str:
+        return self.output_projection(config)
+
     def initialise(self, parent: ParentSubblock) -> State:
         """Keep the first channels of the ranking, and update the down projection for them by least squares.
 
@@ -50,26 +55,36 @@ class GatedFFN(Variant):
         """
         if parent.variant == self:
             return dict(parent.state)
-        kept, down_DI = parent.channels[: self.intermediate_size].sort().values, parent.state["mlp.down_proj.weight"]
-        rows = {name: tensor[kept].clone() for name, tensor in parent.state.items() if name.startswith(_ROWS)}
-        if parent.settings.start == "paper":
-            return parent.state | rows | {"mlp.down_proj.weight": down_DI[:, kept].clone()}
-        moment_II = parent.statistics["activation_second_moment"].double()
-        updated = least_squares_update(down_DI.double(), moment_II, kept)
-        return parent.state | rows | {"mlp.down_proj.weight": updated.to(down_DI.dtype)}
+        assert isinstance(parent.variant, GatedFFN)
+        kept, down = parent.channels[: self.intermediate_size].sort().values, self.output_projection(parent.config)
+        axes = parent.variant._axes(parent.config)
+        state = parent.state | {
+            name: axis.mapped(parent.state[name], lambda units: units[:, kept]) for name, axis in axes.items()
+        }
+        if parent.settings.start == "closed_form":
+            down_DI = parent.state[f"{down}.weight"]
+            moment_II = parent.statistics["activation_second_moment"].double()
+            state[f"{down}.weight"] = least_squares_update(down_DI.double(), moment_II, kept).to(down_DI.dtype)
+        return state
 
-    def widen(self, state: State, wider: Variant) -> State | None:
+    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, GatedFFN) or wider.intermediate_size < self.intermediate_size:
             return None
         missing = wider.intermediate_size - self.intermediate_size
-        widened = {"mlp.down_proj.weight": pad(state["mlp.down_proj.weight"], (0, missing))}
-        for name in (name for name in state if name.startswith(_ROWS)):
-            widened[name] = pad(state[name], (0, 0) * (state[name].ndim - 1) + (0, missing))
-        return state | widened
 
-    def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
-        """W_down W_up: the gate is ignored."""
-        down_DI, bias = state["mlp.down_proj.weight"].double(), state.get("mlp.down_proj.bias")
-        if (up_bias := state.get("mlp.up_proj.bias")) is not None:
-            bias = down_DI @ up_bias.double() + (0 if bias is None else bias.double())
-        return down_DI @ state["mlp.up_proj.weight"].double(), bias
+        def padded(units: Tensor) -> Tensor:
+            return pad(units, (0, 0) * (units.ndim - 2) + (0, missing))
+
+        return state | {name: axis.mapped(state[name], padded) for name, axis in self._axes(config).items()}
+
+    def linear_map(self, state: State, config: PuzzleConfig) -> tuple[Tensor, Tensor | None]:
+        """W_down W_up: the gate is ignored. Where both are one matrix, up comes last."""
+        down, width = self.output_projection(config), self.intermediate_size
+        down_DI, bias = state[f"{down}.weight"].double(), state.get(f"{down}.bias")
+        *_, up = (name for name, axis in self._axes(config).items() if axis.dim == 0 and name.endswith(".weight"))
+        if (up_bias := state.get(up.replace(".weight", ".bias"))) is not None:
+            bias = down_DI @ up_bias[-width:].double() + (0 if bias is None else bias.double())
+        return down_DI @ state[up][-width:].double(), bias
+
+    def _axes(self, config: PuzzleConfig) -> dict[str, Axis]:
+        return axes(self, GatedFFN(2 * self.intermediate_size), config)

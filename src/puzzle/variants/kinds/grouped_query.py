@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puzzle.modeling import PuzzleConfig
-from puzzle.variants.base import ParentSubblock, State, Variant, register
-
-_KV = ("self_attn.k_proj.", "self_attn.v_proj.")
+from puzzle.modeling import PuzzleConfig, family_config
+from puzzle.variants.base import Axis, ParentSubblock, State, Variant, axes, register
 
 
 @register
@@ -26,7 +24,6 @@ class GroupedQuery(Variant):
     subblock = "attention"
     kind = "gqa"
     grammar = "kv{num_key_value_heads}[win{window}][s{sinks}]"
-    output_projection = "self_attn.o_proj"
     setting = "kv_heads"
     num_key_value_heads: int
     window: int | None = None
@@ -37,9 +34,16 @@ class GroupedQuery(Variant):
             raise ValueError("KV heads are at least 1, a window has at least 2 tokens, and only a window has sinks")
 
     def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
-        """A window caches one token less than it has: the last one is the next token itself."""
-        assert config.head_dim is not None
-        return 2 * self.num_key_value_heads * config.head_dim * self._held(tokens) * dtype.itemsize
+        """A window caches one token less than it has: the last one is the next token itself.
+
+        Latent attention (DeepSeek-V2) caches its latents, however many heads there are.
+        """
+        family = family_config(config)
+        if latents := getattr(family, "kv_lora_rank", None):
+            values = latents + family.qk_rope_head_dim
+        else:
+            values = 2 * self.num_key_value_heads * (config.head_dim or 0)
+        return values * self._held(tokens) * dtype.itemsize
 
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         """Matrices, and each query with the keys that it sees, which are multiplied twice."""
@@ -58,8 +62,11 @@ class GroupedQuery(Variant):
         return self._reach(config) < parent._reach(config)
 
     def alternatives(self, config: PuzzleConfig, sizes: Sequence[int] | None = None) -> list[Variant]:
-        """KV heads are halved while that is possible, then divided by their smallest factor: 6 gives 3, 1."""
-        counts, count = [], self.num_key_value_heads
+        """KV heads are halved while that is possible, then divided by their smallest factor: 6 gives 3, 1.
+
+        None where they are no sizes, as in latent attention.
+        """
+        counts, count = [], self.num_key_value_heads if self._axes(config) else 1
         while count > 1:
             count //= next(factor for factor in range(2, count + 1) if count % factor == 0)
             counts.append(count)
@@ -76,36 +83,54 @@ class GroupedQuery(Variant):
         heads = config.num_attention_heads // self.num_key_value_heads
         return {"n_heads_in_group": heads} if self.window is None else None
 
+    def output_projection(self, config: PuzzleConfig) -> str:
+        return "self_attn.o_proj"
+
     def initialise(self, parent: ParentSubblock) -> State:
         """The parent's weights; each KV head is the mean of those that become one (paper appendix A)."""
         assert isinstance(parent.variant, GroupedQuery)
-        new_heads, merged = self.num_key_value_heads, parent.variant.num_key_value_heads // self.num_key_value_heads
-        means = {
-            name: parent.state[name].unflatten(0, (new_heads, merged, -1)).double().mean(1).flatten(0, 1)
-            for name in parent.state
-            if name.startswith(_KV)
-        }
-        return parent.state | {name: mean.to(parent.dtype) for name, mean in means.items()}
+        heads = self.num_key_value_heads
 
-    def widen(self, state: State, wider: Variant) -> State | None:
+        def means(units: Tensor) -> Tensor:
+            return units.unflatten(1, (heads, -1)).double().mean(2).to(units.dtype)
+
+        kv = parent.variant._axes(parent.config)
+        return parent.state | {name: axis.mapped(parent.state[name], means) for name, axis in kv.items()}
+
+    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, GroupedQuery) or (wider.window, wider.sinks) != (self.window, self.sinks):
             return None
         repeats, rest = divmod(wider.num_key_value_heads, self.num_key_value_heads)
         if rest:
             return None
-        kv = (name for name in state if name.startswith(_KV))
-        return state | {name: _repeated(state[name], self.num_key_value_heads, repeats) for name in kv}
 
-    def linear_map(self, state: State) -> tuple[Tensor, Tensor | None]:
+        def repeated(units: Tensor) -> Tensor:
+            return units.repeat_interleave(repeats, 1)
+
+        return state | {name: axis.mapped(state[name], repeated) for name, axis in self._axes(config).items()}
+
+    def linear_map(self, state: State, config: PuzzleConfig) -> tuple[Tensor, Tensor | None] | None:
         """W_o W_v: each token attends to itself alone; the V heads are repeated for the query heads that read them."""
-        output, value = state["self_attn.o_proj.weight"].double(), state["self_attn.v_proj.weight"].double()
-        repeats = output.shape[1] // value.shape[0]
-        weight = output @ _repeated(value, self.num_key_value_heads, repeats)
-        bias = state.get("self_attn.o_proj.bias")
-        if (value_bias := state.get("self_attn.v_proj.bias")) is not None:
-            through = output @ _repeated(value_bias.double(), self.num_key_value_heads, repeats)
+        *_, value = (name for name in self._axes(config) if name.endswith("_proj.weight"))
+        output = state["self_attn.o_proj.weight"].double()
+        rows = (
+            output.shape[1] * self.num_key_value_heads // config.num_attention_heads
+        )  # of V, the last of a joint matrix
+
+        def repeated(tensor: Tensor) -> Tensor:
+            heads = tensor[-rows:].double().unflatten(0, (self.num_key_value_heads, -1))
+            return heads.repeat_interleave(config.num_attention_heads // self.num_key_value_heads, 0).flatten(0, 1)
+
+        weight, bias = output @ repeated(state[value]), state.get("self_attn.o_proj.bias")
+        if (value_bias := state.get(value.replace(".weight", ".bias"))) is not None:
+            through = output @ repeated(value_bias)
             bias = through if bias is None else through + bias.double()
         return weight, bias
+
+    def _axes(self, config: PuzzleConfig) -> dict[str, Axis]:
+        """Tensors that have a part for each KV head."""
+        other = config.num_attention_heads if self.num_key_value_heads == 1 else 1
+        return axes(self, replace(self, num_key_value_heads=other), config, config.head_dim or 1)
 
     def _held(self, tokens: int) -> int:
         """Number of tokens whose keys and values are cached after `tokens`."""
@@ -115,8 +140,3 @@ class GroupedQuery(Variant):
         """Largest number of tokens that a token attends to."""
         limit: int = config.max_position_embeddings
         return limit if self.window is None else min(limit, self.window + self.sinks)
-
-
-def _repeated(tensor: Tensor, heads: int, repeats: int) -> Tensor:
-    """[heads * head_dim, ...] -> [heads * repeats * head_dim, ...], each head repeated `repeats` times in a row."""
-    return tensor.unflatten(0, (heads, -1)).repeat_interleave(repeats, 0).flatten(0, 1)

@@ -60,7 +60,10 @@ class _Linear(Variant):
         """The regression of this rank; with the paper's starts, the parent's own linear map cut to this rank."""
         if parent.variant == self:
             return dict(parent.state)
-        if parent.settings.start == "paper" and (made := parent.variant.linear_map(parent.state)) is not None:
+        if (
+            parent.settings.start == "paper"
+            and (made := parent.variant.linear_map(parent.state, parent.config)) is not None
+        ):
             weight_DD, bias_D = made
             expand_DR = None if self.size is None else torch.linalg.svd(weight_DD).U[:, : self.size]
             matrices = [weight_DD] if expand_DR is None else [expand_DR, expand_DR.T @ weight_DD]
@@ -99,7 +102,6 @@ class LowRankFFN(_Linear):
     grammar = "rank{rank}"
     module = PuzzleLowRankMLP
     factors = ("mlp.expand_proj", "mlp.reduce_proj")
-    output_projection = "mlp.expand_proj"
     cell = "low-rank FFN"
     rank: int
 
@@ -107,7 +109,10 @@ class LowRankFFN(_Linear):
         """Smaller than the parent's FFN, and than one linear map."""
         return 2 * self.rank < config.hidden_size and self.num_params(config) < parent.num_params(config)
 
-    def widen(self, state: State, wider: Variant) -> State | None:
+    def output_projection(self, config: PuzzleConfig) -> str:
+        return self.factors[0]
+
+    def widen(self, state: State, wider: Variant, config: PuzzleConfig) -> State | None:
         if not isinstance(wider, LowRankFFN) or wider.rank < self.rank:
             return None
         missing = wider.rank - self.rank

@@ -1,0 +1,33 @@
+"""A mixture of experts as the parent has it: other numbers of experts are no alternatives yet."""
+
+from dataclasses import dataclass
+
+from puzzle.modeling import PuzzleConfig, family_config
+from puzzle.variants.base import ParentSubblock, State, Variant, register
+
+
+@register
+@dataclass(frozen=True)
+class Experts(Variant):
+    """The family's mixture of experts, router and shared experts included."""
+
+    subblock = "ffn"
+    kind = "experts"
+    grammar = "experts"
+
+    def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
+        return False
+
+    def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
+        """Of the router, shared experts, and the experts that a token is sent to."""
+        family = family_config(config)
+        experts = {name: shape.numel() for name, shape in self.shapes(config).items() if ".experts." in name}
+        chosen = next(
+            getattr(family, name) for name in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(family, name)
+        )
+        count = next(shape[0] for name, shape in self.shapes(config).items() if name in experts)
+        return 2.0 * new * (self.num_params(config) - sum(experts.values()) * (1 - chosen / count))
+
+    def initialise(self, parent: ParentSubblock) -> State:
+        assert parent.variant == self, "a mixture of experts is the parent's own"
+        return dict(parent.state)
