@@ -403,7 +403,7 @@ def test_init_writes_a_recipe_that_holds_for_the_model(
     ("text", "expected"),
     [
         ("{", "cannot be read"),
-        ("[]", "model_type None is not supported"),
+        ("[]", "has no model_type"),
         ('{"model_type": "bert"}', "model_type 'bert' is not supported"),
     ],
 )

@@ -27,7 +27,7 @@ _CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
 """vLLM reads `block_configs` by attribute: the checkpoint carries a class that has them so."""
 _DECI_DEFAULTS = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": None}
 _NOT_LLAMAS = (
-    "architectures", "auto_map", "base_model_type", "blocks", "layer_types", "model_type", "per_layer_config",
+    "architectures", "auto_map", "base_model_type", "blocks", "layer_types", "model_type", "parent", "per_layer_config",
     "sliding_window", "_name_or_path",
 )  # fmt: skip
 

@@ -83,6 +83,8 @@ class PuzzleConfig(PreTrainedConfig):
             ]
         attentions = [block["attention"] for block in self.blocks if has_cache(block["attention"])]
         self.num_hidden_layers = len(attentions)
+        if scaling := kwargs.get("logits_scaling"):  # vLLM knows this factor by the other name alone
+            kwargs["logit_scale"] = 1 / scaling
         # Derived from the blocks: what a configuration with other blocks may have carried is gone.
         for derived in ("layer_types", "sliding_window"):
             kwargs.pop(derived, None)
