@@ -219,7 +219,7 @@ class ScoreTable(Artefact):
     sequence_length: int
     rows: tuple[ScoreRow, ...]
     noise: float = 0.0
-    """KL of the parent to itself, run as blocks are: those below it count as equal. 0 where it was not measured."""
+    """KL of the parent to itself with other roundings: blocks below it count as equal. 0 in float32."""
 
     @cached_property
     def by_key(self) -> dict[tuple[int, str], ScoreRow]:

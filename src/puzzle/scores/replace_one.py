@@ -109,9 +109,10 @@ def _score_layers(
         for layer in missing:
             stream.prepare(layer, {"scoring": scorer.inputs})
             own, *blocks = space.layers[layer].blocks()
-            modules = LayerBlocks(library, layer, [own, *blocks], stream.model)
+            modules = LayerBlocks(library, layer, blocks, stream.model)
             if layer == 0 and dtype == torch.bfloat16:
-                again = scorer.blocks(modules, [own] * (1 + len(blocks)), range(1))[own]
+                disturbed = _Disturbed(library, layer, [own], stream.model)
+                again = scorer.blocks(disturbed, [own] * (1 + len(blocks)), range(1))[own]
                 write_json(out / _NOISE, max(0.0, float(again[:, METRICS.index("kl")].mean())))
             values = scorer.blocks(modules, blocks, scorer.shared)
             single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
@@ -135,6 +136,15 @@ def _score_layers(
             write_json(files[layer], rows)
             bar.advance(costs[layer])
     stream.close()
+
+
+class _Disturbed(LayerBlocks):
+    """Blocks whose outputs differ in the last bit of some values: that alters all roundings after them, but no more."""
+
+    def outputs(self, blocks: Sequence[BlockVariant], hidden_BTD: Tensor) -> Tensor:
+        states_BTD = super().outputs(blocks, hidden_BTD)
+        states_BTD.view(torch.int16)[..., ::16].bitwise_xor_(1)
+        return states_BTD
 
 
 def _figures(values: Tensor, unchanged: Tensor, parts: Sequence[Tensor]) -> dict[str, Any]:
