@@ -16,7 +16,7 @@ import torch
 from puzzle.artefacts import Cost, Totals
 from puzzle.costs import scenario_of, summarise, time_models
 from puzzle.parents import open_parent
-from puzzle.runs import read_recipe
+from puzzle.runs.run import read_recipe
 
 PAPER = {"speed": 2.17, "kept": 0.984}
 """Nemotron-51B: throughput on one H100 at FP8, and the share of Llama-3.1-70B's mean accuracy (arXiv 2411.19146)."""

@@ -11,7 +11,7 @@ import yaml
 from tests.test_recipes import parent_config
 
 import puzzle.pipeline
-from puzzle.checks import check_recipe, slow_settings
+from puzzle.checks import check_recipe, slow_precision
 from puzzle.cli import main
 from puzzle.costs import read_machine
 from puzzle.errors import PuzzleError
@@ -206,16 +206,16 @@ def test_float32_on_a_gpu_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch) ->
     gpu = torch.device("cuda")
     recipe = Recipe.model_validate({"parent": "model", "data": {"source": "text"}, "precision": "float32"})
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)  # as on a T4
-    assert slow_settings(recipe.resolved("bfloat16"), gpu) is None
+    assert slow_precision(recipe.resolved("bfloat16"), gpu) is None
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    warning = slow_settings(recipe.resolved("bfloat16"), gpu)
+    warning = slow_precision(recipe.resolved("bfloat16"), gpu)
     assert warning is not None
-    assert warning.startswith("precision, scenario.dtype: float32 takes twice the memory of bfloat16, and its products")
+    assert warning.startswith("precision: float32 takes twice the memory of bfloat16, and its products")
     for name, ratio in {"h100-sxm": 15, "h200": 15, "a100-sxm": 16, "l40s": 4, "rtx-4090": 2}.items():
         rates = read_machine(name, "--devices")[0].peak_tflops
         assert round(rates["bfloat16"] / rates["float32"]) == ratio
-    assert slow_settings(recipe.resolved("bfloat16"), torch.device("cpu")) is None
-    assert slow_settings(recipe.model_copy(update={"precision": "auto"}).resolved("bfloat16"), gpu) is None
+    assert slow_precision(recipe.resolved("bfloat16"), torch.device("cpu")) is None
+    assert slow_precision(recipe.model_copy(update={"precision": "auto"}).resolved("bfloat16"), gpu) is None
 
 
 def test_what_the_search_needs_is_not_asked_for_before_it() -> None:

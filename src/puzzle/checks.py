@@ -10,16 +10,13 @@ from puzzle.recipe import Recipe
 from puzzle.search import check_asked, check_spans
 
 
-def slow_settings(recipe: Recipe, device: torch.device) -> str | None:
-    """What float32 costs on a GPU, if the recipe asks for it."""
-    here = ((f"{path}scenario.dtype", each) for path, each, _ in recipe.served if each.engine in ("torch", "vllm"))
-    chosen = (("precision", recipe.precision), *((path, each.dtype) for path, each in here))
-    found = [path for path, dtype in chosen if dtype == "float32"]
-    if not found or not is_gpu(device) or fast_dtype(device) == "float32":
+def slow_precision(recipe: Recipe, device: torch.device) -> str | None:
+    """What `precision: float32` costs on a GPU, if the recipe asks for it."""
+    if recipe.precision != "float32" or not is_gpu(device) or fast_dtype(device) == "float32":
         return None
     return (
-        f"{', '.join(found)}: float32 takes twice the memory of bfloat16, and its products 15 times as long on an H100 "
-        "or H200, 16 on an A100, 4 on an L40S, 2 on an RTX 4090 (data sheets); leave it out for bfloat16"
+        "precision: float32 takes twice the memory of bfloat16, and its products 15 times as long on an H100 or H200, "
+        "16 on an A100, 4 on an L40S, 2 on an RTX 4090 (data sheets); leave it out for bfloat16"
     )
 
 

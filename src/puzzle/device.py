@@ -105,18 +105,12 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def rows_at_once(device: torch.device) -> int:
-    """Rows that one product sums: after each 8, TF32 units cut off what does not fit, by reckoning 6e-6 of 2048 equal
-    signs; a CPU sums any number.
-    """
+    """Rows that one product sums: TF32 units cut off what does not fit after each 8, by reckoning 6e-6 of 2048."""
     return 2048 if is_gpu(device) else sys.maxsize
 
 
 def fast_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """What `precision: auto` is: bfloat16 on what has instructions for it; elsewhere that is slower than float32.
-
-    SmolLM2-135M's shape, how many times as fast: forward 3.0, forward and backward 2.3, a decode step 1.4 (batch 1) and
-    1.2 (16) with avx512_bf16 (8 layers, one core of an AMD EPYC, 2026-11-28); forward 3.9, with backward 2.0 with AMX.
-    """
+    """What `precision: auto` is: bfloat16 where there are instructions for it (what they bring: docs/numbers.md)."""
     if is_gpu(device):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities()

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution
-from puzzle.checks import check_recipe, slow_settings
+from puzzle.checks import check_recipe, slow_precision
 from puzzle.child import Child, realise, refine
 from puzzle.costs import measure_costs
 from puzzle.data import TokenData, prepare_data
@@ -271,7 +271,7 @@ def run_stage(run: Run, name: str) -> Pipeline:
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
     check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed="cost" in reached)
-    if warning := slow_settings(run.recipe, run.device):
+    if warning := slow_precision(run.recipe, run.device):
         run.log_warning(warning)
     getattr(pipeline, by_name[name].result)
     return pipeline

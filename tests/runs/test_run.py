@@ -14,7 +14,8 @@ import torch
 from puzzle import device
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe, ScenarioSettings, ScoreSettings
-from puzzle.runs import Run, create_folder, digest, open_run, read_recipe
+from puzzle.runs import Run, create_folder, digest, open_run
+from puzzle.runs.run import read_recipe
 from puzzle.stages import Stage
 
 _HOLD = """

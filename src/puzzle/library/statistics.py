@@ -109,11 +109,9 @@ def _calibrate_layers(
     text = partial(data.inputs, "calibration", _BATCH_SIZE, run.recipe.calibration.tokens)
     sum_bytes, settings = _sum_bytes(parent), run.recipe.calibration
     num_tokens = data.num_sequences("calibration", settings.tokens) * data.sequence_length
-    fast: bool | None = None
     for group in stream.groups(missing, sum_bytes.__getitem__, _read(file)[1]):
         stream.prepare(group.start, {"calibration": text})
-        if fast is None:
-            fast = _suits_tf32(run, stream.inputs(group.start, "calibration", (0, next(iter(text())))))
+        fast = _suits_tf32(run, stream.inputs(group.start, "calibration", (0, next(iter(text())))))
         batches, sums = _read(file, stream.model.device)
         if sums.keys() != set(group):
             batches, sums = 0, {layer: {} for layer in group}
