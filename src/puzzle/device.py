@@ -227,6 +227,13 @@ def tokens_at_once(device: torch.device) -> int:
     return 16_384 if is_gpu(device) else 512
 
 
+def layers_at_once(hidden_BTD: torch.Tensor) -> int:
+    """Layers whose students are computed together, by what enters one: on a GPU 64M values keep it busy for longer than
+    it takes to launch what it does with them. On a CPU one: what is computed together rounds in another way.
+    """
+    return max(1, 2**26 // hidden_BTD.numel()) if is_gpu(hidden_BTD.device) else 1
+
+
 def logits_at_once(device: torch.device) -> int:
     """Logits in a chunk of tokens: on a GPU 1 GiB of float32, 2048 tokens at 128k; on a CPU what stays in its cache."""
     return 2**28 if is_gpu(device) else 2**20

@@ -221,7 +221,7 @@ class Stream:
     @torch.no_grad()
     def forward(self, layers: range, hidden_BTD: Tensor) -> Tensor:
         """The outputs of the last of `layers`, which are held."""
-        context = self.model.model.context(hidden_BTD)
+        context = self.model.model.context(hidden_BTD[:1])  # whose masks hold for any number of sequences
         for index in layers:
             hidden_BTD = self.layers[index](hidden_BTD, **context)
         return hidden_BTD
@@ -238,7 +238,7 @@ class Stream:
     def through(self, layers: range, hidden_BTD: Tensor) -> Iterator[LayerPass]:
         """Each of `layers` in order. Gradients are off for this model alone: the caller may train beside it."""
         with torch.no_grad():
-            context = self.model.model.context(hidden_BTD)
+            context = self.model.model.context(hidden_BTD[:1])
         for index in layers:
             layer = self.layers[index]
             inputs_BTD, added_BTD = {}, {}

@@ -144,10 +144,10 @@ def schedule(step: int, *, steps: int, warmup: float) -> float:
 def adamw(parameters: Iterable[Tensor], learning_rate: float, *, weight_decay: float = 0.0) -> Optimizer:
     """AdamW; matrices decay, vectors do not."""
     every = list(parameters)
-    groups = [
-        {"params": [value for value in every if value.ndim > 1], "weight_decay": weight_decay},
-        {"params": [value for value in every if value.ndim <= 1], "weight_decay": 0.0},
-    ]
+    # Each group is launched alone: without decay there is one.
+    decaying = [value for value in every if value.ndim > 1 and weight_decay]
+    others = [value for value in every if value.ndim <= 1 or not weight_decay]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, _BETAS, fused=True)
 
 

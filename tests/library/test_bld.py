@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
-from puzzle.library import Library, Statistics, Student, build_library
+from puzzle.library import Library, Statistics, build_library
 from puzzle.library.library import nested
+from puzzle.library.students import Stack
 from puzzle.parents import Parent
 from puzzle.recipe import LibrarySettings
 from puzzle.runs import Run, read_tensors
@@ -94,6 +95,26 @@ def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Li
     assert len(streamed.index.rows) == 4 * 3
     assert_same(streamed, pico_library)
     assert not list(streamed.root.rglob("activations"))
+
+
+@pytest.mark.parametrize("together", [2, 3])
+def test_students_of_several_layers_computed_together_are_the_same(
+    together: int, build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, up to rounding; of three layers and the one that is left, too."""
+    monkeypatch.setattr("puzzle.library.students.layers_at_once", lambda hidden_BTD: together)
+    sizes, made = set(), Stack.__init__
+
+    def counted(self: Stack, students: Any) -> None:
+        sizes.add(len(students))
+        made(self, students)
+
+    monkeypatch.setattr(Stack, "__init__", counted)
+    library = build("kv2 w16 linear none")
+    assert sizes == {2: {2}, 3: {3, 1}}[together]
+    for row in library.index.rows:
+        expected = row_of(pico_library, row)
+        assert (row.loss, row.initial_loss) == pytest.approx((expected.loss, expected.initial_loss), rel=1e-4)
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -176,13 +197,13 @@ def test_attention_never_ends_behind_its_closed_form(build: Build, pico_parent: 
 def test_what_diverges_stops_alone(
     build: Build, pico_library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = Student.loss
+    losses = Stack.losses
 
-    def poisoned(self: Student, seen: LayerPass) -> Tensor:
-        mine = self.name == "1.ffn.w16" and torch.is_grad_enabled()
-        return loss(self, seen) * (torch.nan if mine else 1.0)
+    def poisoned(self: Stack, seen: LayerPass) -> Tensor:
+        mine = [each.name == "1.ffn.w16" and torch.is_grad_enabled() for each in self.students]
+        return losses(self, seen) * torch.tensor([torch.nan if each else 1.0 for each in mine])
 
-    monkeypatch.setattr(Student, "loss", poisoned)
+    monkeypatch.setattr(Stack, "losses", poisoned)
     library = build("kv2 w16")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: BLD of layers 0-3: 1.ffn.w16 diverged and stopped; lower library.learning_rate"]

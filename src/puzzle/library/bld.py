@@ -9,7 +9,7 @@ library of the run folder: the digest is of everything that the result follows f
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -167,7 +167,7 @@ def _train_group(
         return stream.passes(layers, text, texts[text](), first)
 
     def update(some: Sequence[Student]) -> None:
-        update_projections(some, lambda: chain.from_iterable(passes("calibration")), moment_bytes)
+        update_projections(some, partial(passes, "calibration"), moment_bytes)
 
     def keep_better(some: Sequence[Student]) -> None:
         """Keep the losses and weights of students that are better than before."""

@@ -80,7 +80,7 @@ class LayerBlocks:
     @torch.no_grad()
     def outputs(self, blocks: Sequence[BlockVariant], hidden_BTD: Tensor) -> Tensor:
         """The layer's outputs with each of `blocks` in it, [A * B, T, D]."""
-        context = self._model.model.context(hidden_BTD)
+        context = self._model.model.context(hidden_BTD[:1])
 
         @cache
         def attended(attention: PuzzleDecoderLayer) -> Tensor:
