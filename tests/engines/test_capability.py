@@ -7,7 +7,7 @@ from tests.conftest import pico_puzzle
 from tests.engines import matrix, readers
 from tests.engines.parity import kind_from_outside
 
-from puzzle.engines.capability import READERS, deployable, refusals, require
+from puzzle.engines.capability import OPENELM, READERS, deployable, refusals, require
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.pipeline import Pipeline
@@ -25,12 +25,13 @@ def table() -> str:
     with kind_from_outside():
         blocks = [BlockVariant.parse(block) for block in matrix.ALTERNATIVES.values()]
     cells = dict.fromkeys(variant.cell for block in blocks for variant in block.subblocks)
-    lines = [["", *READERS], ["---"] * (len(READERS) + 1)]
-    lines += [[cell, *("yes" if cell in reader.runs else "no" for reader in READERS.values())] for cell in cells]
-    lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in READERS.values())])
-    for what in ("family", "hidden_act", "rope_type"):
-        lines.append([what, *(", ".join(reader.limits.get(what, ["all"])) for reader in READERS.values())])
-    engines = [f"- `{name}`: {reader.engine}" for name, reader in READERS.items()]
+    shown = {**READERS, "gguf, if spelt as Qwen3": OPENELM}
+    lines = [["", *shown], ["---"] * (len(shown) + 1)]
+    lines += [[cell, *("yes" if cell in reader.runs else "no" for reader in shown.values())] for cell in cells]
+    lines.append(["window sizes", *("one" if reader.one_window else "any" for reader in shown.values())])
+    for what in ("family", "plain_shape", "hidden_act", "rope_type", "head"):
+        lines.append([what, *(", ".join(reader.limits.get(what, ["all"])) for reader in shown.values())])
+    engines = [f"- `{name}`: {reader.engine}" for name, reader in shown.items()]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *engines, ""])
 
 

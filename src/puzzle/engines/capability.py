@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig
+from puzzle.modeling import PuzzleConfig, plain_shape
 from puzzle.variants import Architecture, Space, Variant
 
 
@@ -20,7 +20,7 @@ class Reader:
     runs: frozenset[str]
     """Of every `Variant.cell`; docs/engines.md says where something else is written, with the same result."""
     limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of the whole model, `family`, `hidden_act` or `rope_type`: the values that can run."""
+    """Of the whole model, its `family`, `plain_shape`, `hidden_act`, `rope_type` or `head`: the values that can run."""
     one_window: bool = False
     """Whether all windows must have the same size."""
 
@@ -44,22 +44,36 @@ READERS: Mapping[str, Reader] = {
     "gguf": Reader(
         engine="llama.cpp, architecture deci",
         runs=_DECI | {"linear attention"},
-        limits={"family": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3")},
+        limits={"plain_shape": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3")},
     ),
 }
+OPENELM = Reader(
+    engine="llama.cpp, architecture openelm",
+    runs=_DECI,
+    limits={"plain_shape": ("qwen3",), "hidden_act": ("silu",), "rope_type": ("default",), "head": ("tied",)},
+)
+"""The reader of a GGUF file of what is another spelling of Qwen3."""
 """By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`."""
 
 TIMED_AS: Mapping[str, str] = {"vllm": "vllm", "llama.cpp": "gguf"}
 """By a scenario's engine, the reader that is timed: the space is restricted to what it can run."""
 
 
+def reader_of(config: PuzzleConfig, name: str) -> Reader:
+    """The reader of this name; of GGUF files the one for the model's family."""
+    return OPENELM if name == "gguf" and plain_shape(config.base_model_type) == "qwen3" else READERS[name]
+
+
 def refusals(config: PuzzleConfig, name: str) -> list[str]:
     """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
-    reader, blocks = READERS[name], Architecture.of(config).blocks
+    reader, blocks = reader_of(config, name), Architecture.of(config).blocks
+    rope = config.rope_parameters or {}
     values = {
         "family": config.base_model_type,
+        "plain_shape": plain_shape(config.base_model_type) or "neither",
         "hidden_act": config.hidden_act,
-        "rope_type": (config.rope_parameters or {}).get("rope_type", "default"),
+        "rope_type": "partial" if rope.get("partial_rotary_factor", 1) != 1 else rope.get("rope_type", "default"),
+        "head": "tied" if config.tie_word_embeddings else "of its own",
     }
     found = [
         f"{what} {values[what]}: {reader.engine} runs {', '.join(allowed)}"
@@ -87,7 +101,7 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
 
     A `PuzzleError` if one cannot run the parent itself, or needs windows of one size.
     """
-    readers = [READERS[name] for name in names]
+    readers = [reader_of(config, name) for name in names]
     for name in names:
         require(config, name)
     space = space.restricted(lambda _, variant: all(variant.cell in reader.runs for reader in readers))

@@ -1,4 +1,5 @@
-"""GGUF files for llama.cpp (architecture `deci`), written tensor by tensor.
+"""GGUF files for llama.cpp, written tensor by tensor: of the architecture `deci` for what is another spelling of Llama,
+`openelm` for Qwen3, whose queries and keys are normed.
 
 A row of `deci` is a decoder layer, with these gaps (llama.cpp 0c1e570, src/models/deci.cpp):
 
@@ -7,9 +8,12 @@ A row of `deci` is a decoder layer, with these gaps (llama.cpp 0c1e570, src/mode
 - the bias of a linear attention is not added.
 
 So every row has an FFN, if need be of zeros, which carries that bias too. Rows may be more or fewer than layers.
+
+A row of `openelm` needs both subblocks: an attention of one head, or an FFN, of zeros where there is none. Its head is
+tied, queries, keys and values are one matrix, and there are no biases.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,16 +24,16 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puzzle.engines.capability import require
-from puzzle.export.checkpoint import layers_of, silent
+from puzzle.engines.capability import reader_of, require
+from puzzle.export.checkpoint import Layer, layers_of
 from puzzle.export.gguf_tokenizer import add_tokenizer
-from puzzle.modeling import PuzzleConfig, empty_model
+from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, plain_tensors
 from puzzle.parents import open_parent
 from puzzle.runs import write_atomically
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
-Source = str | Tensor
-"""A tensor's name in the checkpoint, or its values."""
+Source = Plain | Tensor
+"""How a tensor follows from one of the checkpoint, or its values."""
 _NOISE_BLOCKS = 2**15
 """Blocks of 32 random weights, which are repeated in a model that is only timed."""
 _ZERO_WIDTH = 32
@@ -39,6 +43,9 @@ _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "self_attn.linear_attn": "attn_output",
     "post_attention_layernorm": "ffn_norm",
@@ -52,8 +59,8 @@ _NAMES = {
 class _Row(NamedTuple):
     """A layer of the file."""
 
-    tensors: dict[str, Source]
-    """By their names in a layer of the child."""
+    tensors: dict[str, list[Source]]
+    """By their names in a layer of a plain model; of several sources the rows one after another."""
     heads: int
     """0 without attention."""
     kv_heads: int
@@ -72,15 +79,21 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     head_dim = child.config.head_dim
     assert head_dim is not None
 
-    def encoded(name: str, source: Source, shape: torch.Size, kind: Type) -> NDArray[Any]:
-        values = source if isinstance(source, Tensor) else dict(child.checkpoint.read([source]))[source]
+    def values_of(source: Source) -> Tensor:
+        if isinstance(source, Tensor):
+            return source
+        ((_, stored),) = child.checkpoint.read([source.source])
+        return source.of(stored)
+
+    def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
+        values = torch.cat([values_of(source) for source in sources])
         if "attn_q." in name or "attn_k." in name:
             # llama.cpp rotates neighbouring channels, Hugging Face the two halves of a head.
             values = values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(shape)
         return _quantised(values, kind)
 
     def write(path: Path) -> None:
-        writer = gguf.GGUFWriter(path, "deci")
+        writer = gguf.GGUFWriter(path, _architecture(child.config))
         writer.add_name(child.path.resolve().name)
         add_tokenizer(writer, child.path, child.config.vocab_size)
         _write(writer, child.config, dtype, encoded)
@@ -95,22 +108,27 @@ def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path
     noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 32)))
     noise_bytes = {kind: _quantised(noise, kind).view(np.uint8) for kind in (Type.F16, Type[dtype.upper()])}
 
-    def encoded(name: str, source: Source, shape: torch.Size, kind: Type) -> NDArray[Any]:
+    def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
         """Of matrices bytes that repeat; vectors are ones."""
         if len(shape) == 1:
             return _quantised(torch.ones(shape), kind)
         return np.resize(noise_bytes[kind], int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
 
-    writer = gguf.GGUFWriter(target, "deci")
+    writer = gguf.GGUFWriter(target, _architecture(config))
     writer.add_name("random")
     writer.add_tokenizer_model("none")
     _write(writer, config, dtype, encoded)
     return target
 
 
+def _architecture(config: PuzzleConfig) -> str:
+    return reader_of(config, "gguf").engine.rpartition(" ")[2]
+
+
 def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable[..., NDArray[Any]]) -> None:
     """Metadata and header, then the tensors one at a time, as `encoded` from name, source, shape and type."""
-    rows = _rows(config)
+    model = empty_model(config)
+    rows = _deci_rows(model) if writer.arch == "deci" else _openelm_rows(model)
     writer.add_type("model")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -130,13 +148,14 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
     ):
         # Tools that show or quantise a file ask for a scalar where layers agree.
         add(values[0] if len(set(values)) == 1 else values)
-    parameters, tensors = dict(empty_model(config).named_parameters()), []
-    for name, source in _tensors(config, rows).items():
-        shape = (parameters[source] if isinstance(source, str) else source).shape
+    parameters, tensors = dict(model.named_parameters()), []
+    for name, sources in _tensors(model, rows).items():
+        parts = [each if isinstance(each, Tensor) else each.of(parameters[each.source]).to("meta") for each in sources]
+        shape = torch.cat([part.to("meta") for part in parts]).shape
         kind = Type.F32 if len(shape) == 1 else Type.F16 if dtype == "q8_0" and shape[-1] % 32 else Type[dtype.upper()]
         byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
-        tensors.append((name, source, shape, kind))
+        tensors.append((name, sources, shape, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -149,37 +168,45 @@ def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
     return gguf.quantize(values.float().contiguous().numpy(), kind)
 
 
-def _tensors(config: PuzzleConfig, rows: list[_Row]) -> dict[str, Source]:
+def _tensors(model: PuzzleForCausalLM, rows: list[_Row]) -> dict[str, list[Source]]:
     """Embeddings, last norm, the head unless it is tied, rotary factors where frequencies are scaled, and all rows."""
-    tensors: dict[str, Source] = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
+    config, plain = model.config, plain_tensors(model)
+    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    tensors: dict[str, list[Source]] = {
+        f"{name}.weight": [plain[f"{own}.weight"]] for name, own in outer.items() if f"{own}.weight" in plain
     }
-    if not config.tie_word_embeddings:
-        tensors["output.weight"] = "lm_head.weight"
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") != "default":
         assert config.head_dim is not None
         # By what each rotary frequency is divided, [head_dim / 2].
         rotary = type(empty_model(config).model.rotary_emb)(config=config)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        tensors["rope_freqs.weight"] = (rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()
+        tensors["rope_freqs.weight"] = [(rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()]
     for index, row in enumerate(rows):
-        for name, source in row.tensors.items():
+        for name, sources in row.tensors.items():
             module, _, tensor = name.rpartition(".")
-            tensors[f"blk.{index}.{_NAMES[module]}.{tensor}"] = source
+            tensors[f"blk.{index}.{_NAMES[module]}.{tensor}"] = sources
     return tensors
 
 
-def _rows(config: PuzzleConfig) -> list[_Row]:
+def _subblocks(model: PuzzleForCausalLM) -> Iterator[tuple[Layer, dict[str, list[Source]], dict[str, list[Source]]]]:
+    """The layers that are not empty, with the plain tensors of their attention and FFN by their names in the layer."""
+    plain = plain_tensors(model)
+    for layer in layers_of(model.config):
+        prefix = f"model.layers.{layer.index}."
+        own: dict[str, list[Source]] = {}
+        own |= {name.removeprefix(prefix): [each] for name, each in plain.items() if name.startswith(prefix)}
+        ffn = {name: each for name, each in own.items() if name.startswith(("mlp.", "post_attention_layernorm."))}
+        yield layer, {name: each for name, each in own.items() if name not in ffn}, ffn
+
+
+def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
     """The rows that compute what the layers of the model compute."""
-    heads, zero_ffn = config.num_attention_heads, silent("ffn", f"w{_ZERO_WIDTH}", config)
+    heads, config = model.config.num_attention_heads, model.config
+    hidden, queries = config.hidden_size, heads * (config.head_dim or 0)
+    zero_ffn = _zero_ffn(hidden)
     rows: list[_Row] = []
-    for layer in layers_of(config):
-        attention, ffn = (
-            dict[str, Source]({name: f"model.layers.{layer.index}.{name}" for name in variant.shapes(config)})
-            for variant in layer.block.subblocks
-        )
+    for layer, attention, ffn in _subblocks(model):
         bias = attention.pop("self_attn.linear_attn.bias", None)
         if bias is not None:
             rows.append(_Row({**attention, **zero_ffn, "mlp.down_proj.bias": bias}, heads, 0, _ZERO_WIDTH))
@@ -187,11 +214,42 @@ def _rows(config: PuzzleConfig) -> list[_Row]:
                 continue
             attention = {}
         elif not attention and not rows:
-            attention.update(silent("attention", "linear", config))
-            attention.pop("self_attn.linear_attn.bias", None)
+            attention = _zeros("input_layernorm", hidden, {"self_attn.linear_attn": (hidden, hidden)})
         kv_heads = heads // layer.attention["n_heads_in_group"] if "n_heads_in_group" in layer.attention else 0
         width = layer.ffn.get("intermediate_size", _ZERO_WIDTH)
         rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads if attention else 0, kv_heads, width))
     if not any(row.kv_heads for row in rows):
-        rows.insert(0, _Row({**silent("attention", "kv1", config), **zero_ffn}, heads, 1, _ZERO_WIDTH))
+        one_head = {f"self_attn.{name}_proj": (queries // heads, hidden) for name in "kv"}
+        one_head |= {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
+        rows.insert(0, _Row({**_zeros("input_layernorm", hidden, one_head), **zero_ffn}, heads, 1, _ZERO_WIDTH))
     return rows
+
+
+def _openelm_rows(model: PuzzleForCausalLM) -> list[_Row]:
+    """The layers as they are, with one head of zeros for no attention, and a narrow FFN of zeros for none."""
+    config, hidden, head_dim = model.config, model.config.hidden_size, model.config.head_dim or 0
+    rows: list[_Row] = []
+    for layer, attention, ffn in _subblocks(model):
+        heads, kv_heads = config.num_attention_heads, layer.block.attention.size or 0
+        if attention:
+            joint = [source for name in "qkv" for source in attention.pop(f"self_attn.{name}_proj.weight")]
+            attention["self_attn.qkv.weight"] = joint
+        else:
+            heads = kv_heads = 1
+            zeros = {"self_attn.qkv": (3 * head_dim, hidden), "self_attn.o_proj": (hidden, head_dim)}
+            attention = _zeros("input_layernorm", hidden, zeros)
+            attention |= {f"self_attn.{name}_norm.weight": [torch.ones(head_dim)] for name in "qk"}
+        width = layer.ffn.get("intermediate_size", _ZERO_WIDTH)
+        rows.append(_Row({**attention, **(ffn or _zero_ffn(hidden))}, heads, kv_heads, width))
+    return rows
+
+
+def _zeros(norm: str, hidden: int, shapes: dict[str, tuple[int, int]]) -> dict[str, list[Source]]:
+    """Matrices that add nothing, after a norm of ones."""
+    zeros: dict[str, list[Source]] = {f"{name}.weight": [torch.zeros(shape)] for name, shape in shapes.items()}
+    return zeros | {f"{norm}.weight": [torch.ones(hidden)]}
+
+
+def _zero_ffn(hidden: int) -> dict[str, list[Source]]:
+    wide = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (_ZERO_WIDTH, hidden))
+    return _zeros("post_attention_layernorm", hidden, wide | {"mlp.down_proj": (hidden, _ZERO_WIDTH)})

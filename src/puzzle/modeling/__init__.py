@@ -26,6 +26,9 @@ from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausal
 from puzzle.modeling.modeling_puzzle import PuzzleModel as _PuzzleModel
 from puzzle.modeling.modeling_puzzle import family_config as family_config
 from puzzle.modeling.modeling_puzzle import family_form as family_form
+from puzzle.modeling.plain import Plain as Plain
+from puzzle.modeling.plain import plain_shape as plain_shape
+from puzzle.modeling.plain import plain_tensors as plain_tensors
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, _PuzzleModel, exist_ok=True)

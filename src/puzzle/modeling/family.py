@@ -29,6 +29,11 @@ _TINY = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "moe_layer_start_index"), 1),
     **dict.fromkeys(("moe_num_shared_experts",), 1),
+    # Factors, which are 1 by default.
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.25,
+    "logits_scaling": 1.5,
     # Of latent attention.
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
