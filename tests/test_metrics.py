@@ -69,6 +69,19 @@ def test_a_candidate_with_a_head_and_a_norm_of_its_own(model: PuzzleForCausalLM)
     torch.testing.assert_close(found.lm_loss.double(), exact.lm_loss, rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_that_stays_bfloat16_as_on_a_gpu(model: PuzzleForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There only a product's output is float32; the other metrics of such a parent are those of a CPU."""
+    model.bfloat16()
+    parent_ND = _hidden(0).bfloat16()
+    hiddens_AND = torch.stack([parent_ND, parent_ND + 0.1 * _hidden(1).bfloat16()])
+    expected = compare(model, model, parent_ND, hiddens_AND, _targets())
+    monkeypatch.setattr("puzzle.metrics.float32_operand", lambda weight_VD: weight_VD)
+    monkeypatch.setattr("puzzle.metrics.float32_product", lambda rows, operand: rows.float() @ operand.float().T)
+    found = compare(model, model, parent_ND, hiddens_AND, _targets())
+    for name, value in found._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
 def test_the_divergence_of_a_tiny_change_is_not_that_of_rounded_logits(model: PuzzleForCausalLM) -> None:
     """Logits of 16 to 32 have steps of 0.125 in bfloat16; their rounding alone is a divergence of up to 1e-3."""
     large = model.bfloat16()

@@ -222,15 +222,15 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / (1e-3 * statistics.fmean(times))
 
 
-def tokens_at_once(device: torch.device) -> int:
-    """Tokens that fill the device where their number is free: a GPU's units, or a processor's cache."""
-    return 16_384 if is_gpu(device) else 512
+def tokens_at_once(device: torch.device, hidden_size: int) -> int:
+    """Tokens to compute together where their number is free: on a CPU what stays in its cache. On a GPU 64M values, on
+    which the shortest operation takes longer than a launch; 16k tokens of a hidden size of 4096.
+    """
+    return max(1, 2**26 // hidden_size) if is_gpu(device) else 512
 
 
 def layers_at_once(hidden_BTD: torch.Tensor) -> int:
-    """Layers whose students are computed together, by what enters one: on a GPU 64M values keep it busy for longer than
-    it takes to launch what it does with them. On a CPU one: what is computed together rounds in another way.
-    """
+    """Layers whose students are computed together, by what enters one; on a CPU, where nothing is launched, one."""
     return max(1, 2**26 // hidden_BTD.numel()) if is_gpu(hidden_BTD.device) else 1
 
 

@@ -15,11 +15,8 @@ from torch.nn.functional import normalize
 from puzzle.device import float32_operand, float32_product, logits_at_once
 from puzzle.modeling import PuzzleForCausalLM
 
-_CHUNK_LOGITS = 2**20
-"""Of a chunk of tokens: 4 MiB in float32 stay in a CPU's cache; chunks four times as long took 20 % longer (4096 words,
-one core of an AMD EPYC, 2026-11-21)."""
-_LARGE_VOCABULARY = 2**12
-"""From here on chunks are no shorter than 256 tokens, or reading the head's weights would be what takes the time."""
+_MIN_CHUNK_TOKENS = 256
+"""Fewer, and reading the head's weights would be what takes the time."""
 
 
 class TokenMetrics(NamedTuple):
@@ -54,7 +51,7 @@ def compare(
         hiddens_AND: each candidate's.
         targets_N: the true next tokens.
     """
-    size = max(1, _CHUNK_LOGITS // min(parent.config.vocab_size, _LARGE_VOCABULARY))
+    size = max(_MIN_CHUNK_TOKENS, logits_at_once(targets_N.device) // parent.config.vocab_size)
     chunks = zip(parent_hidden_ND.split(size), hiddens_AND.split(size, 1), targets_N.split(size), strict=True)
     own_VD = head_VD = float32_operand(parent.lm_head.weight)
     if model is not parent:
@@ -75,7 +72,7 @@ def _compare_chunk(
     """The parent's side is worked out once for all candidates, of which as many go together as logits fit.
 
     With logits z, their log-sums l and the parent's probabilities p, KL = (l' - l) - E_p[z' - z]. Candidates that share
-    the parent's float32 head W have E_p[z' - z] = (p W) . (h' - h), a dot product of size D in place of a sum over V.
+    the parent's head W have E_p[z' - z] = (p W) . (h' - h), a dot product of size D in place of a sum over V.
     """
     own_ND = parent.final_norm(parent_hidden_ND).to(own_VD.dtype)
     own_logits_NV = float32_product(own_ND, own_VD)
@@ -85,8 +82,7 @@ def _compare_chunk(
     # Of exp(logits - highest): l without the part where float32 would lose small differences.
     own_log_sum_N1 = sum_N1.log()
     probabilities_NV = exponentials_NV.div_(sum_N1)
-    shared = model is parent and own_VD.dtype == torch.float32
-    mean_row_ND = probabilities_NV @ own_VD if shared else None
+    mean_row_ND = probabilities_NV @ own_VD.to(probabilities_NV.dtype) if model is parent else None
     asked_N2 = torch.cat([own_best_N1, targets_N.unsqueeze(-1)], dim=-1)
     parts = []
     for some_AND in hiddens_AND.split(max(1, logits_at_once(targets_N.device) // own_logits_NV.numel())):
@@ -97,7 +93,7 @@ def _compare_chunk(
         # float32 logits of equal size are as good as impossible, and argmax takes 15 times as long as amax.
         likeliest_AN2 = (asked_logits_AN2 == highest_AN1).float()
         if mean_row_ND is not None:
-            change_AN1 = ((normed_AND - own_ND) * mean_row_ND).sum(-1, keepdim=True)
+            change_AN1 = ((normed_AND.to(mean_row_ND.dtype) - own_ND) * mean_row_ND).sum(-1, keepdim=True)
         else:
             change_AN1 = (probabilities_NV * (logits_ANV - own_logits_NV)).sum(-1, keepdim=True)
         log_sum_AN1 = logits_ANV.sub_(highest_AN1).exp_().sum(-1, keepdim=True).log_()

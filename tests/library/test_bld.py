@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import Waits
 from tests.library.conftest import CutData, Killed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
@@ -216,13 +216,6 @@ def test_what_diverges_stops_alone(
 
 
 def test_training_does_not_wait_for_the_device_every_step(build: Build) -> None:
-    class Waits(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += func is torch.ops.aten._local_scalar_dense.default
-            return func(*args, **(kwargs or {}))
-
     counts = []
     for steps in (16, 48):
         with Waits() as waits:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import Waits
 from tests.library.conftest import CutData, Killed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -72,6 +73,19 @@ def calibrated(pico_run: Run, pico_parent: Parent, pico_data: TokenData, tmp_pat
         return calibrate(run, pico_parent, pico_data if cut is None else CutData.of(pico_data, cut))
 
     return gathered
+
+
+def test_calibration_does_not_wait_for_the_device_every_batch(
+    pico_run: Run, pico_parent: Parent, pico_data: TokenData, tmp_path: Path
+) -> None:
+    counts = []
+    for batches in (2, 6):
+        settings = pico_run.recipe.calibration.model_copy(update={"tokens": batches * 8 * 32})
+        run = replace(pico_run, path=tmp_path, recipe=pico_run.recipe.model_copy(update={"calibration": settings}))
+        with Waits() as waits:
+            calibrate(run, pico_parent, pico_data)
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
 
 
 def assert_the_same(found: Statistics, expected: Statistics) -> None:

@@ -3,10 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
+from tests.conftest import Waits
 from tests.scores.conftest import Scorer
 
+from puzzle.data import TokenData
 from puzzle.errors import PuzzleError
-from puzzle.runs import read_tensors
+from puzzle.library import LayerBlocks, Library
+from puzzle.parents import Parent
+from puzzle.runs import Run, read_tensors
+from puzzle.scores.replace_one import SuffixScorer
+from puzzle.streams import Stream
+from puzzle.variants import BlockVariant
 
 COMPOSED = ("kv1+none", "none+none")
 SUBBLOCKS = ("kv4+none", "kv1+w64", "none+w64")
@@ -48,6 +56,21 @@ def test_too_little_text_is_scored_as_a_whole(scored: Scorer) -> None:
     """A share of fewer than four sequences says nothing of its own spread."""
     assert {row.sequences for row in scored(tokens=7 * 32, composed_share=0.25).rows} == {7}
     assert {row.sequences for row in scored(tokens=8 * 32, composed_share=0.25).rows} == {4, 8}
+
+
+def test_blocks_of_a_layer_wait_for_the_device_once(
+    tmp_path: Path, pico_run: Run, pico_parent: Parent, pico_data: TokenData, pico_library: Library
+) -> None:
+    stream = Stream(pico_run, pico_parent, tmp_path / "activations")
+    scorer = SuffixScorer(stream, pico_data, pico_run.recipe.score, batch_tokens=64)
+    stream.prepare(4, {scorer.final: scorer.inputs})
+    stream.prepare(1, {scorer.scoring: scorer.inputs})
+    blocks = [BlockVariant.parse(name) for name in ("kv1+w64", "none+w16")]
+    modules = LayerBlocks(pico_library, 1, blocks, stream.model)
+    for batches in (range(1), range(8)):
+        with torch.no_grad(), Waits() as waits:
+            scorer.blocks(modules, blocks, batches)
+        assert waits.count == 1
 
 
 @pytest.mark.parametrize("share", [None, 0.25])

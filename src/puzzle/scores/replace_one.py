@@ -10,7 +10,7 @@ Shapes: A candidate blocks, B sequences a batch, T tokens, D hidden size, N = B 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,14 @@ from puzzle.recipe import ScoreSettings
 from puzzle.runs import Run, progress, read_json, read_parsed, write_json, write_tensors, write_text
 from puzzle.scores.task import Task, load_task, task_name, task_score, with_block
 from puzzle.stages import SCORE
-from puzzle.streams import Stream
+from puzzle.streams import Stream, read_ahead
 from puzzle.units import format_bytes
 from puzzle.variants import BlockVariant, Space
 
 METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
 """Per-sequence means, the columns of [n, M]."""
 _BATCH_TOKENS = 2048
-"""Of a batch of text on disk: longer ones save nothing, and all candidates of a layer have a state for each token."""
+"""Of a batch of text on disk, at least: all candidates of a layer have a state for each token."""
 _NOISE = "noise.json"
 _MIN_SHARE = 4
 """Sequences at least of the share for composed blocks: fewer say nothing of their own spread."""
@@ -91,7 +91,8 @@ def _score_layers(
     if not missing:
         return
     parent, dtype, costs = library.parent, getattr(torch, run.recipe.precision), _costs(space)
-    state_bytes = max(_BATCH_TOKENS, data.sequence_length) * parent.config.hidden_size * dtype.itemsize
+    batch_tokens = max(_BATCH_TOKENS, tokens_at_once(run.device, parent.config.hidden_size) // 4)
+    state_bytes = max(batch_tokens, data.sequence_length) * parent.config.hidden_size * dtype.itemsize
     weights = [sum(each.weight_bytes(parent.config, dtype) for each in choices.variants) for choices in space.layers]
     states = [state_bytes * len(choices.blocks()) for choices in space.layers]
     reserved_bytes = max(map(sum, zip(weights, states, strict=True)))
@@ -102,12 +103,12 @@ def _score_layers(
             f"beside the candidates {format_bytes(max(0, stream.room(())))} are left; raise execution.memory or "
             "leave score.task out"
         )
-    scorer = SuffixScorer(stream, data, run.recipe.score)
-    stream.prepare(stream.num_layers, {"final": scorer.inputs})
+    scorer = SuffixScorer(stream, data, run.recipe.score, batch_tokens)
+    stream.prepare(stream.num_layers, {scorer.final: scorer.inputs})
     unchanged = scorer.parent()
     with progress("score", sum(costs[layer] for layer in missing)) as bar:
         for layer in missing:
-            stream.prepare(layer, {"scoring": scorer.inputs})
+            stream.prepare(layer, {scorer.scoring: scorer.inputs})
             own, *blocks = space.layers[layer].blocks()
             modules = LayerBlocks(library, layer, blocks, stream.model)
             if layer == 0 and dtype == torch.bfloat16:
@@ -172,14 +173,18 @@ def _figures(values: Tensor, unchanged: Tensor, parts: Sequence[Tensor]) -> dict
 class SuffixScorer:
     """Scores blocks on batches of a text, prepared to the end as `final`, to the blocks' layer as `scoring`."""
 
-    def __init__(self, stream: Stream, data: TokenData, settings: ScoreSettings) -> None:
+    def __init__(
+        self, stream: Stream, data: TokenData, settings: ScoreSettings, batch_tokens: int = _BATCH_TOKENS
+    ) -> None:
         self._stream, self._model = stream, stream.model
         count = data.num_sequences("scoring", settings.tokens)
         share = max(_MIN_SHARE, math.ceil((settings.composed_share or 1.0) * count))
         share = share if count >= 2 * _MIN_SHARE and share < count else count
-        size = max(1, _BATCH_TOKENS // data.sequence_length)
+        size = max(1, batch_tokens // data.sequence_length)
+        self.scoring, self.final = f"scoring{size}", f"final{size}"  # another device may find them in other batches
         starts = [*range(0, share, size), *range(share, count, size)]
-        self._batches = [data.sequences("scoring", slice(*ends)) for ends in pairwise([*starts, count])]
+        batches = (data.sequences("scoring", slice(*ends)) for ends in pairwise([*starts, count]))
+        self._batches = [tokens_BT.to(self._model.device) for tokens_BT in batches]
         shared = len(range(0, share, size))
         self.shared, self.rest = range(shared), range(shared, len(self._batches))
         """The batches that all blocks are scored on, and those for blocks with one subblock replaced alone."""
@@ -191,8 +196,8 @@ class SuffixScorer:
     def parent(self) -> Tensor:
         """The parent's own metrics, [n, M]; exact where they compare it with itself."""
         last = self._stream.num_layers
-        parts = [self._metrics(batch, self._hidden("final", last, batch))[0] for batch in range(len(self._batches))]
-        unchanged = torch.cat(parts)
+        finals = read_ahead(range(len(self._batches)), partial(self._hidden, self.final, last))
+        unchanged = torch.cat([self._metrics(batch, own_BTD, own_BTD)[0] for batch, own_BTD in finals]).cpu()
         for name, value in (("kl", 0.0), ("cosine", 0.0), ("top1_agreement", 1.0)):
             unchanged[:, METRICS.index(name)] = value
         return unchanged
@@ -209,15 +214,18 @@ class SuffixScorer:
         batch_bytes = len(blocks) * self._batches[0].numel() * config.hidden_size * itemsize
         # Every layer is in memory, or is read again for each round of batches.
         at_once = 1 if stream.resident else max(1, states_room // batch_bytes)
-        for first in range(batches.start, batches.stop, at_once):
-            together = range(first, min(first + at_once, batches.stop))
-            inputs = (self._hidden("scoring", modules.layer, batch) for batch in together)
-            states = [modules.outputs(blocks, hidden_BTD) for hidden_BTD in inputs]
+        ends = (self.scoring, modules.layer), (self.final, stream.num_layers)
+        read = read_ahead(batches, lambda batch: [self._hidden(text, layer, batch) for text, layer in ends])
+        while together := [*islice(read, at_once)]:
+            states = [modules.outputs(blocks, hidden_BTD) for _, (hidden_BTD, _) in together]
             for layers in stream.walk(range(modules.layer + 1, stream.num_layers), states_room):
                 for state_BTD in states:
                     self._through(layers, state_BTD)
-            parts += [self._metrics(batch, state_BTD) for batch, state_BTD in zip(together, states, strict=True)]
-        return dict(zip(blocks, torch.cat(parts, dim=1), strict=True))
+            parts += [
+                self._metrics(batch, final_BTD, state_BTD)
+                for (batch, (_, final_BTD)), state_BTD in zip(together, states, strict=True)
+            ]
+        return dict(zip(blocks, torch.cat(parts, dim=1).cpu(), strict=True))  # the only wait for the device
 
     def _hidden(self, text: str, layer: int, batch: int) -> Tensor:
         """What enters a layer, [B, T, D]."""
@@ -225,19 +233,19 @@ class SuffixScorer:
 
     def _through(self, layers: range, hidden_BTD: Tensor) -> None:
         """Overwrite the states by the outputs of the last of these layers, as many tokens at once as suit it."""
-        sequences = max(1, tokens_at_once(hidden_BTD.device) // hidden_BTD.shape[1])
+        _, length, size = hidden_BTD.shape
+        sequences = max(1, tokens_at_once(hidden_BTD.device, size) // length)
         for part_BTD in hidden_BTD.split(sequences):
             part_BTD.copy_(self._stream.forward(layers, part_BTD))
 
-    def _metrics(self, batch: int, states_BTD: Tensor) -> Tensor:
-        """Of candidates whose final states follow one another in [A * B, T, D], [A, B, M]."""
-        final_BTD = self._hidden("final", self._stream.num_layers, batch)
+    def _metrics(self, batch: int, final_BTD: Tensor, states_BTD: Tensor) -> Tensor:
+        """Of candidates whose final states follow one another in [A * B, T, D], beside the parent's. [A, B, M]"""
         states_ABTD = states_BTD.unflatten(0, (-1, len(final_BTD)))
         return per_sequence(self._model, final_BTD, states_ABTD, self._batches[batch])
 
 
 def per_sequence(model: PuzzleForCausalLM, parent_BTD: Tensor, states_ABTD: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Metrics of final states beside the parent's, means over each sequence's tokens, [A, B, M], on the CPU.
+    """Metrics of final states beside the parent's, means over each sequence's tokens, [A, B, M].
 
     Args:
         model: the parent, for its final norm and head. tokens_BT: inputs and the last target, [B, T + 1].
@@ -245,7 +253,7 @@ def per_sequence(model: PuzzleForCausalLM, parent_BTD: Tensor, states_ABTD: Tens
     targets_N = tokens_BT[:, 1:].flatten().to(states_ABTD.device)
     metrics = compare(model, model, parent_BTD.flatten(0, 1), states_ABTD.flatten(1, 2), targets_N)
     columns = [getattr(metrics, name).double().unflatten(1, (len(tokens_BT), -1)).mean(2) for name in METRICS]
-    return torch.stack(columns, dim=2).cpu()
+    return torch.stack(columns, dim=2)
 
 
 def variance_of_kl(values: Tensor) -> float:

@@ -48,7 +48,7 @@ def true_scores(
         return [known[blocks] for blocks in architectures]
     model = parent.load(dtype=getattr(torch, run.recipe.precision), device=run.device, layers=())
     sequences = data.sequences("scoring", slice(available - count, available)).to(run.device)
-    batches = sequences.split(max(1, tokens_at_once(run.device) // data.sequence_length))
+    batches = sequences.split(max(1, tokens_at_once(run.device, model.config.hidden_size) // data.sequence_length))
     # Half of the memory holds their states, entering a layer and leaving it.
     state_bytes = 2 * sequences[:, 1:].numel() * model.config.hidden_size * model.dtype.itemsize
     half_bytes = memory_bytes(run.device, run.recipe.execution.memory) // 2
@@ -72,7 +72,7 @@ def _measured(
         per_sequence(model, own_BTD, torch.stack(others), tokens_BT)
         for tokens_BT, (own_BTD, *others) in zip(batches, zip(*states, strict=True), strict=True)
     ]
-    for blocks, values in zip(architectures, torch.cat(metrics, dim=1), strict=True):
+    for blocks, values in zip(architectures, torch.cat(metrics, dim=1).cpu(), strict=True):
         finite = bool(values.isfinite().all())
         means = values.mean(0).tolist() if finite else (math.inf, math.inf, 0.0, math.inf)
         kl_se = math.sqrt(variance_of_kl(values)) if finite else 0.0
