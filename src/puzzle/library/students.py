@@ -201,6 +201,8 @@ class _Stacked(nn.Module):
         weights = {name: torch.stack([own[name] for own in every]) for name in every[0]}
         if not isinstance(first, nn.Linear):
             return vmap(partial(functional_call, first))(weights, parts).flatten(0, 1)
+        if weights["weight"].requires_grad:  # else each student would copy its part, as a parameter is laid out
+            weights["weight"].register_hook(Tensor.contiguous)
         outputs = parts.flatten(1, -2) @ weights["weight"].mT
         if "bias" in weights:
             outputs = outputs + weights["bias"].unsqueeze(1)
