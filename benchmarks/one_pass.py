@@ -17,6 +17,7 @@ from setting import opened, recipe
 from puzzle import Pipeline
 from puzzle.library import Student
 from puzzle.library.bld import student_plans, students_at_start
+from puzzle.library.students import Stack
 from puzzle.streams import Stream
 
 STEPS, BATCH = 3, 8
@@ -45,7 +46,7 @@ def time_bld(method: Pipeline) -> tuple[float, float]:
             for seen in layer_passes:
                 for student in some:
                     if student.layer == seen.index:
-                        student.loss(seen).backward()
+                        Stack([student]).losses(seen).backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -29,7 +29,7 @@ from puzzle.recipe import Recipe
 from puzzle.runs import Progress
 from puzzle.streams import LayerPass, Texts, packed
 from puzzle.training import Part, Trained, adamw, train
-from puzzle.variants import State, Subblock, Variant, add_sum, damping, split_state
+from puzzle.variants import State, Variant, add_sum, damping, split_state
 
 
 class _Computed:
@@ -247,12 +247,11 @@ def _joined(passes: Sequence[LayerPass]) -> LayerPass:
     """What a stack sees: the batches of these layers one after another."""
     if len(passes) == 1:
         return passes[0]
-
-    def joined(some: Sequence[Mapping[Subblock, Tensor]]) -> dict[Subblock, Tensor]:
-        return {which: torch.cat([each[which] for each in some]) for which in some[0]}
-
-    inputs_BTD, added_BTD = joined([each.inputs_BTD for each in passes]), joined([each.added_BTD for each in passes])
-    output_BTD = torch.cat([each.output_BTD for each in passes])
+    inputs_BTD, added_BTD = (
+        {which: torch.cat([each[which] for each in some]) for which in some[0]}
+        for some in zip(*((seen.inputs_BTD, seen.added_BTD) for seen in passes), strict=True)
+    )
+    output_BTD = torch.cat([seen.output_BTD for seen in passes])
     return replace(passes[0], inputs_BTD=inputs_BTD, added_BTD=added_BTD, output_BTD=output_BTD)
 
 
