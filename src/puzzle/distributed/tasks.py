@@ -14,8 +14,7 @@ from pathlib import Path
 from puzzle.device import choose_device
 from puzzle.distributed.group import is_lost_peer, start
 from puzzle.errors import PuzzleError, one_line
-from puzzle.runs import Run, StageFolder, check_folder, open_run
-from puzzle.runs.run import read_recipe
+from puzzle.runs import Run, StageFolder, check_folder, open_run, read_recipe
 
 TOGETHER = ("teacher", "distil")
 """The stages that several processes work on as one; all before them must be finished."""

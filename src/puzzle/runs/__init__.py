@@ -13,9 +13,18 @@ from puzzle.runs.files import (
     write_text,
 )
 from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import Run, StageFolder, check_folder, check_new, create_folder, is_run_folder, open_run
+from puzzle.runs.run import (
+    Run,
+    StageFolder,
+    check_folder,
+    check_new,
+    create_folder,
+    is_run_folder,
+    open_run,
+    read_recipe,
+)
 from puzzle.runs.status import status
 
 __all__ = ["Progress", "Run", "StageFolder", "check_folder", "check_new", "create_folder", "digest", "file_digest"]
 __all__ += ["is_run_folder", "open_run", "progress", "read_json", "read_parsed", "read_tensors", "remembered", "status"]
-__all__ += ["write_atomically", "write_json", "write_tensors", "write_text"]
+__all__ += ["read_recipe", "write_atomically", "write_json", "write_tensors", "write_text"]
