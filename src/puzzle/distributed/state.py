@@ -65,7 +65,7 @@ def fill(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.
     wanted = dict(model.named_parameters())
     state = {}
     for name, tensor in tensors:
-        value, place = tensor.to(device, dtype), wanted[name]
+        value, place = tensor.to(device, dtype), wanted.get(name)
         if isinstance(place, DTensor):
             # Every process has read the file: nothing needs to be sent.
             value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)

@@ -119,7 +119,8 @@ class Student(_Computed):
         modules = [v.build(config, split_state(own, v.subblock, config), layer) for v in variants]
         super().__init__(variants, config, [module.requires_grad_(trained) for module in modules], loss)
         self.layer, self.config, self.power, self.device = layer, config, power, device
-        self._weights = dict(chain.from_iterable(module.named_parameters() for module in modules))
+        # With buffers that checkpoints hold.
+        self._weights = dict(chain.from_iterable(module.state_dict(keep_vars=True).items() for module in modules))
 
     @property
     def name(self) -> str:

@@ -73,15 +73,17 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
 
 
 def save_configuration(config: PuzzleConfig, path: Path) -> None:
-    """Write config.json and the model's code, that of the kinds in its blocks included: all but the weights."""
-    here, blocks = Path(__file__).parent, config.blocks or []
+    """Write config.json and the model's code, that of all kinds that are known included: all but the weights.
+
+    transformers takes the class of the first child that it loads for all whose configuration has the same code.
+    """
+    here = Path(__file__).parent
     config = copy.deepcopy(config)
     config.auto_map, config.architectures = dict(_AUTO_MAP), ["PuzzleForCausalLM"]
     config.save_pretrained(path)
     shutil.copyfile(here / "configuration_puzzle.py", path / "configuration_puzzle.py")
     code = (here / "modeling_puzzle.py").read_text(encoding="utf-8")
-    used = {(which, entry["kind"]) for block in blocks for which, entry in block.items()}
-    for which, kind in sorted(used & MODULES.keys()):
+    for which, kind in sorted(MODULES):
         module = MODULES[which, kind]
         source = textwrap.dedent(inspect.getsource(module))
         code += f'\n\n{source}\n\nMODULES["{which}", "{kind}"] = {module.__name__}\n'

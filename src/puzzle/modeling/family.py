@@ -48,8 +48,10 @@ _TOKENS = 24
 def tiny_config(model_type: str) -> Any:
     """A family's configuration of a small model; a `ValueError` if transformers does not know it."""
     known = AutoConfig.for_model(model_type)
-    latent = hasattr(known, "qk_rope_head_dim")  # whose configuration has a head_dim that follows from others
-    sizes = {name: size for name, size in _TINY.items() if hasattr(known, name) and not (latent and name == "head_dim")}
+    sizes = {name: size for name, size in _TINY.items() if hasattr(known, name)}
+    if "kv_lora_rank" in sizes:  # latent attention has a KV head for each query head, and other head sizes
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+        del sizes["head_dim"]
     return AutoConfig.for_model(model_type, **sizes)
 
 

@@ -55,7 +55,7 @@ FAMILY_KINDS = {("attention", "gqa"), ("ffn", "gated"), ("ffn", "experts")}
 MODULES: dict[tuple[str, str], type[nn.Module]] = {}
 """Classes of the kinds that are not the family's own, by subblock and kind, built as `cls(config, entry)` from an entry
 of `config.blocks`. Such attention takes `hidden_states` and keywords, returns a pair `(output, None)`, and has no KV
-cache. A checkpoint carries those that it uses at the end of this file."""
+cache. At the end of this file a checkpoint carries all that were known when it was written."""
 
 
 class LayerConfig:
