@@ -66,6 +66,11 @@ def test_a_family_is_admitted(family: str) -> None:
     assert refusal(family) == ""
 
 
+def test_the_page_names_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert f"\n| dense | {', '.join(DENSE)} |\n| mixtures of experts | {', '.join(SPARSE)} |\n" in page
+
+
 @pytest.mark.parametrize(
     ("family", "why"),
     [
