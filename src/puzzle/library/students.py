@@ -45,8 +45,9 @@ class _Computed:
         self.variants, self.modules, self._loss = tuple(variants), modules, loss
         self.subblock = variants[0].subblock if len(variants) == 1 else "block"
         last = variants[0].output_projection(config) if len(variants) == 1 else None
-        self.projection = None if last is None else self.modules[0].get_submodule(last)
-        """The linear map that a single subblock's output comes from, if its variant has one."""
+        self.projection = None if last is None else modules[0].get_submodule(last)
+        """The linear map that a single subblock's output comes from, if it has one. A norm may follow: then its
+        optimum is that of directions, which helps nearly as much."""
 
     def output(self, hidden_BTD: Tensor, context: Mapping[str, Any]) -> Tensor:
         """What it adds to the residual stream, [B, T, D], from its input in float32."""
@@ -335,7 +336,7 @@ def update_projections(
     for group in packed(projections, num_bytes, room):
         sums: dict[Stack, State] = defaultdict(dict)
         for stack, seen in chain.from_iterable(map(_Stacks(group).over, text())):
-            wanted_LND = stack.apart(seen.added_BTD[stack.variants[0].subblock]).float()
+            wanted_LND = stack.apart(seen.added_BTD[stack.variants[0].subblock]).float() / stack.modules[0].multiplier
             biases: list[Tensor] = [bias for each in stack.students if (bias := projections[each].bias) is not None]
             if biases:
                 wanted_LND = wanted_LND - torch.stack(biases).unsqueeze(1)
