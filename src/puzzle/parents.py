@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
+_NO_REASON = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"attn\.bias$")
+"""Buffers that old versions stored, and that say nothing of the model."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
 
@@ -100,9 +102,11 @@ class Checkpoint:
         renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
         entries: dict[str, Entry] = {}
         stacked: dict[str, dict[str, list[str]]] = {}
+        base = "" if any(name.startswith("model.") for name in self.entries) else "model."  # saved by the base class
         for stored in sorted(self.entries, key=dot_natural_key):
             name = re.sub(r"^(model\.)?language_model\.(?=lm_head)", "", stored) if text_model else stored
             name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name) if text_model else name
+            name = name if name.startswith("lm_head.") else base + name if not text_model else name
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
             entries[name] = self.entries[stored]
@@ -125,7 +129,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
     if not files[0].exists():
         if not index.exists():
-            raise PuzzleError(f"parent: {path} has no model.safetensors; pickled weights are not read, convert them")
+            found = "holds no weights; get the whole checkpoint, online if it is a hub's"
+            if any(path.glob("*.safetensors")):
+                found = f"holds shards, but no {index.name}, which says what is in them; copy that too"
+            elif pickled := sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)):
+                found = f"holds pickled weights ({pickled[0]}), which are not read; convert them to safetensors"
+            raise PuzzleError(f"parent: {path} {found}")
         try:
             files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -293,14 +302,19 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
             config = config.get_text_config()
             if why := refusal(config.model_type):
                 raise PuzzleError(f"parent: model_type {config.model_type!r} is not supported: {why}")
+            heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or 1
+            if heads % groups:
+                raise PuzzleError(f"parent: {file} asks for {heads} attention heads on {groups} KV heads, no divisor")
             config = puzzle_config(config)
         if checkpoint is not None:
             checkpoint = checkpoint.named_as(config.base_model_type, text_model)
-            names = {"model.embed_tokens.weight", "lm_head.weight"}
-            if config.tie_word_embeddings and names <= checkpoint.entries.keys():
+            embeddings, head = names = ("model.embed_tokens.weight", "lm_head.weight")
+            if config.tie_word_embeddings and head in checkpoint.entries:
+                checkpoint.entries.setdefault(embeddings, checkpoint.entries[head])
                 # Where both are stored and differ, transformers does not tie them either.
                 config.tie_word_embeddings = torch.equal(*(tensor for _, tensor in checkpoint.read(names)))
-            tensors = stored_tensors(empty_model(config))
+            model = empty_model(config)
+            tensors = stored_tensors(model)
     except PuzzleError:
         raise
     except Exception as error:  # a wrong value can surface anywhere in the library's validation or the model's modules
@@ -311,6 +325,14 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
     if checkpoint is not None:
         for name, tensor in tensors.items():
             checkpoint.check(name, tensor.shape)
+        apart = (name for parts in checkpoint.stacked.values() for part in parts for name in part)
+        known = re.compile("|".join([*_NO_REASON, *(model.family._keys_to_ignore_on_load_unexpected or ())]))
+        others = sorted(checkpoint.entries.keys() - tensors.keys() - {*names, *apart})
+        if more := [name for name in others if not known.search(name) and not text_model]:
+            found = f"{path} stores {len(more)} tensors that its config.json does not ask for, such as {more[0]}"
+            raise PuzzleError(f"parent: {found}; correct config.json, or get the checkpoint that belongs to it")
+    if (path / "adapter_config.json").exists():
+        raise PuzzleError(f"parent: {path} holds an adapter beside the weights; merge it into them, or take it away")
     return config, checkpoint
 
 

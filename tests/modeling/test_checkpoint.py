@@ -88,3 +88,11 @@ def test_a_model_made_without_memory_is_exact(rope: dict[str, object]) -> None:
     assert made.lm_head.weight is made.model.embed_tokens.weight
     assert not any(module.training for module in made.modules())
     assert not any(parameter.requires_grad for parameter in made.parameters())
+
+
+def test_further_chat_templates_come_along(tmp_path: Path) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    (parent / "additional_chat_templates").mkdir(parents=True)
+    (parent / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    save_checkpoint(pico_puzzle("kv2+w16"), child, extra_files_from=parent)
+    assert (child / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"

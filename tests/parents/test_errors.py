@@ -107,6 +107,11 @@ DAMAGES: list[tuple[Damage, str]] = [
     *((text(INDEX, index, "model.safetensors"), f"{INDEX} cannot be read") for index in BROKEN_INDICES),
     (weights(lambda tensors: tensors.pop(Q_PROJ)), f"lacks the tensor {Q_PROJ}; get the whole checkpoint"),
     (only_in_the_index, f"lacks the tensor {Q_PROJ}"),
+    (config(num_key_value_heads=3), "asks for 4 attention heads on 3 KV heads, no divisor"),
+    (weights(lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.ones(2)})), "stores 1 tensors"),
+    (text("adapter_config.json", "{}"), "holds an adapter beside the weights"),
+    (text("model-00001-of-00002.safetensors", "", "model.safetensors"), "holds shards, but no"),
+    (text("other.json", "", "model.safetensors"), "holds no weights; get the whole checkpoint"),
     (config(intermediate_size=40), "has shape [48, 32], its config.json asks for [40, 32]"),
 ]
 
@@ -141,7 +146,9 @@ def test_nothing_in_a_parent_is_run(folder: Path, tmp_path: Path) -> None:
     assert "auto_map" not in parent.config.to_dict()
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    assert "has no model.safetensors; pickled weights are not read, convert them" in refusal(folder)
+    assert "holds pickled weights (pytorch_model.bin), which are not read; convert them to safetensors" in refusal(
+        folder
+    )
     assert not (tmp_path / "sprung").exists()
 
 

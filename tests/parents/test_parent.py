@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import pico_llama, pico_puzzle, random_tokens
 from transformers import LlamaForCausalLM
 
@@ -108,3 +109,19 @@ def test_a_child_can_be_the_next_parent(tmp_path: Path) -> None:
             assert variant.initialise(subblock).keys() == state.keys()
     smaller = Architecture((space.layers[3].blocks()[-1], *parent.architecture.blocks[1:]))
     assert smaller.configure(parent.config).num_hidden_layers == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_tied_weights_under_other_names(tmp_path: Path, prefix: str) -> None:
+    """As the head alone, or as the base class saves them: transformers reads both."""
+    model = pico_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if prefix:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    else:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    tokens_BT = random_tokens(1, 9)
+    assert torch.equal(open_parent(str(tmp_path)).load()(tokens_BT).logits, model(tokens_BT).logits)

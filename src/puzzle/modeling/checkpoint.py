@@ -22,7 +22,7 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
 }
 TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
 )
 # The parent's terms hold for the child's weights.
@@ -65,8 +65,11 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
     model.generation_config = generation_config
     save_configuration(model.config, path)
     for file in extra_files:
-        shutil.copyfile(file, path / file.name)
-    for place in (*path.iterdir(), path):  # on disk, so that a manifest written later is true
+        assert extra_files_from is not None
+        target = path / file.relative_to(extra_files_from)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    for place in (*path.rglob("*"), path):  # on disk, so that a manifest written later is true
         descriptor = os.open(place, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
