@@ -1,5 +1,6 @@
 """Files, folders and datasets: what is read, in which order, and what is refused."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +49,13 @@ def refused(read: Read, name: object, match: str, **settings: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+RUN = ("runs/my/puzzle.json", "runs/my/log.txt", "runs/my/child/README.md")
+"""A run folder, whose files are no text."""
+
+
 def test_folder_is_walked_in_sorted_order(read: Read, tmp_path: Path) -> None:
     folder = tmp_path / "notes"
-    for name in ("b.md", "a/z.TXT", "a/b/c.py", "z.rst", ".git/hidden.txt", "a/.hidden.txt", "image.png"):
+    for name in ("b.md", "a/z.TXT", "a/b/c.py", "z.rst", ".git/hidden.txt", "a/.hidden.txt", "image.png", *RUN):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     assert contents(read(folder)) == ["a/b/c.py", "a/z.TXT", "b.md", "z.rst"]
@@ -124,7 +129,8 @@ def test_bad_lines(read: Read, tmp_path: Path, line: str, match: str) -> None:
 @pytest.mark.parametrize("data", ["Gr\u00fc\u00dfe".encode("latin-1"), "Gr\u00fc".encode()[:-1]])
 def test_text_that_is_not_utf8(read: Read, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "latin.txt").write_bytes(data)
-    refused(read, tmp_path, r"latin.txt is not UTF-8 text \('utf-8' codec can't decode.*\); convert it or move it away")
+    (tmp_path / "more.md").write_bytes(data)
+    refused(read, tmp_path, r"not UTF-8 text \(2 files\): .*latin.txt, .*more.md; convert or move them away")
 
 
 @pytest.mark.parametrize(
@@ -214,3 +220,14 @@ def test_dataset_errors(read: Read) -> None:
     refused(read, "some/data", "some/data row 0 has no column 'body'; it has id, text: name one", column="body")
     refused(read, "some/broken", "dataset some/broken cannot be loaded: Config name is missing. Please pick one")
     refused(read, "some/gone", r"some/gone is no file .* the hub gives no such dataset \(404: not found\)")
+
+
+def test_parts_of_a_message_are_joined(read: Read, tmp_path: Path) -> None:
+    """What has no content has none; what is no text is refused."""
+    file = tmp_path / "chat.jsonl"
+    asked = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "tool_calls": []}]
+    file.write_text(json.dumps({"text": messages}) + "\n")
+    assert contents(read(file)) == [[{"role": "user", "content": "a b"}, {"role": "assistant", "tool_calls": []}]]
+    file.write_text(json.dumps({"text": [{"role": "user", "content": [*asked, {"type": "image"}]}]}) + "\n")
+    refused(read, file, "chat.jsonl:1 has a message with a part 'image'; only text is read: delete it")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from puzzle.errors import PuzzleError, one_line
 from puzzle.recipe import DataSettings
-from puzzle.runs import file_digest, remembered
+from puzzle.runs import file_digest, is_run_folder, remembered
 
 _TEXT = (
     *(".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".org"),
@@ -61,19 +61,33 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
     root = Path(name).expanduser()
     if root.exists():
         inside = [path.relative_to(root) for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
-        files = [root / path for path in inside if not any(part.startswith(".") for part in path.parts)]
+        runs = {path.parent for path in inside if is_run_folder(root / path.parent)}  # what a run writes is no text
+        seen = (path for path in inside if not any(part.startswith(".") for part in path.parts))
+        files = [root / path for path in seen if runs.isdisjoint(path.parents)]
         files = [path for path in files if path.is_file()]
         readable = [path for path in files if path.suffix.lower() in _SUFFIXES]
         if not readable:
             found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
             raise PuzzleError(f"data.source: {root} holds nothing to read ({found}); read are {', '.join(_SUFFIXES)}")
+        sources, wrong = [], []
         for path in readable:
             place = path.relative_to(root if root.is_dir() else root.parent).as_posix()
             try:
                 found, size = file_digest(path, known), path.stat().st_size
             except OSError as error:
                 raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
-            yield Source([place, found], partial(float, size), partial(_read_file, path, settings.column))
+            sources.append(Source([place, found], partial(float, size), partial(_read_file, path, settings.column)))
+            if path.suffix.lower() in _TEXT and f"text {found}" not in known:
+                try:
+                    for _ in _read_text(path):
+                        pass
+                    known[f"text {found}"] = "UTF-8"
+                except UnicodeDecodeError:
+                    wrong.append(path)
+        if wrong:
+            names = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
+            raise PuzzleError(f"data.source: not UTF-8 text ({len(wrong)} files): {names}; convert or move them away")
+        yield from sources
     elif root.suffix.lower() in _SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
         raise PuzzleError(f"data.source: {name} does not exist")
     else:
@@ -95,15 +109,12 @@ def _read_text(path: Path) -> Iterator[Document]:
     size = path.stat().st_size
     piece = max(1, ceil(size / max(1, ceil(size / _CUT_BYTES))))
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a character that a cut splits goes to the next piece
-    try:
-        with path.open("rb") as file:
-            while data := file.read(piece):
-                if len(data) == piece:
-                    data += file.readline(piece)  # bounded, for a file that is one endless line
-                yield Document(decoder.decode(data), str(path), len(data))
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise PuzzleError(f"data.source: {path} is not UTF-8 text ({error}); convert it or move it away") from None
+    with path.open("rb") as file:
+        while data := file.read(piece):
+            if len(data) == piece:
+                data += file.readline(piece)  # bounded, for a file that is one endless line
+            yield Document(decoder.decode(data), str(path), len(data))
+    decoder.decode(b"", final=True)
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
@@ -176,10 +187,21 @@ def _content(row: object, column: str, place: str) -> str | list[dict[str, Any]]
         found = ", ".join(sorted(row)) or "none"
         raise PuzzleError(f"data.column: {place} has no column {column!r}; it has {found}: name one of those")
     content = "" if row[column] is None else row[column]
-    if isinstance(content, str) or (
-        isinstance(content, list)
-        and all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in content)
-    ):
+    if isinstance(content, str):
         return content
+    if isinstance(content, list) and all(isinstance(each, dict) and "role" in each for each in content):
+        return [
+            {name: _joined(each[name], place) if name == "content" else each[name] for name in each} for each in content
+        ]
     found = f"{place} holds a {type(content).__name__} in {column!r} that is neither text nor a list of messages"
-    raise PuzzleError(f"data.column: {found} with role and content; name another column")
+    raise PuzzleError(f"data.column: {found} with a role; name another column")
+
+
+def _joined(content: object, place: str) -> object:
+    """A message's content: of a list of parts their text."""
+    if not isinstance(content, list):
+        return content
+    if others := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
+        found = others[0].get("type") if isinstance(others[0], dict) else others[0]
+        raise PuzzleError(f"data.source: {place} has a message with a part {found!r}; only text is read: delete it")
+    return "".join(str(part.get("text", "")) for part in content)

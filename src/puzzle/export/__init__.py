@@ -33,10 +33,12 @@ def export_hf(run: Run, child: Child, card: str) -> Path:
     """
     stage = run.open(EXPORT, child=child, card=card)
     target = run.path / "child"
-    if not (stage.done and target.exists()):
+    mark = target / ".stage"  # whose child it is: a command with another target may have left its own
+    if not (stage.done and mark.exists() and mark.read_text() == stage.address):
         with replaced(target) as folder:
             shutil.copytree(child.path, folder, dirs_exist_ok=True)
             write_text(folder / "architecture.json", child.architecture.to_json())
             write_text(folder / "README.md", card)
+            write_text(folder / ".stage", stage.address)
         stage.commit()
     return target
