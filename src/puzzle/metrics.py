@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from puzzle.device import float32_operand, float32_product, logits_at_once
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleForCausalLM, capped
 
 _MIN_CHUNK_TOKENS = 256
 """Fewer, and reading the head's weights would be what takes the time."""
@@ -72,22 +72,25 @@ def _compare_chunk(
     """The parent's side is worked out once for all candidates, of which as many go together as logits fit.
 
     With logits z, their log-sums l and the parent's probabilities p, KL = (l' - l) - E_p[z' - z]. Candidates that share
-    the parent's head W have E_p[z' - z] = (p W) . (h' - h), a dot product of size D in place of a sum over V.
+    the parent's head W, and have no cap of logits, have E_p[z' - z] = (p W) . (h' - h), a dot product of size D in
+    place of a sum over V.
     """
     own_ND = parent.final_norm(parent_hidden_ND).to(own_VD.dtype)
-    own_logits_NV = float32_product(own_ND, own_VD)
+    own_logits_NV = capped(float32_product(own_ND, own_VD), parent.cap)
     own_highest_N1, own_best_N1 = own_logits_NV.max(-1, keepdim=True)
     exponentials_NV = (own_logits_NV - own_highest_N1).exp_()
     sum_N1 = exponentials_NV.sum(-1, keepdim=True)
     # Of exp(logits - highest): l without the part where float32 would lose small differences.
     own_log_sum_N1 = sum_N1.log()
     probabilities_NV = exponentials_NV.div_(sum_N1)
-    mean_row_ND = probabilities_NV @ own_VD.to(probabilities_NV.dtype) if model is parent else None
+    shared = model is parent and parent.cap is None
+    mean_row_ND = probabilities_NV @ own_VD.to(probabilities_NV.dtype) if shared else None
     asked_N2 = torch.cat([own_best_N1, targets_N.unsqueeze(-1)], dim=-1)
     parts = []
     for some_AND in hiddens_AND.split(max(1, logits_at_once(targets_N.device) // own_logits_NV.numel())):
         normed_AND = model.final_norm(some_AND).to(head_VD.dtype)
-        logits_ANV = float32_product(normed_AND.flatten(0, 1), head_VD).unflatten(0, normed_AND.shape[:2])
+        logits_NV = capped(float32_product(normed_AND.flatten(0, 1), head_VD), model.cap)
+        logits_ANV = logits_NV.unflatten(0, normed_AND.shape[:2])
         highest_AN1 = logits_ANV.amax(-1, keepdim=True)
         asked_logits_AN2 = logits_ANV.gather(-1, asked_N2.expand(len(logits_ANV), -1, -1))
         # float32 logits of equal size are as good as impossible, and argmax takes 15 times as long as amax.

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
 from puzzle.device import float32_operand, float32_product, full_precision, logits_at_once, product_dtype
+from puzzle.modeling import capped
 
 _MIN_CHUNK_TOKENS = 48
 """A chunk reads the head's weight four times, so fewer tokens take longer: see benchmarks/distill_loss.md."""
@@ -26,12 +27,12 @@ KL = Callable[[slice, Tensor], Tensor]
 """KL of each token in a slice of the batch, [N], from the child's log-probabilities of them, [N, V]; differentiable."""
 
 
-def kl_to_head(parent_ND: Tensor, weight_VD: Tensor) -> KL:
-    """The KL to the parent, from its hidden states after the final norm and its head."""
+def kl_to_head(parent_ND: Tensor, weight_VD: Tensor, cap: float | None = None) -> KL:
+    """The KL to the parent, from its hidden states after the final norm and its head, whose logits may be capped."""
     operand_VD = float32_operand(weight_VD.to(product_dtype(weight_VD)))
 
     def kl(rows: slice, logq_NV: Tensor) -> Tensor:
-        logp_NV = log_softmax(float32_product(parent_ND[rows], operand_VD), -1)
+        logp_NV = log_softmax(capped(float32_product(parent_ND[rows], operand_VD), cap), -1)
         return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
 
     return kl
@@ -52,7 +53,14 @@ def kl_to_top_tokens(ids_NK: Tensor, logp_NK: Tensor) -> KL:
 
 
 def head_losses(
-    hidden_ND: Tensor, weight_VD: Tensor, kl: KL, targets_N: Tensor, *, kl_weight: float, lm_weight: float
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    kl: KL,
+    targets_N: Tensor,
+    *,
+    kl_weight: float,
+    lm_weight: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL to the parent and LM loss from the child's hidden states after its final norm.
 
@@ -63,6 +71,7 @@ def head_losses(
     Args:
         weight_VD: the head's, tied to the embeddings or not.
         targets_N: the tokens that follow in the text.
+        cap: what the child's logits are bounded by, if they are.
 
     Returns:
         The weighted sum with its gradient, KL and LM loss, means over tokens; 0 for what has no weight.
@@ -70,7 +79,7 @@ def head_losses(
     if not (kl_weight or lm_weight):
         return hidden_ND.new_zeros(()), hidden_ND.new_zeros(()), hidden_ND.new_zeros(())
     wanted = [torch.is_grad_enabled() and value.requires_grad for value in (hidden_ND, weight_VD)]
-    arguments = hidden_ND, weight_VD, kl, targets_N, (kl_weight, lm_weight), wanted
+    arguments = hidden_ND, weight_VD, kl, targets_N, (kl_weight, lm_weight), wanted, cap
     total, kl_mean, lm_mean = _HeadLosses.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, kl_mean, lm_mean
 
@@ -87,6 +96,7 @@ class _HeadLosses(torch.autograd.Function):
         targets_N: Tensor,
         weights: tuple[float, float],
         wanted: list[bool],
+        cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         product, num_tokens = product_dtype(hidden_ND), len(hidden_ND)
         cast_ND, cast_VD = hidden_ND.to(product), weight_VD.to(product)
@@ -102,7 +112,7 @@ class _HeadLosses(torch.autograd.Function):
                 rows = slice(start, min(start + size, num_tokens))
                 logits_NV = float32_product(cast_ND[rows], operand_VD).requires_grad_(any(wanted))
                 with torch.set_grad_enabled(any(wanted)):
-                    logq_NV = log_softmax(logits_NV, -1)
+                    logq_NV = log_softmax(capped(logits_NV, cap), -1)
                     lm = -logq_NV.gather(-1, targets_N[rows].unsqueeze(-1)).sum() if weights[1] else zero
                     found_2 = torch.stack([kl(rows, logq_NV).sum() if weights[0] else zero, lm])
                     total = (weights_2 * found_2).sum() / num_tokens
@@ -127,7 +137,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of head_losses can be asked for once"
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 4)
+        return (*(None if gradient is None else gradient.mul_(scale) for gradient in gradients), *[None] * 5)
 
 
 def cosine_loss(child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:

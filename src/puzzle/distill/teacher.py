@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from puzzle.device import autocast, float32_operand, float32_product
 from puzzle.distill.losses import KL, cosine_loss, head_losses, kl_to_head, kl_to_top_tokens
 from puzzle.distributed.group import Group
-from puzzle.modeling import PuzzleForCausalLM
+from puzzle.modeling import PuzzleForCausalLM, capped
 from puzzle.recipe import DistilSettings
 from puzzle.runs import progress, read_tensors, write_tensors
 
@@ -83,6 +83,7 @@ class Distillation(nn.Module):
                 batch.targets_BT.flatten(),
                 kl_weight=settings.kl_weight if torch.is_grad_enabled() else 1.0,
                 lm_weight=settings.lm_weight,
+                cap=self.student.cap,
             )
         return Losses(total + settings.cosine_weight * cosine, kl_mean, cosine.detach())
 
@@ -107,7 +108,8 @@ class Distillation(nn.Module):
             if self._settings.cosine_weight and layer.norm_names:
                 cosines.append(cosine_loss(child_BTD, parent_BTD))
         with torch.no_grad():
-            kl = kl_to_head(teacher.final_norm(parent_BTD).flatten(0, 1), teacher.lm_head.weight)
+            parent_ND = teacher.final_norm(parent_BTD).flatten(0, 1)
+            kl = kl_to_head(parent_ND, teacher.lm_head.weight, teacher.cap)
         cosine = torch.stack(cosines).mean() if cosines else child_BTD.new_zeros(())
         return student.final_norm(child_BTD).flatten(0, 1), kl, cosine
 
@@ -119,7 +121,7 @@ class Distillation(nn.Module):
         tensors = read_tensors(self._cache / f"{batch.name}.safetensors")
         ids_NK, logp_NK = (tensors[name][rows].to(device) for name in ("ids_NK", "log_probabilities_NK"))
         output = self.student.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
-        hidden_ND = output.last_hidden_state.flatten(0, 1)
+        hidden_ND = self.student.divided(output.last_hidden_state).flatten(0, 1)
         return hidden_ND, kl_to_top_tokens(ids_NK.long(), logp_NK), hidden_ND.new_zeros(())
 
 
@@ -134,8 +136,10 @@ class TopTokens(nn.Module):
         output = self.model.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
         operand_VD = float32_operand(self.model.lm_head.weight)
         parts = [
-            torch.log_softmax(float32_product(rows_ND, operand_VD), -1).topk(self._num_tokens, -1)
-            for rows_ND in output.last_hidden_state.flatten(0, 1).split(64)  # logits of so many tokens at once
+            torch.log_softmax(capped(float32_product(rows_ND, operand_VD), self.model.cap), -1).topk(
+                self._num_tokens, -1
+            )
+            for rows_ND in self.model.divided(output.last_hidden_state).flatten(0, 1).split(64)  # tokens at once
         ]
         logp_NK, ids_NK = (torch.cat(each) for each in zip(*parts, strict=True))
         return {"ids_NK": ids_NK.int(), "log_probabilities_NK": logp_NK}

@@ -352,6 +352,11 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits that stay below `cap` (Gemma 2), or as they are."""
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 class PuzzlePreTrainedModel(PreTrainedModel):
     config_class = PuzzleConfig
     base_model_prefix = "model"
@@ -505,21 +510,25 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         return self.model.embed(tokens_BT)
 
     def final_norm(self, hidden_BTD: Tensor) -> Tensor:
-        """What enters the head, from what leaves the last layer."""
-        return self.model.norm(hidden_BTD)
+        """What enters the head, from what leaves the last layer; its products are the logits, but for `cap`."""
+        return self.divided(self.model.norm(hidden_BTD))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits from what leaves the last layer, [B, T, V]."""
-        return self.scaled(self.lm_head(self.final_norm(hidden_BTD)))
+        return self._of_head(self.lm_head(self.model.norm(hidden_BTD)))
 
-    def scaled(self, logits: Tensor) -> Tensor:
-        """The family's logits from the head's products: divided, multiplied or capped, as its configuration says."""
-        family = family_config(self.config)
-        if (divisor := getattr(family, "logits_scaling", 1)) != 1:
-            logits = logits / divisor
-        if cap := getattr(family, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+    @property
+    def cap(self) -> float | None:
+        """What the family bounds logits by (`capped`)."""
+        return getattr(family_config(self.config), "final_logit_softcapping", None)
+
+    def divided(self, values: Tensor) -> Tensor:
+        """By the family's divisor of logits, if it has one."""
+        divisor: float = getattr(family_config(self.config), "logits_scaling", 1)
+        return values if divisor == 1 else values / divisor
+
+    def _of_head(self, products: Tensor) -> Tensor:
+        return capped(self.divided(products), self.cap)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -536,7 +545,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
         arguments = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         outputs = self.model(*arguments, **kwargs | {"return_dict": True})
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.scaled(self.lm_head(outputs.last_hidden_state[:, kept, :]))
+        logits_BTV = self._of_head(self.lm_head(outputs.last_hidden_state[:, kept, :]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
