@@ -1,13 +1,17 @@
 """The one training loop against an independent plain one, weight by weight; cut off anywhere; parts that diverge."""
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from puzzle.distributed import state
 from puzzle.distributed.state import SaveTimer, TrainingState, saved_names
 from puzzle.errors import PuzzleError
 from puzzle.runs import Progress
@@ -173,6 +177,45 @@ def test_of_a_saved_state_a_part_can_go_on_alone(tmp_path: Path) -> None:
     others, own = parameters("matrix", "unknown")
     assert TrainingState(tmp_path, others, [own]).restore() == 0
     assert not own.state
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are written while the training goes on, as on a GPU."""
+    copies = DefaultStager(StagingOptions(*[False] * 4))
+    monkeypatch.setattr("puzzle.distributed.state.stager", lambda device: copies)
+
+
+def test_what_is_saved_beside_a_training_is_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: None
+) -> None:
+    writer, written = state.write_json, threading.Event()
+
+    def slow(path: Path, names: list[str]) -> None:
+        written.wait(60)
+        writer(path, names)
+
+    monkeypatch.setattr("puzzle.distributed.state.write_json", slow)
+    parameters = {"weight": nn.Parameter(torch.ones(3))}
+    with TrainingState(tmp_path, parameters, []) as saved:
+        for step in (7, 8):
+            saved.save(step)  # of step 8 after step 7 is written
+            with torch.no_grad():
+                parameters["weight"].add_(1)
+            if step == 7:
+                assert not saved.timer.due()
+                assert not saved_names(tmp_path)
+                written.set()
+    assert [path.name for path in tmp_path.iterdir()] == ["training000008"]
+    assert TrainingState(tmp_path, parameters, []).restore() == 8
+    assert parameters["weight"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_state_that_cannot_be_written_ends_the_training(tmp_path: Path, beside: None) -> None:
+    (tmp_path / "training000007").write_text("in the way")
+    saved = TrainingState(tmp_path, {"weight": nn.Parameter(torch.ones(3))}, [])
+    with pytest.raises(CheckpointException, match="File exists"), saved:
+        saved.save(7)
 
 
 def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
 """Everything that depends on the device that computes: nobody else asks what kind of device it is.
 
-float32 stays float32, since laws compare bits; bfloat16, `precision` in the recipe, is the fast way. Nothing
-is compiled yet: once a measurement says what `torch.compile` of GKD's layers brings on a GPU, it is decided here. The
-attention kernel is SDPA's choice, made in `modeling`.
+float32 stays float32, since laws compare bits; bfloat16, `precision` in the recipe, is the fast way. Only elementwise
+functions are compiled, and only on a GPU. The attention kernel is SDPA's choice, made in `modeling`.
 """
 
+import functools
 import gc
 import os
 import platform
@@ -14,13 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from puzzle.errors import PuzzleError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.staging import DefaultStager
 
 _GPU_SHARE, _CPU_SHARE = 0.8, 0.5
 """Of free memory, for weights and training states. A GPU is ours alone: what is left over holds a batch's activations
@@ -72,6 +76,21 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype in which a product with this tensor is computed: autocast's, or its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, as one kernel where its first tensor is on a GPU with a compiler; not if TORCHDYNAMO_DISABLE=1."""
+
+    @functools.cache
+    def fused() -> Callable[..., torch.Tensor]:
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return torch.compile(function) if compiler and find_spec("triton") else function
+
+    @functools.wraps(function)
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return (fused() if is_gpu(tensors[0].device) else function)(*tensors)
+
+    return call
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -167,6 +186,14 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def stager(device: torch.device) -> "DefaultStager | None":
+    """Copies what is on a GPU into pinned memory, from which a thread can write while work goes on; none for a CPU."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # half a second
+
+    options = StagingOptions(use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False)
+    return DefaultStager(options) if is_gpu(device) else None
 
 
 def free_share(device: torch.device) -> float:

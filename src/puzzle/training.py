@@ -107,7 +107,7 @@ def train(
         hold_out(0)
     skips = most_skips = torch.zeros(len(parts), device=next(iter(trained.values())).device)
     looked, next_look, looked_at = first, first + 1, time.monotonic()
-    with _stop_signals() as stop:
+    with state, _stop_signals() as stop:
         for step in range(first, steps):
             shown, rate = gradients(step), schedule(step, steps=steps, warmup=warmup)
             # Steps in a row without a finite gradient: now, and the most so far. Nothing here waits for the device.
@@ -125,6 +125,7 @@ def train(
                 if asked or due:
                     state.save(done)
                 if asked:
+                    state.wait()
                     raise KeyboardInterrupt
                 if min(seen[len(shown) :]) >= _MAX_SKIPS:
                     break

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import pico_puzzle, random_tokens
+from tests.conftest import Waits, pico_puzzle, random_tokens
 
 from puzzle.data import TokenData
 from puzzle.distill.gkd import Batches
+from puzzle.distill.teacher import Batch
 from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError
+from puzzle.modeling import PuzzleMasks
 from puzzle.recipe import DistilSettings
 from puzzle.runs import Run
 
@@ -31,13 +33,23 @@ def batches(pico_run: Run, pico_data: TokenData) -> Open:
     return make
 
 
+def assert_together(parts: list[Batch], whole: Batch) -> None:
+    """The parts are the whole; positions are not given where every sequence is of one document."""
+    for name in ("tokens_BT", "targets_BT"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    positions = [
+        torch.arange(32).expand_as(part.tokens_BT) if part.positions_BT is None else part.positions_BT
+        for part in [*parts, whole]
+    ]
+    assert torch.equal(torch.cat(positions[:-1]), positions[-1])
+
+
 def test_parts_of_a_step_read_what_the_step_reads(batches: Open, pico_run: Run, pico_data: TokenData) -> None:
     whole, parts = batches(), batches(accumulate=2)
     assert whole.steps == parts.steps == 10
     for step in (0, 9):
         (expected,), found = list(whole.training(step)), list(parts.training(step))
-        for name in ("tokens_BT", "targets_BT", "positions_BT"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in found]), getattr(expected, name))
+        assert_together(found, expected)
         assert torch.equal(expected.tokens_BT, pico_data.training_batch(step, 4, pico_run.recipe.seed)[:, :-1])
     assert len({batch.name for batch in parts}) == len(list(parts)) == 20 + len(list(parts.validation()))
 
@@ -54,10 +66,15 @@ def test_documents_see_nothing_of_each_other() -> None:
     tokens_BT = random_tokens(2, 24)
     positions_BT = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
     with torch.no_grad():
+        masks = PuzzleMasks(model.config, torch.empty(2, 24, 32), None, positions_BT, None, packed=True)
         packed = model(tokens_BT, position_ids=positions_BT, use_cache=False).logits
+        with Waits() as waits:
+            known = model(tokens_BT, masks, positions_BT, use_cache=False).logits
         first = model(tokens_BT[:, :10], use_cache=False).logits
         second = model(tokens_BT[:, 10:], use_cache=False).logits
     torch.testing.assert_close(packed, torch.cat([first, second], 1))
+    assert torch.equal(known, packed)
+    assert not waits.count
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -68,8 +85,7 @@ def test_shares_are_all_of_a_batch_and_an_empty_one_counts_nothing(size: int, ba
     for whole, *shares in zip(batches(**asked), *own, strict=True):
         counted = [share for share in shares if share.counted]
         assert [share.first for share in counted] == list(range(0, len(whole.tokens_BT), len(counted[0].tokens_BT)))
-        for name in ("tokens_BT", "targets_BT", "positions_BT"):
-            assert torch.equal(torch.cat([getattr(share, name) for share in counted]), getattr(whole, name))
+        assert_together(counted, whole)
         assert {share.name for share in shares} == {whole.name}
         assert sum(share.num_tokens for share in shares) == whole.num_tokens
         assert all(len(share.tokens_BT) and share.first < len(whole.tokens_BT) for share in shares)

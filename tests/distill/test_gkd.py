@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import Waits
 from tests.library.conftest import CutData, Killed
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
@@ -164,3 +165,14 @@ def test_where_and_how_it_is_executed_changes_no_address(distilled: Distil) -> N
 def test_settings_that_do_not_fit_together_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         DistilSettings.model_validate(settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"documents": False}], ids=str)
+def test_training_does_not_wait_for_the_device_every_step(settings: dict[str, Any], distilled: Distil) -> None:
+    """Both trainings have as many held-out points."""
+    counts = []
+    for steps in (80, 160):
+        with Waits() as waits:
+            distilled(str(steps), tokens=steps * 2 * 32, batch_size=2, validation_tokens=64, **settings)
+        counts.append(waits.count)
+    assert counts[1] - counts[0] <= (160 - 80) // 4

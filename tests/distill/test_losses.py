@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, linear, log_softmax
 
+from puzzle.distill import losses
 from puzzle.distill.losses import KL, cosine_loss, head_losses, kl_to_head, kl_to_top_tokens
 
 HIDDEN = 6
@@ -149,3 +150,22 @@ def test_cosine_ignores_scale_and_is_zero_for_the_same_direction() -> None:
     assert float(cosine_loss(3 * hidden_BTD, hidden_BTD.bfloat16())) < 1e-4
     assert float(cosine_loss(3 * hidden_BTD, hidden_BTD)) == pytest.approx(0.0, abs=1e-6)
     assert float(cosine_loss(-hidden_BTD, hidden_BTD)) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_cosine_as_a_compiler_sees_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whole graphs, without a question to the device; in bfloat16 to the rounding of what is compared."""
+    generator = torch.Generator().manual_seed(0)
+    child_BTD, parent_BTD = torch.randn(2, 2, 5, 64, generator=generator, dtype=torch.float64).unbind()
+    plain_BTD = child_BTD.clone().requires_grad_()
+    expected = 1 - cosine_similarity(plain_BTD, parent_BTD, -1).mean()
+    (gradient_BTD,) = torch.autograd.grad(expected, plain_BTD)
+    for name in ("_distance", "_gradient"):
+        function = getattr(losses, name).__wrapped__
+        monkeypatch.setattr(losses, name, torch.compile(function, backend="aot_eager", fullgraph=True))
+    for dtype, error in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        own_BTD = child_BTD.to(dtype).requires_grad_()
+        found = cosine_loss(own_BTD, parent_BTD.to(dtype))
+        (own_gradient_BTD,) = torch.autograd.grad(found, own_BTD)
+        assert own_gradient_BTD.dtype == dtype
+        assert found.item() == pytest.approx(expected.item(), rel=error)
+        assert float((own_gradient_BTD - gradient_BTD).norm() / gradient_BTD.norm()) < error

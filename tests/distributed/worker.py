@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from puzzle.child import realise
 from puzzle.distill import distil, distillation_curve, gkd
+from puzzle.distributed import state
 from puzzle.distributed.group import end
-from puzzle.distributed.state import SaveTimer
 from puzzle.distributed.tasks import open_together
 from puzzle.errors import PuzzleError
 from puzzle.pipeline import Pipeline
@@ -52,7 +53,8 @@ def disturb(run: Run, dies: int, stops: int) -> None:
         return gradients(run, model, batches, step)
 
     gkd._gradients = disturbed
-    SaveTimer.due = lambda timer: True  # type: ignore[method-assign]
+    state.SaveTimer.due = lambda timer: True  # type: ignore[method-assign]
+    state.stager = lambda device: DefaultStager(StagingOptions(*[False] * 4))  # type: ignore[attr-defined]
     sys.modules["puzzle.training"].steps_between_looks = lambda seconds: 1  # type: ignore[attr-defined]
     Pipeline(run).child  # noqa: B018
 

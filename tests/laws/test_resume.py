@@ -16,16 +16,18 @@ from puzzle.library import Library
 from puzzle.pipeline import run_stage
 from puzzle.runs import Run, open_run
 
-# State is saved after every step, so that a kill can fall between any two.
+# State is saved after every step, so that a kill can fall between any two; in a thread, as beside a GPU.
 RUN_TO_THE_END = """
 import sys
 from pathlib import Path
 import torch
 import puzzle.distributed.state
 import puzzle.training
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 torch.set_num_threads(1)
 puzzle.training.steps_between_looks = lambda seconds: 1
 puzzle.distributed.state.SaveTimer.due = lambda timer: True
+puzzle.distributed.state.stager = lambda device: DefaultStager(StagingOptions(*[False] * 4))
 from puzzle.pipeline import run_stage
 from puzzle.runs import open_run
 with open_run(Path(sys.argv[1])) as run:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-from puzzle.device import float32_operand, float32_product, full_precision, logits_at_once, product_dtype
+from puzzle.device import compiled, float32_operand, float32_product, full_precision, logits_at_once, product_dtype
 from puzzle.modeling import capped
 
 _MIN_CHUNK_TOKENS = 48
@@ -152,18 +152,28 @@ class _Cosine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
         ctx.save_for_backward(child_BTD, parent_BTD)
-        child_unit, parent_unit, _ = _units(child_BTD, parent_BTD)
-        # Half the squared distance of unit vectors: 1 - cosine without the cancellation.
-        return (child_unit - parent_unit).square().sum(-1).mean() / 2
+        return _distance(child_BTD.detach(), parent_BTD)  # a compiler warns of the history that a tensor has
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
-        child_BTD, parent_BTD = ctx.saved_tensors
-        child_unit, parent_unit, norm_BT1 = _units(child_BTD, parent_BTD)
-        cosine_BT1 = (child_unit * parent_unit).sum(-1, keepdim=True)
-        gradient_BTD = (cosine_BT1 * child_unit - parent_unit) / norm_BT1
-        return (gradient_BTD * (scale / norm_BT1.numel())).to(child_BTD.dtype), None
+        return _gradient(*(saved.detach() for saved in ctx.saved_tensors), scale), None
+
+
+@compiled
+def _distance(child_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
+    child_unit, parent_unit, _ = _units(child_BTD, parent_BTD)
+    # Half the squared distance of unit vectors: 1 - cosine without the cancellation.
+    return (child_unit - parent_unit).square().sum(-1).mean() / 2
+
+
+@compiled
+def _gradient(child_BTD: Tensor, parent_BTD: Tensor, scale: Tensor) -> Tensor:
+    """Of the distance to the child's hidden states."""
+    child_unit, parent_unit, norm_BT1 = _units(child_BTD, parent_BTD)
+    cosine_BT1 = (child_unit * parent_unit).sum(-1, keepdim=True)
+    gradient_BTD = (cosine_BT1 * child_unit - parent_unit) / norm_BT1
+    return (gradient_BTD * (scale / norm_BT1.numel())).to(child_BTD.dtype)
 
 
 def _units(child_BTD: Tensor, parent_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from puzzle.device import autocast, float32_operand, float32_product
 from puzzle.distill.losses import KL, cosine_loss, head_losses, kl_to_head, kl_to_top_tokens
 from puzzle.distributed.group import Group
-from puzzle.modeling import PuzzleForCausalLM, capped
+from puzzle.modeling import PuzzleForCausalLM, PuzzleMasks, capped
 from puzzle.recipe import DistilSettings
 from puzzle.runs import progress, read_tensors, write_tensors
 
@@ -29,7 +29,7 @@ class Batch:
     tokens_BT: Tensor
     targets_BT: Tensor
     positions_BT: Tensor | None
-    """In its own document, where documents are kept apart: models attend within stretches of rising positions."""
+    """In its own document, where a sequence has several that are kept apart; None where it has none or one."""
     first: int = 0
     """Where its sequences begin in the whole batch."""
     counted: int = 1
@@ -39,6 +39,14 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that count in means."""
         return self.counted * self.tokens_BT.numel()
+
+
+def _masks(model: PuzzleForCausalLM, batch: Batch) -> PuzzleMasks | None:
+    """Within documents, for all models alike; nothing is read back from the device."""
+    if batch.positions_BT is None:
+        return None
+    as_hidden_BT1 = batch.positions_BT.unsqueeze(-1).to(model.lm_head.weight.dtype)
+    return PuzzleMasks(model.config, as_hidden_BT1, None, batch.positions_BT, None, packed=True)
 
 
 class Losses(NamedTuple):
@@ -94,11 +102,12 @@ class Distillation(nn.Module):
         """
         student, teacher = self.student, self.teacher
         assert teacher is not None
+        where: Any = {"attention_mask": _masks(teacher, batch), "position_ids": batch.positions_BT}
         with torch.no_grad():
             parent_BTD = teacher.embed(batch.tokens_BT)
-            parent_context = teacher.model.context(parent_BTD, position_ids=batch.positions_BT)
-        child_BTD = student.embed(batch.tokens_BT)
-        context = student.model.context(child_BTD, position_ids=batch.positions_BT)
+            parent_context = teacher.model.context(parent_BTD, **where)
+        child_BTD = student.embed(batch.tokens_BT).to(self._precision)
+        context = student.model.context(child_BTD, **where)
         cosines = []
         layers: Any = zip(teacher.model.layers, student.model.layers, strict=True)
         for parent_layer, layer in layers:
@@ -120,7 +129,8 @@ class Distillation(nn.Module):
         device, rows = batch.tokens_BT.device, slice(first, first + batch.tokens_BT.numel())
         tensors = read_tensors(self._cache / f"{batch.name}.safetensors")
         ids_NK, logp_NK = (tensors[name][rows].to(device) for name in ("ids_NK", "log_probabilities_NK"))
-        output = self.student.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        masks = _masks(self.student, batch)
+        output = self.student.model(batch.tokens_BT, masks, batch.positions_BT, use_cache=False)
         hidden_ND = self.student.divided(output.last_hidden_state).flatten(0, 1)
         return hidden_ND, kl_to_top_tokens(ids_NK.long(), logp_NK), hidden_ND.new_zeros(())
 
@@ -133,7 +143,7 @@ class TopTokens(nn.Module):
         self.model, self._num_tokens = model, min(num_tokens, model.config.vocab_size)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        output = self.model.model(batch.tokens_BT, position_ids=batch.positions_BT, use_cache=False)
+        output = self.model.model(batch.tokens_BT, _masks(self.model, batch), batch.positions_BT, use_cache=False)
         operand_VD = float32_operand(self.model.lm_head.weight)
         parts = [
             torch.log_softmax(capped(float32_product(rows_ND, operand_VD), self.model.cap), -1).topk(

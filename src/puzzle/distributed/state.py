@@ -8,15 +8,19 @@ FOLDER/training000320/*.safetensors    parameters, moments and step counters aft
 Written by `torch.distributed.checkpoint` as safetensors, so that nothing is ever unpickled.
 """
 
+import math
 import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from puzzle.device import mesh_type
+from puzzle.device import mesh_type, stager
 from puzzle.distributed.group import Group
 from puzzle.errors import PuzzleError, one_line
 from puzzle.runs import read_json, write_json
@@ -95,14 +99,16 @@ class SaveTimer:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Around each save."""
-        began = time.monotonic()
+        began, self._last = time.monotonic(), math.inf
         yield
         self._last = time.monotonic()
         self._save_seconds = self._last - began
 
 
 class TrainingState:
-    """Parameters, optimizer moments and the number of steps done.
+    """Parameters, optimizer moments and the number of steps done; leaving its context waits for what is being written.
+
+    On a GPU a training waits for copies in pinned memory, which a thread writes. On a CPU that would gain nothing.
 
     Args:
         parameters: all that is saved, whether an optimizer has it or not; shares of tensors, or whole ones that are the
@@ -113,6 +119,21 @@ class TrainingState:
         self._folder, self._parameters, self._optimizers = folder, parameters, optimizers
         self._group = Group.current()
         self.timer = SaveTimer(3 * sum(value.nbytes for value in parameters.values()))  # with two moments
+        self._stager = stager(next(iter(parameters.values())).device)
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        # Collectives of the thread must not meet those of the training.
+        self._processes = dist.new_group(backend="gloo") if self._group.size > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._writer.shutdown()
+        if kind is None:  # after an error the others may be in another collective
+            self.wait()
+        if self._processes is not None:
+            dist.destroy_process_group(self._processes)
 
     def restore(self) -> int:
         """Load the newest saved state, if it has all of these parameters; returns the number of steps done, or 0.
@@ -142,13 +163,28 @@ class TrainingState:
         return int(path.name.removeprefix("training"))
 
     def save(self, steps: int) -> None:
-        """Write it; all processes call this together, and one state is on disk at any time."""
+        """Write it; all processes call this together, and one state that is whole is on disk at any time."""
+        self.wait()
         path, tensors = self._folder / f"training{steps:06d}", self._tensors()
         self._group.first(partial(shutil.rmtree, path, ignore_errors=True))  # of an attempt that was killed
+        staged = self._stager.stage(tensors) if self._stager else tensors
+        self._writing = self._writer.submit(self._write, path, staged)
+        if self._stager is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what `save` began is on disk, in all processes."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._group.first(writing.result)
+
+    def _write(self, path: Path, tensors: Any) -> None:
         with self.timer.saving():
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True))
-            self._group.first(lambda: write_json(path / _NAMES, list(tensors)))
-        self._group.first(lambda: remove_states(self._folder, keep=path))
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+            save(tensors, storage_writer=writer, process_group=self._processes)
+            if self._group.leads:
+                write_json(path / _NAMES, list(tensors))
+                remove_states(self._folder, keep=path)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"parameter.{name}": parameter.detach() for name, parameter in self._parameters.items()}

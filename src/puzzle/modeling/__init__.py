@@ -23,6 +23,7 @@ from puzzle.modeling.modeling_puzzle import MODULES as MODULES
 from puzzle.modeling.modeling_puzzle import OWN_NORMS as OWN_NORMS
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
 from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
+from puzzle.modeling.modeling_puzzle import PuzzleMasks as PuzzleMasks
 from puzzle.modeling.modeling_puzzle import PuzzleModel as _PuzzleModel
 from puzzle.modeling.modeling_puzzle import capped as capped
 from puzzle.modeling.modeling_puzzle import family_config as family_config

@@ -190,6 +190,7 @@ class PuzzleMasks:
     Args:
         attention_mask: of padding, [B, tokens seen and T]; or masks made before: one for every layer, [B, 1, T, keys],
             or the `made` of another.
+        packed: whether positions start anew within a sequence, where documents do; otherwise the device is asked.
     """
 
     def __init__(
@@ -199,11 +200,12 @@ class PuzzleMasks:
         attention_mask: Tensor | dict[str, Any] | None,
         position_ids: Tensor | None,
         cache: Cache | None,
+        packed: bool = False,
     ) -> None:
         self.made: dict[str, Any] = attention_mask if isinstance(attention_mask, dict) else {}
         """By `_mask_name`."""
         self._config, self._cache, self._tokens = config, cache, hidden_BTD.shape[1]
-        self._padding = None if isinstance(attention_mask, dict) else attention_mask
+        self._padding, self._packed = None if isinstance(attention_mask, dict) else attention_mask, packed
         self._arguments: dict[str, Any] = {
             "inputs_embeds": hidden_BTD,
             "past_key_values": cache,
@@ -215,10 +217,10 @@ class PuzzleMasks:
         name = _mask_name(window, sinks)
         if name in self.made:
             return self.made[name]
-        if window is None:
+        if self._packed or (window and sinks and (self._padding is None or self._padding.ndim == 2)):
+            mask = self._make(window, sinks, cache_index)
+        elif window is None:
             mask = create_causal_mask(config=self._config, attention_mask=self._padding, **self._arguments)
-        elif sinks and (self._padding is None or self._padding.ndim == 2):
-            mask = self._make_with_sinks(window, sinks, cache_index)
         else:
             arguments = {"attention_mask": self._padding, "layer_idx": cache_index, **self._arguments}
             config = LayerConfig(self._config, self._config, sliding_window=window)
@@ -226,7 +228,7 @@ class PuzzleMasks:
         self.made[name] = mask
         return mask
 
-    def _make_with_sinks(self, window: int, sinks: int, cache_index: int) -> Any:
+    def _make(self, window: int | None, sinks: int, cache_index: int) -> Any:
         """The mask over the keys that there are, of which some between sinks and window may have been dropped."""
         if (found := self._config._attn_implementation) not in ("eager", "sdpa", "flex_attention"):
             use = "use sdpa, eager or flex_attention, or variants without sinks"
@@ -251,7 +253,7 @@ class PuzzleMasks:
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             token = key + dropped
-            near = (token <= query) & (token > query - window)
+            near = token <= query if window is None else (token <= query) & (token > query - window)
             if not packed:
                 return (key < sinks) | near
             own = documents_BT[batch, key] == documents_BT[batch, query]
@@ -261,7 +263,7 @@ class PuzzleMasks:
             config=self._config,
             attention_mask=padding,
             # What follows from the order of tokens alone, also if some were dropped, needs no mask to be built.
-            and_mask_function=None if keys <= window + sinks and not packed else visible,
+            and_mask_function=visible if packed or (window and keys > window + sinks) else None,
             layer_idx=cache_index,
             **arguments,
         )
@@ -418,16 +420,18 @@ class PuzzleModel(PuzzlePreTrainedModel):
         self,
         hidden_BTD: Tensor,
         *,
-        attention_mask: Tensor | dict[str, Any] | None = None,
+        attention_mask: Tensor | dict[str, Any] | PuzzleMasks | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> dict[str, Any]:
-        """What every layer is called with beside the hidden states: masks (see `PuzzleMasks`), positions, cache.
+        """What every layer is called with beside the hidden states: masks, positions, cache.
 
         Without positions, padding and cache nothing is read back from the device. With positions it is asked whether
-        they start anew within a sequence (packed documents), which needs a mask.
+        they start anew within a sequence (packed documents), which needs a mask, unless `PuzzleMasks` know it.
         """
-        masks = PuzzleMasks(self.config, hidden_BTD, attention_mask, position_ids, past_key_values)
+        masks = attention_mask
+        if not isinstance(masks, PuzzleMasks):
+            masks = PuzzleMasks(self.config, hidden_BTD, masks, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
@@ -448,7 +452,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | PuzzleMasks | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -534,7 +538,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | PuzzleMasks | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
