@@ -1,9 +1,9 @@
 """The stages in a run folder: the search until its solution meets the target as measured, and its pool as wholes.
 
 A target asked for is a target met: the solution is timed on the engine before anything of it is built. Predictions have
-errors of a few percent (docs/numbers.md). Where one is off by more than can be noise, the cost table is fitted to the
-measurement and searched again; where the child falls short although its prediction was right, the margin is widened by
-as much.
+errors of a few percent (docs/numbers.md). Where the child falls short by more than noise, or is faster than it need be,
+it is searched again: with a cost table fitted to the measurement if the prediction was off, and otherwise with a margin
+that is wider by as much.
 """
 
 import math
@@ -109,7 +109,7 @@ class Met(NamedTuple):
 
 
 def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
-    """Search, and again until the solution meets the target as measured, in all scenarios.
+    """Search, and again until the solution meets the target as far as can be measured, in all scenarios.
 
     If no search gets there, the last solution stands, with a warning.
     """
@@ -120,16 +120,17 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
         known = list(timings.values())
         history += [timings[0]] if 0 in timings else []
         missing = max((timing.missing for timing in known), default=0.0)
+        over = max((timing.utilisation - 1 for timing in known), default=0.0)
+        short = any(timing.short for timing in known)
         errors = [(time.error, time.uncertainty) for timing in known for time in timing.times]
         right = all(error <= max(_RIGHT, uncertainty) for error, uncertainty in errors)
         value = tables.objective.minimised
-        if missing == 0 and (met is None or value(solution) < value(met[0])):
-            met = solution, tables
+        if not short and (met is None or value(solution) < value(met[0])):
+            met = solution, tables, over
         margin = tables.settings.margin
         # The child takes all that the target allows, but for margin and noise: a fit would find nothing better.
         tight = any(each.utilisation * (1 + margin + max(_RIGHT, each.uncertainty)) >= 1 for each in known)
-        unclear = any(each.missing > 0 and each.uncertainty > BUSY and not each.clear for each in known)
-        if left == 0 or unclear or (missing == 0 and (right or tight)):
+        if left == 0 or (not short and (right or tight or tables is not first)):
             break
         run.log(
             f"measured to {max(each.uncertainty for each in known):.1%}, this is {missing:.1%} short of the target, "
@@ -150,22 +151,22 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
         except PuzzleError as error:
             run.log_warning(f"nothing has so much room ({error}); a solution above stands")
             break
-        if missing == 0 and again.blocks == solution.blocks:
+        if not short and again.blocks == solution.blocks:
             break
         solution, tables = again, changed
-    if met is None:
-        run.log_warning(f"the target is still missed by {missing:.1%} as measured; raise search.margin")
-        met = solution, tables
-    return Met(*met, tuple(history))
+    solution, tables, over = met or (solution, tables, over)
+    if over > 0:
+        run.log_warning(f"the target is still missed by {over:.1%} as measured; raise search.margin")
+    return Met(solution, tables, tuple(history))
 
 
 def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solution]) -> Solution:
-    """The first of the solutions that meets the target as measured; the last one, timed before, if no other does."""
+    """The first of the solutions that is not short of the target; the last one, timed before, if no other is not."""
     for solution in solutions[:-1][:_CANDIDATES]:
         timings = _timings(run, parent, tables, solution)
-        missing = max((timing.missing for timing in timings.values()), default=0.0)
-        if missing == 0:
+        if not any(timing.short for timing in timings.values()):
             return solution
+        missing = max(timing.missing for timing in timings.values())
         run.log(f"measured, a better architecture is {missing:.1%} short of the target; taking the next one")
     return solutions[-1]
 

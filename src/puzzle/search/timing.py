@@ -23,7 +23,7 @@ RESERVE = 0.01
 _MOST_RESERVE = 0.02
 """Where times scatter the reserve is what they are uncertain by, but no more: a margin does not help against noise."""
 BUSY = 0.05
-"""Uncertainty above which the machine is too busy for a decision."""
+"""Uncertainty above which the machine is said to be too busy."""
 
 
 class Timed(NamedTuple):
@@ -75,6 +75,11 @@ class Timing:
     def missing(self) -> float:
         """Share by which the target is missed, reserve included; 0 if it is met."""
         return max(0.0, self.utilisation * (1 + min(max(RESERVE, self.uncertainty), _MOST_RESERVE)) - 1)
+
+    @property
+    def short(self) -> bool:
+        """Whether the target is missed by more than noise: only then is another architecture looked for."""
+        return self.missing > self.uncertainty
 
     @property
     def clear(self) -> bool:
