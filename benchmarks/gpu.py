@@ -33,6 +33,7 @@ from puzzle.costs.table import cost_rows, stacks_of
 from puzzle.costs.timing import Samples, measure_in_turns
 from puzzle.costs.torch_engine import fixed_step
 from puzzle.distill.teacher import Batch, Distillation
+from puzzle.distributed.state import TrainingState
 from puzzle.metrics import compare
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
 from puzzle.recipe import DistilSettings, ScenarioSettings
@@ -157,7 +158,7 @@ def predictions(device: torch.device, size: str) -> Lines:
 
 
 def gkd(device: torch.device, size: str) -> Lines:
-    """Steps of GKD: cosine and KL, forward of both models and backward of the child."""
+    """Steps of GKD: cosine and KL, forward of both models and backward of the child; and what a save makes it wait."""
     config, (sequences, length) = shape(size, "1B"), TOKENS[size]
     blocks = [f"kv{config.num_key_value_heads // 2}+w{config.intermediate_size // 2}"] * config.num_layers
     child_config = Architecture.parse(blocks).configure(config)
@@ -167,10 +168,11 @@ def gkd(device: torch.device, size: str) -> Lines:
     model = Distillation(student, teacher, None, DistilSettings(), torch.bfloat16)
     optimizer = adamw(student.parameters(), 1e-4)
     tokens_BT = torch.randint(config.vocab_size, (sequences, length + 1), device=device)
-    batch = Batch("", tokens_BT[:, :-1], tokens_BT[:, 1:], None)
+    half_T = torch.arange(length // 2, device=device)
+    halves_BT = torch.cat([half_T, half_T]).expand(sequences, -1)
 
-    def step() -> None:
-        model(batch).total.backward()
+    def step(positions_BT: torch.Tensor | None = None) -> None:
+        model(Batch("", tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -185,6 +187,21 @@ def gkd(device: torch.device, size: str) -> Lines:
     yield "GKD: TFLOP/s", f"{tokens * (forwards[0] + 3 * forwards[1]) / seconds / 1e12:.1f}"
     if device.type == "cuda":
         yield "GKD: peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    yield "GKD: a step of two documents a sequence", f"{1e3 * timed(device, lambda: step(halves_BT)):.0f} ms"
+    with tempfile.TemporaryDirectory() as folder:
+        with TrainingState(Path(folder), dict(student.named_parameters()), [optimizer]) as state:
+            waited = []
+            for number in range(2):  # the first pins memory
+                state.wait()
+                began = time.perf_counter()
+                state.save(number)
+                waited.append(time.perf_counter() - began)
+        written = time.perf_counter() - began
+        size_gb = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors")) / 1e9
+    yield (
+        f"saving {size_gb:.1f} GB: waited at first, then; until written",
+        (f"{waited[0]:.2f} s, {waited[1]:.2f} s; {written:.2f} s"),
+    )
 
 
 @torch.no_grad()
@@ -227,11 +244,12 @@ def stages(device: torch.device, size: str) -> Lines:
     ).model_copy(update={"precision": "bfloat16"})
     with opened(folder / "run", chosen) as method:
         _, variants = method.statistics, len(method.library.index.rows)
-        blocks = len(method.scores.rows)
+        blocks, floor = len(method.scores.rows), method.scores.noise
         seconds = method.run.seconds()
     yield "calibration: tokens/s", f"{chosen.calibration.tokens / seconds['calibrate']:,.0f}"
     yield f"BLD of {variants} variants: tokens/s", f"{library / seconds['library']:,.0f}"
     yield f"scores of {blocks} blocks on {score} tokens", f"{seconds['score']:.0f} s"
+    yield "noise floor of these scores", f"{floor:.1e} nats"
 
 
 def shape(size: str, name: str) -> PuzzleConfig:
