@@ -131,6 +131,32 @@ def write_pico_text(path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
+TASK_CHOICES = [" one two three.", " three two.", " zero nine."]
+_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+
+
+def write_task(folder: Path, name: str, **changed: Any) -> Path:
+    """Ten questions of three choices, of lm-eval in a yaml file that names its data relative to itself."""
+    rows = [{"query": f"zero one {number}", "choices": TASK_CHOICES, "gold": number % 3} for number in range(10)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": _METRICS,
+        "metadata": {"version": 1},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(task | changed))  # JSON is YAML
+    return path
+
+
 @pytest.fixture(scope="session")
 def pico_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A whole recipe that takes seconds."""

@@ -43,6 +43,7 @@ class Pipeline:
         self.error: BaseException | None = None
 
     exported = Path("out/child")
+    rows: dict[str, dict[str, float]] = {}
 
     @property
     def tables(self) -> Tables:

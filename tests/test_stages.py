@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.conftest import write_task
 
 from puzzle.pipeline import run_stage
 from puzzle.recipe import Recipe
@@ -66,6 +67,7 @@ def test_no_stage_reads_a_setting_that_its_address_lacks(
     """The whole method with every optional stage, once."""
     settings = pico_recipe.model_dump(mode="json", exclude_unset=True)
     settings |= {"refine": {"tokens": 512}, "correct": {"tokens": 512}, "target": {"parameters": "70%"}}
+    settings["evaluate"]["tasks"] = [str(write_task(tmp_path, "numbers"))]
     recipe = Recipe.model_validate(settings)
     create_folder(tmp_path / "run", recipe)
     commit = StageFolder.commit

@@ -4,9 +4,11 @@ Every number is defined in docs/numbers.md.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
+from statistics import fmean
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
@@ -52,6 +54,40 @@ def _built(hint: Any, value: Any) -> Any:
     if origin in (tuple, frozenset):
         return origin(_built(kinds[0], item) for item in value)
     return _built(kinds[0], value) if origin in (Union, UnionType) and value is not None else value
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model reaches in a task of lm-eval."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    chance: float | None
+    """What guessing gives; None where lower is better."""
+    questions: int
+    metrics: dict[str, tuple[float, float | None]]
+    """All of the task's, with their standard errors."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f"±{self.stderr:.3f}" if self.stderr is not None else "")
+
+    @property
+    def meaning(self) -> str:
+        guessing = "" if self.chance is None else f"; guessing gives {self.chance:.3g}"
+        return f"{self.metric} of {self.questions} questions, and its standard error{guessing}"
+
+    def kept(self, parent: "TaskScore") -> float:
+        """Of what the parent has above chance, the share that is kept; NaN if that is within two standard errors."""
+        if self.chance is None or parent.chance is None or parent.value - parent.chance <= 2 * (parent.stderr or 0.0):
+            return math.nan
+        return (self.value - self.chance) / (parent.value - parent.chance)
+
+
+def mean_kept(tasks: Mapping[str, TaskScore], parent: Mapping[str, TaskScore]) -> float:
+    """Mean of `TaskScore.kept` over the tasks in which the parent is above chance; NaN if there are none."""
+    kept = [share for name, own in parent.items() if math.isfinite(share := tasks[name].kept(own))]
+    return fmean(kept) if kept else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -193,8 +194,6 @@ def stage(arguments: argparse.Namespace) -> None:
 )
 def search(arguments: argparse.Namespace) -> None:
     """Choose the best architecture within the target (MIP), in a run folder or in a table file of any library."""
-    from dataclasses import fields
-
     from rich.console import Console, RenderableType
 
     from puzzle.query import Question, answer
@@ -223,6 +222,28 @@ def search(arguments: argparse.Namespace) -> None:
             show([solution_table(method.searched, method.tables.scores.parent_blocks)])
         else:
             show(answer(run_stage(opened, "score").tables, question))
+
+
+@_command(
+    _FOLDER,
+    _argument("--tasks", metavar="A,B", help="tasks of lm-eval as well: names, yaml files or folders of them"),
+    _ON,
+)
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Compare child and parent, in quality and speed."""
+    from puzzle.runs import open_run
+
+    with open_run(arguments.folder, arguments.on) as opened:
+        from rich.console import Console
+
+        from puzzle.pipeline import run_stage
+        from puzzle.report import final_table
+
+        rows = run_stage(opened, "evaluate").rows
+        if arguments.tasks:
+            settings = opened.recipe.evaluate.model_copy(update={"tasks": arguments.tasks.split(",")})
+            asked = replace(opened, recipe=opened.recipe.model_copy(update={"evaluate": settings}))
+            Console().print(final_table(rows, run_stage(asked, "tasks").tasks))
 
 
 @_command(

@@ -261,6 +261,11 @@ def layers_at_once(hidden_BTD: torch.Tensor) -> int:
     return max(1, 2**26 // hidden_BTD.numel()) if is_gpu(hidden_BTD.device) else 1
 
 
+def task_batch_size(device: torch.device) -> int | str:
+    """Questions of a task in a batch: on a GPU lm-eval tries what fits; on a CPU, where more brings nothing, 16."""
+    return "auto" if is_gpu(device) else 16
+
+
 def logits_at_once(device: torch.device) -> int:
     """Logits in a chunk of tokens: on a GPU 1 GiB of float32, 2048 tokens at 128k; on a CPU what stays in its cache."""
     return 2**28 if is_gpu(device) else 2**20

@@ -8,7 +8,8 @@ Every property of `Pipeline` is a stage: done when it is first asked for, read b
 settings nor its inputs have changed.
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from puzzle.artefacts import CostTable, ScoreTable, Solution
+from puzzle.artefacts import CostTable, ScoreTable, Solution, TaskScore, mean_kept
 from puzzle.checks import check_recipe, slow_precision
 from puzzle.child import Child, realise, refine
 from puzzle.costs import measure_costs
@@ -32,10 +33,11 @@ from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
 from puzzle.report import ReportData, final_table, model_card, render, table_row
-from puzzle.runs import Run, write_json, write_text
+from puzzle.runs import Run, write_text
 from puzzle.scores import score, true_scores
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
 from puzzle.stages import COMMANDS
+from puzzle.tasks import check_tasks, load_tasks, run_tasks
 from puzzle.variants import Space, derive_space, narrow_space
 
 
@@ -185,6 +187,16 @@ class Pipeline:
         return rows
 
     @cached_property
+    def tasks(self) -> dict[str, dict[str, TaskScore]]:
+        """What parent, child and uniform child reach in the tasks of `evaluate.tasks`; empty without any."""
+        if not (asked := self.run.recipe.evaluate.tasks):
+            return {}
+        models, tasks = dict[str, Parent | Child](parent=self.parent, child=self.child), load_tasks(asked)
+        if self.uniform is not None:
+            models["uniform"] = self.uniform.child
+        return {name: run_tasks(self.run, name, model, tasks) for name, model in models.items()}
+
+    @cached_property
     def exported(self) -> Path:
         """The child as a Hugging Face checkpoint."""
         return export_hf(self.run, self.child, model_card(self._report_data()))
@@ -197,10 +209,13 @@ class Pipeline:
         bounds = ", ".join(f"{name} {value}" for name, value in asked.items())
         target = f"{bounds} at batch {self.solution.batch_size} ({self.costs.scenario})"
         rows = {m: {key: v if isfinite(v) else None for key, v in row.items()} for m, row in self.rows.items()}
-        write_json(self.run.path / "summary.json", {"target": target, "rows": rows})
+        kept = {model: mean_kept(found, self.tasks["parent"]) for model, found in self.tasks.items()}
+        tasks = {model: {"kept": each if isfinite(each) else None, **self.tasks[model]} for model, each in kept.items()}
+        summary = {"target": target, "rows": rows, "tasks": tasks}
+        write_text(self.run.path / "summary.json", json.dumps(summary, indent=1, default=asdict) + "\n")
         child, path = self.exported, self.run.path / "report.html"
         write_text(path, render(self._report_data()))
-        Console().print(final_table(self.rows))
+        Console().print(final_table(self.rows, self.tasks))
         self.run.log(f"child: {child}\nreport: {path}")
         return path
 
@@ -226,6 +241,7 @@ class Pipeline:
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,
+            tasks=self.tasks,
             checks=[
                 (f"{each.model}, search {number}", each.quantity, each.predicted, each.measured)
                 for number, timing in enumerate(self.met.timings, 1)
@@ -252,6 +268,7 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
     config, device = read_config(recipe.parent), choose_device(recipe.execution.device)
     recipe = recipe.resolved("bfloat16" if devices else fast_dtype(device))
     check_recipe(recipe, config)
+    check_tasks(recipe.evaluate.tasks)
     return plan_work(recipe, config, _space(recipe, config), device, devices)
 
 
@@ -271,6 +288,8 @@ def run_stage(run: Run, name: str) -> Pipeline:
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
     check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed="cost" in reached)
+    if "tasks" in reached:
+        check_tasks(run.recipe.evaluate.tasks)
     if warning := slow_precision(run.recipe, run.device):
         run.log_warning(warning)
     getattr(pipeline, by_name[name].result)

@@ -288,6 +288,8 @@ class EvaluateSettings(Section):
     """Test tokens."""
     uniform_baseline: bool = True
     """Also build, distil and evaluate a uniform child of the same speed, for comparison: all layers alike."""
+    tasks: list[Text] = []
+    """Tasks of lm-eval for parent, child and uniform child: names, yaml files of your own or folders of them."""
 
 
 class ExecutionSettings(Section):

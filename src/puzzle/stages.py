@@ -243,6 +243,14 @@ EVALUATE = Stage(
     inputs=("parent", "model", "data"),
     work=lambda of: Work(operations=(2 * of.forward * of.recipe.evaluate.tokens * (of.children + 2),)),
 )
+TASKS = Stage(
+    name="tasks",
+    help="Run tasks of lm-eval on parent and children.",
+    result="tasks",
+    reads=("precision",),
+    inputs=("model", "task"),
+    wanted=lambda recipe: bool(recipe.evaluate.tasks),
+)
 UNIFORM = Stage(
     name="uniform",
     help="Find the uniform child that is as fast as the child.",
@@ -266,7 +274,7 @@ REPORT = Stage(name="report", help="Write the report.", result="report")
 
 STAGES = (
     *(DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
-    *(EVALUATE, UNIFORM, SPEED, EXPORT, REPORT),
+    *(EVALUATE, TASKS, UNIFORM, SPEED, EXPORT, REPORT),
 )
 """In the order of the method."""
 COMMANDS = tuple(stage for stage in STAGES if stage.result)

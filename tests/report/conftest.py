@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from puzzle.artefacts import CostRow, CostTable, Proof, Scenario, ScoreRow, ScoreTable, Solution
+from puzzle.artefacts import CostRow, CostTable, Proof, Scenario, ScoreRow, ScoreTable, Solution, TaskScore
 from puzzle.report import ReportData, table_row
 
 ATTENTION = {"kv8": 1.0, "kv2": 0.7, "linear": 0.2, "none": 0.0}
@@ -83,6 +83,14 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
                 "child_before": row(child.blocks, 0.1, 1.25),
                 "child": row(child.blocks, 0.05, 1.25),
                 "uniform": row(uniform.blocks, 0.07, 0.8),
+            },
+            "tasks": {
+                model: {
+                    "local_arc_challenge": TaskScore("acc_norm", 0.45 - lost, 0.01, 0.25, 1000, {}),
+                    "at_chance": TaskScore("acc", 0.26 - lost, 0.01, 0.25, 1000, {}),
+                    "open": TaskScore("exact_match", 2.0 - lost, 0.01, 0.2, 1000, {}),
+                }
+                for model, lost in (("parent", 0.0), ("child", 0.02), ("uniform", 0.04))
             },
             "checks": [("child, search 1", "decode_ms", 3.0, 2.0)],
             "curves": {"child": curve, "uniform": curve},

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from puzzle.report import ReportData, final_table, model_card, render
-from puzzle.report.page import METRICS, answers, result
+from puzzle.report.page import METRICS, answers, result, task_result
 from puzzle.units import format_number
 
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
@@ -93,8 +93,20 @@ def test_page_has_every_section_with_its_numbers(data: ReportData) -> None:
     assert page.text["h2"] == headings
     _, body = result(data.rows)
     assert len(body) == len(METRICS) + 3
+    head, tasks = task_result(data.tasks)
+    assert head == ["task", "parent", "child", "uniform", "child keeps", "uniform keeps"]
+    assert ["local_arc_challenge", "0.450±0.010", "0.430±0.010", "0.410±0.010", "90.0 %", "80.0 %"] in tasks
+    assert ["at_chance", "0.260±0.010", "0.240±0.010", "0.220±0.010", "-", "-"] in tasks
+    assert tasks[-1] == ["mean", "-", "-", "-", "94.4 %", "88.9 %"]
     check = ["child, search 1", "time per output token", "3.00 ms", "2.00 ms", "+50.0%"]
-    for row in [*body, check, *map(list, answers(data)), ["1-2", "kv2+w256", "kv8+w512"], ["library", "24 min 20 s"]]:
+    for row in [
+        *body,
+        *tasks,
+        check,
+        *map(list, answers(data)),
+        ["1-2", "kv2+w256", "kv8+w512"],
+        ["library", "24 min 20 s"],
+    ]:
         assert row in page.rows
     assert page.text["li"] == ["close other <programs>"]
     assert page.text["pre"] == [data.recipe_yaml]
@@ -155,10 +167,13 @@ def test_figures_show_what_was_chosen_and_what_it_was_worth(data: ReportData) ->
 
 def test_terminal_has_the_table_of_the_page_within_80_columns(data: ReportData) -> None:
     out = io.StringIO()
-    Console(file=out, width=80).print(final_table(data.rows))
+    Console(file=out, width=80).print(final_table(data.rows, data.tasks))
+    assert "…" not in out.getvalue()
     printed = [line.split() for line in out.getvalue().splitlines() if line.strip()]
     head, body = result(data.rows)
-    assert printed == [" ".join(row).split() for row in [head, *(row for row in body if len(row) > 1)]]
+    task_head, task_body = task_result(data.tasks)
+    both = [["child", "uniform"], [name.split()[-1] for name in task_head], *task_body]
+    assert printed == [" ".join(row).split() for row in [head, *(row for row in body if len(row) > 1), *both]]
 
 
 def test_a_number_that_is_not_there_is_a_dash() -> None:
@@ -193,7 +208,7 @@ def test_target_is_judged_by_what_was_measured(make_data: Make, quantity: str, b
 def test_model_card_has_the_facts(data: ReportData) -> None:
     card = model_card(data)
     assert card.startswith("---\nlibrary_name: transformers\n")
-    for line in result(data.rows)[1]:
+    for line in [*result(data.rows)[1], *task_result(data.tasks)[1]]:
         assert len(line) == 1 or f"| {' | '.join(line)} |\n" in card
     for asked, predicted, measured, verdict in answers(data):
         assert f"- {asked}; predicted {predicted}; measured {measured}: {verdict}\n" in card

@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from puzzle.artefacts import Cost, CostTable, Proof, ScoreTable, Serving, Solution, Totals
+from puzzle.artefacts import Cost, CostTable, Proof, ScoreTable, Serving, Solution, TaskScore, Totals, mean_kept
 from puzzle.quantities import COSTS, QUANTITIES
 from puzzle.report import figures
 from puzzle.units import format_bytes, format_number, format_percent, format_ratio, format_seconds
@@ -32,6 +32,8 @@ _TIMES = {"throughput_tok_s": "tok_s", "prefill_ms": "prefill_ms", "decode_ms": 
 """From the names of `Totals` to those in a model's row, after `measured_` and `predicted_`."""
 Rows = Mapping[str, Mapping[str, float]]
 """Per model (`parent`, `child_before`, `child`, `uniform`) its numbers by the keys of `METRICS`."""
+Tasks = Mapping[str, Mapping[str, TaskScore]]
+"""Per model (`parent`, `child`, `uniform`) what it reaches in every task."""
 Curve = Sequence[Mapping[str, float]]
 
 
@@ -51,6 +53,7 @@ class ReportData:
     uniform: Solution | None = None
     frontier: Sequence[Solution] = ()
     rows: Rows = field(default_factory=dict)
+    tasks: Tasks = field(default_factory=dict)
     checks: Sequence[tuple[str, str, float, float]] = ()
     """Timed before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted and measured."""
     curves: Mapping[str, Curve] = field(default_factory=dict)
@@ -124,10 +127,25 @@ def result(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return ["", *(MODELS[model] for model in models), "child / parent"], body
 
 
-def final_table(rows: Rows) -> Table:
-    """The result table for a terminal."""
+def task_result(tasks: Tasks) -> tuple[list[str], list[list[str]]]:
+    """The same of tasks: every model's score, and what children keep of what the parent has above chance."""
+    children, parent = [model for model in tasks if model != "parent"], tasks.get("parent", {})
+    body = []
+    for name, own in parent.items():
+        kept = [format_percent(tasks[model][name].kept(own)) for model in children]
+        body.append([name, *(str(scores[name]) for scores in tasks.values()), *kept])
+    means = [format_percent(mean_kept(tasks[model], parent)) for model in children]
+    body.append(["mean", *("-" for _ in tasks), *means])
+    return ["task", *(MODELS[model] for model in tasks), *(f"{MODELS[model]} keeps" for model in children)], body
+
+
+def final_table(rows: Rows, tasks: Tasks) -> RenderableType:
+    """The result tables for a terminal."""
     head, body = result(rows)
-    return _terminal(head, [line if len(line) > 1 else [] for line in body][1:])
+    table = _terminal(head, [line if len(line) > 1 else [] for line in body][1:])
+    task_head, task_body = task_result(tasks)
+    lines = [name.replace(" ", "\n") for name in task_head]  # narrow enough for 80 columns
+    return Group(table, "", _terminal(lines, task_body)) if tasks else table
 
 
 def answers(data: ReportData) -> list[tuple[str, str, str, str]]:
@@ -231,7 +249,8 @@ def render(data: ReportData) -> str:
     return _rendered(
         "page.html.j2",
         data,
-        meanings={metric.label: metric.meaning for metric in METRICS if metric.meaning},
+        meanings={metric.label: metric.meaning for metric in METRICS if metric.meaning}
+        | {name: score.meaning for name, score in data.tasks.get("parent", {}).items()},
         layers={name: equal_layers(solution, parent) for name, solution in marked.items()},
         checks=[
             [model, QUANTITIES[key].label, *map(QUANTITIES[key].text, times), f"{times[0] / times[1] - 1:+.1%}"]
@@ -268,4 +287,5 @@ def _rendered(template: str, data: ReportData, **values: Any) -> str:
     details = "".join(f", {key.replace('_', ' ')} {value}" for key, value in data.costs.environment.items())
     values["scenario"] = f"{data.costs.scenario}, batch {data.solution.batch_size}{details}"
     values["head"], values["body"] = result(data.rows)
+    values["task_head"], values["task_body"] = task_result(data.tasks)
     return environment.get_template(template).render(data=data, answers=answers(data), **values)
