@@ -128,8 +128,8 @@ def test_errors_are_one_line(name: str, folder: Path, monkeypatch: pytest.Monkey
 
 def test_a_variant_without_a_form_in_llama_cpp_is_refused_by_name(folder: Path) -> None:
     asked = engine("llama.cpp")
-    with asked.conditions(), pytest.raises(PuzzleError, match=r"layer 1: .*window"):
-        asked.measure(pico_puzzle("kv4+w48", "kv4win8+w48").config, [1], 1)
+    with asked.conditions(), pytest.raises(PuzzleError, match="layer 1: ffn rank4"):
+        asked.measure(pico_puzzle("kv4+w48", "kv4+rank4").config, [1], 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

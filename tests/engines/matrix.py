@@ -1,8 +1,9 @@
 """The parity matrix of docs/engines.md: `python -m tests.engines.matrix` measures it and writes it there.
 
-Each column's alternatives stand one after another in a stack, which is rotated, so that every one of them is first,
-last, and in the middle. Further stacks have both subblocks of layers replaced. Parents with biases, as Qwen's have
-them, are tried with all alternatives in one stack, and with one of the further ones.
+Each column's alternatives stand one after another in a stack, or in several where one model cannot have all. Stacks are
+rotated, so that every alternative is first, last, and in the middle. Further stacks have both subblocks of layers
+replaced. Parents with biases, as Qwen's have them, are tried with all alternatives in one stack, and with one of the
+further ones.
 """
 
 import datetime
@@ -91,9 +92,15 @@ class Column:
         def holds(stack: Stack) -> bool:
             return not refusals(_config(stack), self.reader)
 
-        blocks = tuple(block for block in ALTERNATIVES.values() if holds(Stack((block,) * 3)))
-        rotations = [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
-        biased = [Stack(each, biases) for biases in BIASES.values() for each in (blocks, MIXED[0])]
+        rotations: list[Stack] = []
+        for first in ALTERNATIVES.values():
+            if any(first in stack.blocks for stack in rotations) or not holds(Stack((first,) * 3)):
+                continue
+            blocks: tuple[str, ...] = (first,)  # with all that one model may have beside it
+            for block in ALTERNATIVES.values():
+                blocks += (block,) if block != first and holds(Stack((*blocks, block))) else ()
+            rotations += [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
+        biased = [Stack(each, biases) for biases in BIASES.values() for each in (rotations[0].blocks, MIXED[0])]
         return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if holds(stack)]
 
 

@@ -71,13 +71,34 @@ def test_scaled_rotary_embeddings_and_no_attention_at_all(llama_cpp: Ask, tmp_pa
         assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3", "granite", "seed_oss"])
-def test_other_spellings_of_llama_and_qwen3(llama_cpp: Ask, tmp_path: Path, family: str) -> None:
-    """Biases, norms of queries and keys, joint matrices, factors; absent subblocks first, in the middle and last."""
+WIDTHS = ("none+w96 kv2+w32 kv1+none none+none kv1+w96 none+w32", "kv2+none none+w96 kv1+w32 kv2+none")
+ONE_WIDTH = ("none+w96 kv2+w96 kv1+none kv1+w96 none+none none+w96", "kv2+none none+w96 kv1+w96 kv2+none")
+WINDOWS = (
+    "none+w96 kv2win6+w96 kv1win6+none none+none kv1+w96 none+none",
+    "kv2win6+none none+w96 kv1+w96 kv1win6+none",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "stacks"),
+    [
+        *((family, False, WIDTHS) for family in ("mistral", "qwen2", "phi3", "seed_oss")),
+        *((family, True, WIDTHS) for family in ("qwen3", "granite")),
+        ("qwen3", False, ONE_WIDTH),
+        ("smollm3", True, ONE_WIDTH),
+        *((family, False, WINDOWS) for family in ("mistral", "llama", "phi3")),
+        *((family, True, WINDOWS) for family in ("qwen3", "granite")),
+    ],
+)
+def test_other_spellings_of_llama_and_qwen3(
+    llama_cpp: Ask, tmp_path: Path, family: str, tied: bool, stacks: tuple[str, ...]
+) -> None:
+    """Biases, norms of queries and keys, joint matrices, factors; layers without positions, windows; absent subblocks
+    first, in the middle and last.
+    """
     tiny, cases = tiny_config(family), []
-    tiny.vocab_size, tiny.sliding_window, tiny.tie_word_embeddings = VOCAB, None, family in ("qwen3", "granite")
+    tiny.vocab_size, tiny.sliding_window, tiny.tie_word_embeddings = VOCAB, None, tied
     config = puzzle_config(tiny)
-    stacks = ("none+w96 kv2+w32 kv1+none none+none kv1+w96 none+w32", "kv2+none none+w96 kv1+w32 kv2+none")
     for number, blocks in enumerate(stacks):
         torch.manual_seed(number)
         model = PuzzleForCausalLM(Architecture.parse(blocks.split()).configure(config)).eval()

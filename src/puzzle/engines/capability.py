@@ -4,11 +4,12 @@ A reader is a format of `puzzle.export` as one engine reads it. What it can run 
 `Variant.cell`; tests/engines compare logits for each row, and docs/engines.md shows the table.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig, plain_shape
+from puzzle.modeling import PuzzleConfig, plain_shape, rotates
 from puzzle.variants import Architecture, Space, Variant
 
 
@@ -20,73 +21,121 @@ class Reader:
     runs: frozenset[str]
     """Of every `Variant.cell`; docs/engines.md says where something else is written, with the same result."""
     limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of the whole model, its `family`, `plain_shape`, `hidden_act`, `rope_type` or `head`: the values that can run."""
-    one_window: bool = False
-    """Whether all windows must have the same size."""
+    """Of the whole model, by what `_facts` says of it: the values that can run."""
+    one_size: frozenset[str] = frozenset()
+    """The cells of whose sizes, of windows or FFNs, it runs one in a model."""
 
-    def refused_windows(self, attentions: Iterable[Variant]) -> list[str]:
-        """Why windows of these sizes cannot run together: one reason, or none."""
-        sizes = sorted({window for variant in attentions if (window := variant.entry().get("window"))})
-        one = self.one_window and len(sizes) > 1
-        return [f"windows of {', '.join(map(str, sizes))} tokens: {self.engine} runs one size"] if one else []
+    def refused_sizes(self, variants: Collection[Variant]) -> list[str]:
+        """Why windows or FFNs of these sizes cannot run together."""
+        windows = {window for variant in variants if (window := variant.entry().get("window"))}
+        widths = {variant.size or 0 for variant in variants if variant.cell == "narrower FFN"}
+        found = {"window": ("windows", "tokens", windows), "narrower FFN": ("FFN widths", "channels", widths)}
+        return [
+            f"{what} of {', '.join(map(str, sorted(sizes)))} {unit}: {self.engine} runs one size"
+            for what, unit, sizes in (found[cell] for cell in sorted(self.one_size))
+            if len(sizes) > 1
+        ]
 
 
 _DECI = frozenset({"fewer KV heads", "narrower FFN", "no attention", "no FFN"})
 # What runs wherever the code in the checkpoint does.
 _OWN_CODE = _DECI | {"linear attention", "low-rank FFN", "linear FFN", "window", "other kinds"}
+_LLAMA_CPP: dict[str, tuple[str, ...]] = {
+    "plain_shape": ("llama", "qwen3"),
+    "hidden_act": ("silu",),
+    "rope_type": ("default",),
+    "biases": ("none",),
+    "positions": ("in all layers",),
+}
 
-READERS: Mapping[str, Reader] = {
-    "hf": Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks"}),
-    "vllm": Reader(engine="vLLM's Transformers backend, with the hf checkpoint", runs=_OWN_CODE, one_window=True),
-    "deci": Reader(
-        engine="vLLM's own DeciLMForCausalLM", runs=_DECI, limits={"family": ("llama",), "hidden_act": ("silu",)}
+READERS: Mapping[str, tuple[Reader, ...]] = {
+    "hf": (Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks"}),),
+    "vllm": (
+        Reader(
+            engine="vLLM's Transformers backend, with the hf checkpoint",
+            runs=_OWN_CODE,
+            one_size=frozenset({"window"}),
+        ),
     ),
-    "gguf": Reader(
-        engine="llama.cpp, architecture deci",
-        runs=_DECI | {"linear attention"},
-        limits={"plain_shape": ("llama",), "hidden_act": ("silu",), "rope_type": ("default", "linear", "llama3")},
+    "deci": (
+        Reader(
+            engine="vLLM's own DeciLMForCausalLM", runs=_DECI, limits={"family": ("llama",), "hidden_act": ("silu",)}
+        ),
+    ),
+    "gguf": (
+        Reader(
+            engine="llama.cpp, architecture openelm",
+            runs=_DECI,
+            limits=_LLAMA_CPP | {"plain_shape": ("qwen3",), "head": ("tied",)},
+        ),
+        Reader(
+            engine="llama.cpp, architecture deci",
+            runs=_DECI | {"linear attention"},
+            limits=_LLAMA_CPP
+            | {"plain_shape": ("llama",), "rope_type": ("default", "linear", "llama3"), "biases": ("none", "some")},
+        ),
+        Reader(
+            engine="llama.cpp, architecture step35",
+            runs=_DECI | {"window"},
+            limits=_LLAMA_CPP,
+            one_size=frozenset({"narrower FFN", "window"}),
+        ),
+        Reader(
+            engine="llama.cpp, architecture step35",
+            runs=_DECI,
+            limits=_LLAMA_CPP | {"positions": ("in all layers", "not in all layers")},
+            one_size=frozenset({"narrower FFN"}),
+        ),
     ),
 }
-OPENELM = Reader(
-    engine="llama.cpp, architecture openelm",
-    runs=_DECI,
-    limits={"plain_shape": ("qwen3",), "hidden_act": ("silu",), "rope_type": ("default",), "head": ("tied",)},
-)
-"""The reader of a GGUF file of what is another spelling of Qwen3."""
-"""By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`."""
+"""By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`. Of
+several readers the first that can run a model is its reader."""
 
 TIMED_AS: Mapping[str, str] = {"vllm": "vllm", "llama.cpp": "gguf"}
 """By a scenario's engine, the reader that is timed: the space is restricted to what it can run."""
 
 
-def reader_of(config: PuzzleConfig, name: str) -> Reader:
-    """The reader of this name; of GGUF files the one for the model's family."""
-    return OPENELM if name == "gguf" and plain_shape(config.base_model_type) == "qwen3" else READERS[name]
-
-
-def refusals(config: PuzzleConfig, name: str) -> list[str]:
-    """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
-    reader, blocks = reader_of(config, name), Architecture.of(config).blocks
-    rope = config.rope_parameters or {}
-    values = {
+def _facts(config: PuzzleConfig) -> dict[str, str]:
+    """What `Reader.limits` asks of a model."""
+    rope, blocks = config.rope_parameters or {}, Architecture.of(config).blocks
+    variants = {variant for block in blocks for variant in block.subblocks}
+    biased = any(name.endswith(".bias") for variant in variants for name in variant.shapes(config))
+    everywhere = all(rotates(config, layer) or block.attention.closed_form for layer, block in enumerate(blocks))
+    return {
         "family": config.base_model_type,
         "plain_shape": plain_shape(config.base_model_type) or "neither",
         "hidden_act": config.hidden_act,
         "rope_type": "partial" if rope.get("partial_rotary_factor", 1) != 1 else rope.get("rope_type", "default"),
         "head": "tied" if config.tie_word_embeddings else "of its own",
+        "biases": "some" if biased else "none",
+        "positions": "in all layers" if everywhere else "not in all layers",
     }
-    found = [
-        f"{what} {values[what]}: {reader.engine} runs {', '.join(allowed)}"
+
+
+def _refusals(config: PuzzleConfig, reader: Reader) -> tuple[list[str], list[str]]:
+    """Why a reader cannot run the model: for what the parent is, and for the child's blocks."""
+    facts, blocks = _facts(config), Architecture.of(config).blocks
+    of_parent = [
+        f"{what} {facts[what]}: {reader.engine} runs {', '.join(allowed)}"
         for what, allowed in reader.limits.items()
-        if values[what] not in allowed
+        if facts[what] not in allowed
     ]
-    found += reader.refused_windows(block.attention for block in blocks)
-    return found + [
+    return of_parent, reader.refused_sizes([variant for block in blocks for variant in block.subblocks]) + [
         f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reader.engine} cannot run it"
         for layer, block in enumerate(blocks)
         for variant in block.subblocks
         if variant.cell not in reader.runs
     ]
+
+
+def reader_of(config: PuzzleConfig, name: str) -> Reader:
+    """Of the readers of this name the first that can run the model, or that lacks least for it."""
+    return min(READERS[name], key=lambda reader: [len(reasons) for reasons in _refusals(config, reader)])
+
+
+def refusals(config: PuzzleConfig, name: str) -> list[str]:
+    """Why the reader `name` cannot run the model: a reason each, layer by layer; empty if it can."""
+    return list(chain(*_refusals(config, reader_of(config, name))))
 
 
 def require(config: PuzzleConfig, name: str) -> None:
@@ -104,8 +153,13 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
     readers = [reader_of(config, name) for name in names]
     for name in names:
         require(config, name)
-    space = space.restricted(lambda _, variant: all(variant.cell in reader.runs for reader in readers))
+
+    def runs(variant: Variant) -> bool:
+        of_widths = {variant.cell} - {"window"}
+        return all(variant.cell in reader.runs and not of_widths & reader.one_size for reader in readers)
+
+    space = space.restricted(lambda _, variant: runs(variant))
     for reader in readers:
-        for found in reader.refused_windows(variant for layer in space.layers for variant in layer.attention):
+        for found in reader.refused_sizes([variant for layer in space.layers for variant in layer.attention]):
             raise PuzzleError(f"space.attention: {found}")
     return space

@@ -1,5 +1,6 @@
 """GGUF files for llama.cpp, written tensor by tensor: of the architecture `deci` for what is another spelling of Llama,
-`openelm` for Qwen3, whose queries and keys are normed.
+`openelm` for Qwen3, whose queries and keys are normed, if its head is tied; `step35` for both if there are windows, a
+head of its own, or layers without positions, but only one width of FFNs.
 
 A row of `deci` is a decoder layer, with these gaps (llama.cpp 0c1e570, src/models/deci.cpp):
 
@@ -9,11 +10,17 @@ A row of `deci` is a decoder layer, with these gaps (llama.cpp 0c1e570, src/mode
 
 So every row has an FFN, if need be of zeros, which carries that bias too. Rows may be more or fewer than layers.
 
-A row of `openelm` needs both subblocks: an attention of one head, or an FFN, of zeros where there is none. Its head is
-tied, queries, keys and values are one matrix, and there are no biases.
+A row of the others needs both subblocks: an attention of one head, or an FFN, of zeros where there is none. They have
+no biases. In `openelm` the head is tied, and queries, keys and values are one matrix. In `step35` the head is its own
+matrix, all FFNs are as wide as the first, so that one of zeros is a mixture of one narrow expert; and rows are of two
+sorts, of which the first must occur:
+
+- with a window, which is the context where none has one: `rope.dimension_count_swa` channels are rotated;
+- without: half of `rope.dimension_count`, by frequencies divided by `rope_freqs.weight`. A divisor of 1e30 leaves out
+  positions, in models that have no windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +34,7 @@ from torch import Tensor
 from puzzle.engines.capability import reader_of, require
 from puzzle.export.checkpoint import Layer, layers_of
 from puzzle.export.gguf_tokenizer import add_tokenizer
-from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, plain_tensors
+from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, plain_tensors, rotates
 from puzzle.parents import open_parent
 from puzzle.runs import write_atomically
 
@@ -38,6 +45,7 @@ _NOISE_BLOCKS = 2**15
 """Blocks of 32 random weights, which are repeated in a model that is only timed."""
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: the smallest that every quantised type can hold."""
+_NO_ROTATION = 1e30
 _NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -52,6 +60,9 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.router": "ffn_gate_inp",
+    **{f"mlp.{part}_experts": f"ffn_{part}_exps" for part in ("gate", "up", "down")},
+    **{f"mlp.{part}_shared": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
 }
 """Of a layer's modules, in the file."""
 
@@ -66,6 +77,8 @@ class _Row(NamedTuple):
     kv_heads: int
     """0 with attention: a linear one."""
     width: int
+    slides: bool = False
+    """Whether it is of the sort that has a window."""
 
 
 def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
@@ -76,7 +89,7 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     """
     child = open_parent(str(source))
     require(child.config, "gguf")
-    head_dim = child.config.head_dim
+    head_dim, rotates_neighbours = child.config.head_dim, _architecture(child.config) == "deci"
     assert head_dim is not None
 
     def values_of(source: Source) -> Tensor:
@@ -87,8 +100,8 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
 
     def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
         values = torch.cat([values_of(source) for source in sources])
-        if "attn_q." in name or "attn_k." in name:
-            # llama.cpp rotates neighbouring channels, Hugging Face the two halves of a head.
+        if rotates_neighbours and ("attn_q." in name or "attn_k." in name):
+            # Here llama.cpp rotates neighbouring channels, Hugging Face the two halves of a head.
             values = values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(shape)
         return _quantised(values, kind)
 
@@ -128,7 +141,7 @@ def _architecture(config: PuzzleConfig) -> str:
 def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable[..., NDArray[Any]]) -> None:
     """Metadata and header, then the tensors one at a time, as `encoded` from name, source, shape and type."""
     model = empty_model(config)
-    rows = _deci_rows(model) if writer.arch == "deci" else _openelm_rows(model)
+    rows = _deci_rows(model) if writer.arch == "deci" else _rows(model, writer.arch)
     writer.add_type("model")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -138,8 +151,19 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(float((config.rope_parameters or {}).get("rope_theta", 10000.0)))
+    theta = float((config.rope_parameters or {}).get("rope_theta", 10000.0))
+    writer.add_rope_dimension_count((config.head_dim or 0) * (2 if writer.arch == "step35" else 1))
+    writer.add_rope_freq_base(theta)
+    if writer.arch == "step35":
+        writer.add_rope_dimension_count_swa(config.head_dim)
+        writer.add_rope_freq_base_swa(theta)
+        windows = (block["attention"].get("window") for block in config.blocks or [])
+        writer.add_sliding_window(next(filter(None, windows), config.max_position_embeddings))
+        writer.add_sliding_window_pattern([row.slides for row in rows])
+        writer.add_expert_count(1)
+        writer.add_expert_used_count(1)
+        writer.add_expert_feed_forward_length(_ZERO_WIDTH)
+        writer.add_expert_shared_feed_forward_length(_ZERO_WIDTH)
     writer.add_vocab_size(config.vocab_size)
     for add, values in (
         (writer.add_head_count, [row.heads for row in rows]),
@@ -149,7 +173,7 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
         # Tools that show or quantise a file ask for a scalar where layers agree.
         add(values[0] if len(set(values)) == 1 else values)
     parameters, tensors = dict(model.named_parameters()), []
-    for name, sources in _tensors(model, rows).items():
+    for name, sources in _tensors(model, rows, writer.arch).items():
         parts = [each if isinstance(each, Tensor) else each.of(parameters[each.source]).to("meta") for each in sources]
         shape = torch.cat([part.to("meta") for part in parts]).shape
         kind = Type.F32 if len(shape) == 1 else Type.F16 if dtype == "q8_0" and shape[-1] % 32 else Type[dtype.upper()]
@@ -168,7 +192,7 @@ def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
     return gguf.quantize(values.float().contiguous().numpy(), kind)
 
 
-def _tensors(model: PuzzleForCausalLM, rows: list[_Row]) -> dict[str, list[Source]]:
+def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> dict[str, list[Source]]:
     """Embeddings, last norm, the head unless it is tied, rotary factors where frequencies are scaled, and all rows."""
     config, plain = model.config, plain_tensors(model)
     outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -176,6 +200,10 @@ def _tensors(model: PuzzleForCausalLM, rows: list[_Row]) -> dict[str, list[Sourc
         f"{name}.weight": [plain[f"{own}.weight"]] for name, own in outer.items() if f"{own}.weight" in plain
     }
     rope = config.rope_parameters or {}
+    if architecture == "step35":
+        tensors.setdefault("output.weight", tensors["token_embd.weight"])
+        if not all(rotates(config, layer) for layer in range(config.num_layers)):
+            tensors["rope_freqs.weight"] = [torch.full(((config.head_dim or 0) // 2,), _NO_ROTATION)]
     if rope.get("rope_type", "default") != "default":
         assert config.head_dim is not None
         # By what each rotary frequency is divided, [head_dim / 2].
@@ -225,31 +253,42 @@ def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
     return rows
 
 
-def _openelm_rows(model: PuzzleForCausalLM) -> list[_Row]:
-    """The layers as they are, with one head of zeros for no attention, and a narrow FFN of zeros for none."""
+def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
+    """Of `openelm` or `step35`: the layers as they are, with one head and a narrow FFN of zeros for what is absent."""
     config, hidden, head_dim = model.config, model.config.hidden_size, model.config.head_dim or 0
+    layers, one_width = list(_subblocks(model)), architecture == "step35"
+    width = next((layer.ffn["intermediate_size"] for layer, _, ffn in layers if ffn), _ZERO_WIDTH)
+    zero_ffn = _zero_ffn(hidden, of_experts=one_width)
+    windows = any("window" in layer.block.attention.entry() for layer, _, _ in layers)
     rows: list[_Row] = []
-    for layer, attention, ffn in _subblocks(model):
+    for layer, attention, ffn in layers:
         heads, kv_heads = config.num_attention_heads, layer.block.attention.size or 0
-        if attention:
-            joint = [source for name in "qkv" for source in attention.pop(f"self_attn.{name}_proj.weight")]
-            attention["self_attn.qkv.weight"] = joint
-        else:
+        if not attention:
             heads = kv_heads = 1
-            zeros = {"self_attn.qkv": (3 * head_dim, hidden), "self_attn.o_proj": (hidden, head_dim)}
-            attention = _zeros("input_layernorm", hidden, zeros)
-            attention |= {f"self_attn.{name}_norm.weight": [torch.ones(head_dim)] for name in "qk"}
-        width = layer.ffn.get("intermediate_size", _ZERO_WIDTH)
-        rows.append(_Row({**attention, **(ffn or _zero_ffn(hidden))}, heads, kv_heads, width))
+            zeros = {f"self_attn.{name}_proj": (head_dim, hidden) for name in "qkv"}
+            attention = _zeros("input_layernorm", hidden, zeros | {"self_attn.o_proj": (hidden, head_dim)})
+            if not one_width:  # whose norms of queries and keys are optional
+                attention |= {f"self_attn.{name}_norm.weight": [torch.ones(head_dim)] for name in "qk"}
+        if not one_width:
+            parts = (attention.pop(f"self_attn.{name}_proj.weight") for name in "qkv")
+            attention["self_attn.qkv.weight"] = [source for part in parts for source in part]
+        slides = "window" in layer.block.attention.entry() if windows else rotates(config, layer.index)
+        its_width = width if one_width else layer.ffn.get("intermediate_size", _ZERO_WIDTH)
+        rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads, kv_heads, its_width, slides))
     return rows
 
 
-def _zeros(norm: str, hidden: int, shapes: dict[str, tuple[int, int]]) -> dict[str, list[Source]]:
+def _zeros(norm: str, hidden: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Source]]:
     """Matrices that add nothing, after a norm of ones."""
     zeros: dict[str, list[Source]] = {f"{name}.weight": [torch.zeros(shape)] for name, shape in shapes.items()}
     return zeros | {f"{norm}.weight": [torch.ones(hidden)]}
 
 
-def _zero_ffn(hidden: int) -> dict[str, list[Source]]:
-    wide = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (_ZERO_WIDTH, hidden))
-    return _zeros("post_attention_layernorm", hidden, wide | {"mlp.down_proj": (hidden, _ZERO_WIDTH)})
+def _zero_ffn(hidden: int, *, of_experts: bool = False) -> dict[str, list[Source]]:
+    """An FFN of width 32; or a mixture of one expert, and of one that is shared, of this width."""
+    shapes = {"gate": (_ZERO_WIDTH, hidden), "up": (_ZERO_WIDTH, hidden), "down": (hidden, _ZERO_WIDTH)}
+    matrices: dict[str, tuple[int, ...]] = {"mlp.router": (1, hidden)} if of_experts else {}
+    for part, shape in shapes.items():
+        experts = {f"mlp.{part}_experts": (1, *shape), f"mlp.{part}_shared": shape}
+        matrices |= experts if of_experts else {f"mlp.{part}_proj": shape}
+    return _zeros("post_attention_layernorm", hidden, matrices)

@@ -17,6 +17,7 @@ from puzzle.modeling.family import first_layer as first_layer
 from puzzle.modeling.family import own_blocks as own_blocks
 from puzzle.modeling.family import puzzle_config as puzzle_config
 from puzzle.modeling.family import refusal as refusal
+from puzzle.modeling.family import rotates as rotates
 from puzzle.modeling.family import tiny_config as tiny_config
 from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES
 from puzzle.modeling.modeling_puzzle import MODULES as MODULES

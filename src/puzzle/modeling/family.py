@@ -96,6 +96,12 @@ def own_blocks(config: PuzzleConfig) -> list[Block]:
     return blocks
 
 
+def rotates(config: PuzzleConfig, index: int) -> bool:
+    """Whether attention in the parent's layer `index` knows positions: SmolLM3 leaves them out in every fourth."""
+    layers = getattr(family_config(config), "no_rope_layers", None)  # which says 1 of those that have them
+    return layers is None or bool(layers[index])
+
+
 @lru_cache
 def refusal(model_type: str) -> str:
     """Why models of a family cannot be parents; empty if they can.

@@ -11,7 +11,7 @@ from puzzle.modeling.family import puzzle_config, refusal, tiny_config
 from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM, family_config
 
 _TOKENS = 8
-"""No more than the small models' windows hold: windows are another matter."""
+"""No more than the small models' windows hold: windows are another matter, as are layers without positions."""
 
 
 class Plain(NamedTuple):
@@ -73,6 +73,8 @@ def plain_shape(model_type: str) -> str:
     if refusal(model_type):
         return ""
     family, generator = tiny_config(model_type), torch.random.get_rng_state()
+    if hasattr(family, "no_rope_layers"):
+        family.no_rope_layers = [1] * family.num_hidden_layers
     original = AutoModelForCausalLM.from_config(family).eval()
     for parameter in original.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
