@@ -248,7 +248,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 @_command(
     _FOLDER,
-    _argument("--to", default="hf", choices=["hf", "deci", "gguf", "llama"], help="default: hf"),
+    _argument("--to", default="hf", choices=["hf", "deci", "gguf", "stock"], help="default: hf"),
     _argument("--dtype", default="f16", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf; default: f16"),
 )
 def export(arguments: argparse.Namespace) -> None:

@@ -131,7 +131,7 @@ def test_only_checkpoints_are_replaced_and_never_the_child(
 
 
 @pytest.mark.parametrize(
-    ("to", "name"), [("hf", "child"), ("deci", "child-deci"), ("llama", "child-llama"), ("gguf", "child-f16.gguf")]
+    ("to", "name"), [("hf", "child"), ("deci", "child-deci"), ("stock", "child-stock"), ("gguf", "child-f16.gguf")]
 )
 def test_formats_stand_beside_the_child_and_are_written_anew(save_child: SaveChild, to: str, name: str) -> None:
     _, child = save_child("kv4+w48")

@@ -15,13 +15,13 @@ from puzzle.stages import EXPORT
 
 
 def convert(child: Path, to: str, dtype: GGUFType) -> Path:
-    """Write a child's folder as `deci`, `gguf` (whose matrices have this dtype) or `llama` beside it.
+    """Write a child's folder as `deci`, `gguf` (whose matrices have this dtype) or `stock` beside it.
 
     Returns the new folder or file; for `hf` the child as it is. A `PuzzleError` if the format cannot hold the child.
     """
     if to == "gguf":
         return export_gguf(child, child.with_name(f"{child.name}-{dtype}.gguf"), dtype=dtype)
-    writers = {"deci": export_deci, "llama": export_stock}
+    writers = {"deci": export_deci, "stock": export_stock}
     return writers[to](child, child.with_name(f"{child.name}-{to}")) if to in writers else child
 
 

@@ -1,21 +1,23 @@
-"""A child as another checkpoint, of DeciLM or a plain Llama, written without loading the model, whole or not at all."""
+"""A child as a checkpoint of DeciLM or of its own family, written without loading the model, whole or not at all."""
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from puzzle.engines.capability import require
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig
+from puzzle.modeling import PuzzleConfig, family_config, own_blocks, puzzle_config
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import write_json
 from puzzle.variants import Architecture, BlockVariant, Subblock, parse_variant
@@ -74,7 +76,8 @@ def export_deci(source: Path, target: Path) -> Path:
         blocks[0]["attention"] = _DECI_DEFAULTS | {"n_heads_in_group": child.config.num_attention_heads}
         one_head = silent("attention", "kv1", child.config)
         added = {f"model.layers.0.{name}": tensor.to(child.config.dtype) for name, tensor in one_head.items()}
-    config = _llama_config(child.config, num_hidden_layers=len(layers)) | {
+    fields = {name: value for name, value in child.config.to_dict().items() if name not in _NOT_LLAMAS}
+    config = LlamaConfig(**fields | {"num_hidden_layers": len(layers)}).to_dict() | {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{_CONFIGURATION.stem}.DeciLMConfig"},
         "model_type": "nemotron-nas",
@@ -84,28 +87,31 @@ def export_deci(source: Path, target: Path) -> Path:
 
 
 def export_stock(source: Path, target: Path) -> Path:
-    """Write the child at `source` as a plain Llama, without its empty layers; a `PuzzleError` if the others differ."""
+    """Write the child at `source` as a plain model of its family, without its empty layers; a `PuzzleError` if the
+    family has none of these layers.
+    """
     child = open_parent(str(source))
-    layers, family = layers_of(child.config), child.config.base_model_type
-    blocks = dict.fromkeys(layer.block for layer in layers)
-    sizes = layers[0].attention | layers[0].ffn if layers else {}
-    if family != "llama" or len(blocks) != 1 or sizes.keys() != {"n_heads_in_group", "intermediate_size"}:
+    config, layers = child.config, layers_of(child.config)
+    family = family_config(config)
+    kept = [layer.index for layer in layers]
+    fields = {"num_hidden_layers": len(kept), "tie_word_embeddings": config.tie_word_embeddings, "dtype": config.dtype}
+    for name, value in (config.parent or {}).items():
+        if "layer" in name and isinstance(value, list) and len(value) == config.num_layers:
+            fields[name] = [value[index] for index in kept]
+    for entry in (entry for layer in layers for entry in layer.block.entry().values()):
+        fields |= {"sliding_window" if name == "window" else name: size for name, size in entry.items()}
+    fields.pop("kind", None)
+    stock = AutoConfig.for_model(family.model_type, **(config.parent or {}) | fields)
+    if not layers or own_blocks(puzzle_config(stock)) != [layer.block.entry() for layer in layers]:
+        names = ", ".join(dict.fromkeys(layer.block.name for layer in layers)) or "no layers"
         raise PuzzleError(
-            f"export to llama: found {', '.join(block.name for block in blocks)} of the family {family}; all layers of "
-            "a Llama have the same sizes; export to hf, deci or gguf"
+            f"export to stock: found {names}; a model of the family {family.model_type} has layers of one size, with "
+            "windows where the parent has them; export to hf, deci or gguf"
         )
-    config = _llama_config(
-        child.config,
-        num_hidden_layers=len(layers),
-        num_key_value_heads=child.config.num_attention_heads // sizes["n_heads_in_group"],
-        intermediate_size=sizes["intermediate_size"],
-    )
-    return _write_checkpoint(child, target, config | {"architectures": ["LlamaForCausalLM"]}, layers, {})
-
-
-def _llama_config(config: PuzzleConfig, **changed: int) -> dict[str, Any]:
-    fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_LLAMAS}
-    return LlamaConfig(**fields | changed).to_dict()
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)](stock)
+    stock.architectures = [type(model).__name__]
+    return _write_checkpoint(child, target, stock.to_dict(), layers, {}, partial(revert_weight_conversion, model))
 
 
 @contextmanager
@@ -123,12 +129,17 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def _write_checkpoint(
-    child: Parent, target: Path, config: Mapping[str, Any], layers: Sequence[Layer], added: Mapping[str, Tensor]
+    child: Parent,
+    target: Path,
+    config: Mapping[str, Any],
+    layers: Sequence[Layer],
+    added: Mapping[str, Tensor],
+    as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Path:
     """Write the child's weights, with those added and layers numbered anew, and other files into the folder `target`.
 
     A file with weights is written for each of the child's, so that no more than one is in memory. `target` is replaced
-    at the end, if it is a checkpoint.
+    at the end, if it is a checkpoint. `as_stored`: from a family's tensors, how its checkpoints store them.
     """
     is_other = target.exists() and not (target / "config.json").exists()
     if is_other or child.path.resolve().is_relative_to(target.resolve()):
@@ -146,6 +157,7 @@ def _write_checkpoint(
                 re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: numbers[layer[0]], name): tensor
                 for name, tensor in stored
             }
+            tensors = {name: tensor.contiguous() for name, tensor in as_stored(tensors).items()}
             tensors |= {} if weight_map else added
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, path.name)
