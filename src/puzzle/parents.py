@@ -4,8 +4,9 @@ Of a folder of safetensors files the headers are read first, and weights only as
 """
 
 import json
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,9 +21,10 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 
+from puzzle.engines.environments import cache_folder
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, puzzle_config, refusal
-from puzzle.runs import digest, file_digest, remembered
+from puzzle.runs import digest, file_digest, remembered, write_tensors, write_text
 from puzzle.variants import Architecture
 
 if TYPE_CHECKING:
@@ -266,11 +268,15 @@ def read_config(source: str) -> PuzzleConfig:
 
 
 def _locate(source: str, wanted: list[str]) -> Path:
-    """A folder, or that of a hub's snapshot with the wanted files, whose `model_type` is of a family that is known."""
+    """A folder, that of a GGUF file as it was read, or that of a hub's snapshot with the wanted files; it has a
+    `model_type`.
+    """
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        path = _from_gguf(path)
     if not path.is_dir():
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-            use = "give one of a Hugging Face checkpoint, or a hub name such as org/model"
+            use = "give one of a Hugging Face checkpoint, a GGUF file, or a hub name such as org/model"
             raise PuzzleError(f"parent: {source} is not a folder; {use}")
         from huggingface_hub import snapshot_download
 
@@ -286,6 +292,48 @@ def _locate(source: str, wanted: list[str]) -> Path:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise PuzzleError(f"parent: {path / 'config.json'} has no model_type; get the whole checkpoint")
     return path
+
+
+def _from_gguf(file: Path) -> Path:
+    """A GGUF file as a checkpoint in the user's cache folder, read once, by transformers; `gguf.txt` says from what.
+
+    What is not stored as F32 or F16 is rounded to bfloat16.
+    """
+    folder = cache_folder() / "parents"
+    folder.mkdir(parents=True, exist_ok=True)
+    with remembered(folder / "digests.json") as known:
+        folder /= f"{file.stem}-{file_digest(file, known)[:12]}"
+    if folder.exists():
+        return folder
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        reader = GGUFReader(file)
+        types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+        dtype = "float32" if {*types} == {"F32"} else "float16" if {*types} <= {"F32", "F16"} else "bfloat16"
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        options = {"model_to_load": model, "torch_dtype": getattr(torch, dtype)}
+        tensors = load_gguf_checkpoint(str(file), return_tensors=True, **options)["tensors"]
+        lost = [each for each in reader.fields if ".rope.scaling." in each]
+        lost += [each.name for each in reader.tensors if each.name.startswith("rope_")]
+        if lost:
+            raise ValueError(f"it leaves out {lost[0]}")
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:  # whatever the libraries raise, the reader needs one line
+        found = f"{file} cannot be read back by transformers ({one_line(error)})"
+        raise PuzzleError(f"parent: {found}; give the checkpoint that it was made from") from None
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    for part in (config, tokenizer):
+        part.save_pretrained(partial)
+    write_tensors(partial / "model.safetensors", tensors)
+    stored = ", ".join(f"{count} of {name}" for name, count in types.most_common())
+    write_text(partial / "gguf.txt", f"parent: {file.name} (tensors: {stored}) is read as {dtype}, into {folder}")
+    partial.rename(folder)
+    return folder
 
 
 def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfig, Checkpoint | None]:

@@ -60,7 +60,10 @@ class Pipeline:
     @cached_property
     def parent(self) -> Parent:
         """The model we start from, found and checked."""
-        return open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
+        parent = open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
+        if (note := parent.path / "gguf.txt").exists():
+            self.run.log(note.read_text(encoding="utf-8"))
+        return parent
 
     @cached_property
     def data(self) -> TokenData:

@@ -311,7 +311,7 @@ class Recipe(Section):
     """A complete recipe. Paths in it are relative to where the command is run."""
 
     parent: Text
-    """Folder of a Hugging Face checkpoint, or a hub name."""
+    """Folder of a Hugging Face checkpoint, a hub name, or a GGUF file, which is read back by transformers."""
     data: DataSettings
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type in which models run in calibration, BLD, scoring, GKD and evaluation; `auto`: bfloat16 on a GPU or a

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import pico_llama, pico_puzzle, random_tokens
-from transformers import LlamaForCausalLM
+from tests.conftest import pico_llama, pico_puzzle, random_tokens, save_byte_tokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from puzzle.errors import PuzzleError
+from puzzle.export import export_gguf
 from puzzle.modeling import save_checkpoint
 from puzzle.parents import Parent, open_parent
 from puzzle.variants import Architecture, ParentSubblock, derive_space, split_state
@@ -125,3 +129,60 @@ def test_tied_weights_under_other_names(tmp_path: Path, prefix: str) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     tokens_BT = random_tokens(1, 9)
     assert torch.equal(open_parent(str(tmp_path)).load()(tokens_BT).logits, model(tokens_BT).logits)
+
+
+def save_gguf(folder: Path, dtype: Any, **changed: Any) -> tuple[Path, LlamaForCausalLM]:
+    """A Llama as `model.gguf` in a folder with its tokenizer: the child of its own blocks that is exported, renamed."""
+    model = pico_llama(vocab_size=257, hidden_size=64, head_dim=16, intermediate_size=96)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    reader = gguf.GGUFReader(export_gguf(folder, folder / "deci.gguf", dtype=dtype))
+    writer = gguf.GGUFWriter(folder / "model.gguf", changed.pop("general.architecture", "llama"))
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            kinds = field.types
+            writer.add_key_value(name.replace("deci.", "llama."), field.contents(), kinds[0], sub_type=kinds[-1])
+    for name, value in changed.items():
+        writer.add_float32(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf", model
+
+
+def test_a_gguf_file_is_read_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, original = save_gguf(tmp_path, "f32")
+    parent = open_parent(str(file))
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert float((parent.load()(tokens).logits - original(tokens).logits).abs().max()) < 1e-4
+    text = "one two\n  three 45"
+    assert parent.tokenizer()(text)["input_ids"] == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert (parent.path / "gguf.txt").read_text().startswith("parent: model.gguf (tensors: ")
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)
+    assert open_parent(str(file)).address == parent.address
+
+
+def test_quantised_gguf_is_read_to_bfloat16(tmp_path: Path) -> None:
+    file, original = save_gguf(tmp_path, "q8_0")
+    parent = open_parent(str(file))
+    assert {entry.dtype for entry in parent.checkpoint.entries.values()} == {"BF16"}
+    assert "Q8_0" in (parent.path / "gguf.txt").read_text()
+    weights, name = dict(parent.tensors()), "model.layers.1.mlp.gate_proj.weight"
+    expected = original.get_parameter(name).detach()
+    assert float((weights[name] - expected).abs().max() / expected.abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("change", ["garbage", "rope", "architecture"])
+def test_a_gguf_file_that_would_be_read_wrongly_is_refused(tmp_path: Path, change: str) -> None:
+    changed = {"rope": {"llama.rope.scaling.factor": 8.0}, "architecture": {"general.architecture": "mamba9"}}
+    file, _ = save_gguf(tmp_path, "f32", **changed.get(change, {}))
+    if change == "garbage":
+        file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(
+        PuzzleError, match=r"parent: .*model\.gguf cannot be read back by transformers .*; give the chec"
+    ):
+        open_parent(str(file))
