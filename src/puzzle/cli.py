@@ -54,6 +54,7 @@ def _number(kind: type[int] | type[float], above: float) -> Callable[[str], floa
 
 _SETTINGS: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
 _FOLDER = _argument("folder", type=Path, help="a run folder")
+_AGAIN = _argument("--remeasure", action="store_true", help="measure costs and speeds again")
 _ON = _argument("--on", metavar="ray", help="do its work on a Ray cluster: ray, or ray://HOST:6379")
 
 
@@ -93,6 +94,7 @@ def _execute(arguments: argparse.Namespace) -> int:
     _argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name"),
     _argument("--set", help="another value, such as target.throughput=2x", **_SETTINGS),
     _argument("--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last stage, such as refine"),
+    _AGAIN,
     _ON,
 )
 def run(arguments: argparse.Namespace) -> None:
@@ -106,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
     # By default the folder whose recipe this is.
     out = arguments.out or (path.parent if is_run_folder(path.parent) else Path("runs") / path.stem)
     create_folder(out, recipe, None if overrides else path.read_text(encoding="utf-8"))
-    with open_run(out, arguments.on) as opened:
+    with open_run(out, arguments.on, remeasure=arguments.remeasure) as opened:
         from puzzle.pipeline import plan, run_stage
 
         for line in plan(opened.recipe):
@@ -170,7 +172,7 @@ def stage(arguments: argparse.Namespace) -> None:
 
         opening = open_together(arguments.folder)
     else:
-        opening = open_run(arguments.folder, arguments.on)
+        opening = open_run(arguments.folder, arguments.on, remeasure=arguments.remeasure)
     with opening as opened:
         from puzzle.pipeline import run_stage
 
@@ -330,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command")
 
     for stage_name in _STAGES:
-        _COMMANDS.setdefault(stage_name, (stage, (_FOLDER, _ON)))
+        _COMMANDS.setdefault(stage_name, (stage, (_FOLDER, _AGAIN, _ON)))
     for name, (function, added) in _COMMANDS.items():
         text = _STAGES[name] if function is stage else (function.__doc__ or "").strip()
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from puzzle.artefacts import CostTable, ScoreTable, Solution, TaskScore, mean_kept
 from puzzle.checks import check_recipe, slow_precision
 from puzzle.child import Child, realise, refine
-from puzzle.costs import measure_costs
+from puzzle.costs import is_measured, measure_costs
 from puzzle.data import TokenData, prepare_data
 from puzzle.device import choose_device, fast_dtype
 from puzzle.distill import distil, distillation_curve
@@ -290,7 +290,8 @@ def run_stage(run: Run, name: str) -> Pipeline:
     pipeline = Pipeline(run)
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
-    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed="cost" in reached)
+    timed = "cost" in reached and not is_measured(run, pipeline.parent, pipeline.space)
+    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed=timed)
     if "tasks" in reached:
         check_tasks(run.recipe.evaluate.tasks)
     if warning := slow_precision(run.recipe, run.device):

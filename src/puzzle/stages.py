@@ -59,6 +59,8 @@ class Stage:
     """Sections and settings of the recipe that change its result; never `execution`, which changes none."""
     inputs: tuple[str, ...] = ()
     """What else changes its result, by name: artefacts with an `address`, or plain values."""
+    measures: bool = False
+    """Whether it times something here: its result is kept wherever it is read, unless `--remeasure` asks."""
     version: int = 1
     """Raised when its code would now give another result for the same settings and inputs."""
     work: "Callable[[Shapes], Work]" = lambda shapes: Work()
@@ -180,7 +182,8 @@ COST = Stage(
     help="Measure what every variant costs on the engine.",
     result="costs",
     reads=("cost",),
-    inputs=("shapes", "space", "scenario", "environment"),
+    inputs=("shapes", "space", "scenario"),
+    measures=True,
     version=2,
     work=_cost_work,
 )
@@ -196,6 +199,7 @@ TIMING = Stage(
     help="Time the solution and the parent on the engine.",
     version=2,
     inputs=("parent", "scenario", "environment", "target", "models"),
+    measures=True,
 )
 CORRECT = Stage(
     name="correct",
@@ -263,6 +267,7 @@ SPEED = Stage(
     help="Time whole models on the engine.",
     reads=("cost.repeats",),
     inputs=("scenario", "environment", "batch_size", "models"),
+    measures=True,
 )
 EXPORT = Stage(
     name="export",

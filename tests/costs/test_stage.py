@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.costs.conftest import FakeEngine, opened, planted_ms
 
 from puzzle.artefacts import CostTable
-from puzzle.costs import measure_costs
+from puzzle.costs import is_measured, measure_costs
 from puzzle.parents import Parent
 from puzzle.runs import Run
 from puzzle.variants import Architecture, Space, derive_space
@@ -137,6 +138,27 @@ def test_measurements_stay_in_the_run_folder(
         measure_costs(run, parent, space)
         assert len(list(run.path.glob("stages/cost-*/measurements/*.json"))) == BATCHES * (STACKS - 1)
     assert not (tmp_path / "puzzle").exists()
+
+
+def test_a_table_stands_wherever_it_is_read_unless_it_is_asked_for_anew(
+    run: Run, parent: Parent, space: Space, use: Use
+) -> None:
+    use(FakeEngine())
+    assert not is_measured(run, parent, space)
+    table = measure_costs(run, parent, space)
+    engine = use(FakeEngine(lambda call: 2.0))
+    engine.environment = FakeEngine.environment | {"engine": "fake 2", "threads": "8"}
+    assert measure_costs(run, parent, space) == table
+    assert is_measured(run, parent, space)
+    assert engine.calls == []
+    assert "costs: as measured with engine fake 1, threads 1; here are engine fake 2, threads 8; --rem" in log(run)
+    again = replace(run, remeasure=True, used=[])
+    assert not is_measured(again, parent, space)
+    anew = measure_costs(again, parent, space)
+    assert anew.environment == engine.environment
+    assert len(engine.calls) == BATCHES * ROUNDS * STACKS
+    assert anew.block(2, "kv2+w24", 3).prefill_ms == pytest.approx(2 * table.block(2, "kv2+w24", 3).prefill_ms)
+    assert measure_costs(again, parent, space) == measure_costs(run, parent, space) == anew
 
 
 def log(run: Run) -> str:

@@ -5,6 +5,7 @@ from puzzle.costs.engine import Model as Model
 from puzzle.costs.engine import Sample as Sample
 from puzzle.costs.roofline import Machine as Machine
 from puzzle.costs.roofline import read_machine as read_machine
+from puzzle.costs.stage import is_measured as is_measured
 from puzzle.costs.stage import measure_costs as measure_costs
 from puzzle.costs.stage import scenario_of as scenario_of
 from puzzle.costs.timing import ENGINES as ENGINES

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from puzzle.costs.timing import (
     without_drift,
 )
 from puzzle.engines.environments import cache_folder
+from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
 from puzzle.parents import Parent
 from puzzle.recipe import ScenarioSettings
@@ -44,22 +46,25 @@ _OFF = 0.05
 def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSettings | None = None) -> CostTable:
     """What every variant of every layer costs in the recipe's scenario, or that of `settings`.
 
-    Memory from shapes, times from the engine. The address holds no weights: models of one shape cost the same.
+    Memory from shapes, times from the engine. The address holds no weights: models of one shape cost the same. Nor does
+    it hold device, versions and threads: a table that is there stands, with a line where they are others by now.
     """
     settings = settings or run.recipe.scenario
     scenario = scenario_of(settings, run.device)
     engine = ENGINES[settings.engine](scenario)
-    environment = dict(engine.environment)
-    stage = run.open(
-        COST,
-        shapes=_shapes(parent.config),
-        space=[[[v.name for v in layer.attention], [v.name for v in layer.ffn]] for layer in space.layers],
-        scenario=[str(scenario), settings.batch_sizes],
-        environment=environment,
-    )
+    stage = run.open(COST, **_inputs(parent, space, settings))
     file = stage.path / "costs.json"
     if stage.done:
-        return read_parsed(file, CostTable.from_json)
+        table = read_parsed(file, CostTable.from_json)
+        with suppress(PuzzleError):  # of an engine that is not installed here
+            if others := {
+                name: value for name, value in table.environment.items() if engine.environment[name] != value
+            }:
+                here = ", ".join(f"{name} {engine.environment[name]}" for name in others)
+                then = ", ".join(f"{name} {value}" for name, value in others.items())
+                run.log(f"costs: as measured with {then}; here are {here}; --remeasure measures again")
+        return table
+    environment = dict(engine.environment)
     blocks, batch_sizes = stacks_of(space, parent.config), tuple(dict.fromkeys(settings.batch_sizes))
     stacks = {name: Architecture(stack).configure(parent.config) for name, stack in blocks.items()}
     folder = stage.path / "measurements"
@@ -77,6 +82,23 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     write_text(file, table.to_json())
     stage.commit()
     return table
+
+
+def is_measured(run: Run, parent: Parent, space: Space) -> bool:
+    """Whether the run folder has the tables of all scenarios, and may keep them."""
+    tables = (run.folder(COST, **_inputs(parent, space, scenario))[0] for _, scenario, _ in run.recipe.served)
+    return not run.remeasure and all(table.done for table in tables)
+
+
+def _inputs(parent: Parent, space: Space, settings: ScenarioSettings) -> dict[str, Any]:
+    shapes = read_json(parent.path / "config.json")  # what transformers makes of it differs from version to version
+    scenario = scenario_of(settings, torch.device("cpu"))
+    sheet = ENGINES["roofline"](scenario).environment["data sheet"] if settings.engine == "roofline" else ""
+    return {
+        "shapes": {name: shapes[name] for name in shapes if name not in ("_name_or_path", "transformers_version")},
+        "space": [[[v.name for v in layer.attention], [v.name for v in layer.ffn]] for layer in space.layers],
+        "scenario": [str(scenario), sheet, settings.batch_sizes],
+    }
 
 
 def scenario_of(settings: ScenarioSettings, device: torch.device) -> Scenario:
@@ -115,6 +137,7 @@ def _measure(
 
     for batch_size in batch_sizes:
         kept = {task: read_json(file) for task, file in files.items() if task[1] == batch_size and file.exists()}
+        kept = {} if run.remeasure else kept
         if not kept:
             continue
         pads: Samples = {(PADS, batch_size): samples[PADS, batch_size]}

@@ -77,6 +77,8 @@ class Run:
     """Whether this process writes and logs: of several that work together, the first."""
     only: tuple[str, ...] | None = field(default=None, compare=False)
     """The stages that may be worked on, all others being finished; None: all."""
+    remeasure: bool = field(default=False, compare=False)
+    """Whether what was measured is measured again."""
     used: list[StageFolder] = field(default_factory=list, compare=False)
     """What this command opened, in order; `used.json` names it for `puzzle status`."""
 
@@ -85,18 +87,12 @@ class Run:
 
         It is made if it is not there, and its clock starts.
         """
-        assert set(inputs) == set(stage.inputs), f"{stage.name}: declared inputs are {stage.inputs}, given {[*inputs]}"
-        identity = {
-            "stage": stage.name,
-            "version": stage.version,
-            "settings": {path: setting(self.recipe, path) for path in stage.reads},
-            "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
-        }
-        address = digest(identity)
-        folder = StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address)
+        folder, identity = self.folder(stage, **inputs)
         if self.only is not None and stage.name not in self.only and not folder.done:
             found = f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} alone"
             raise PuzzleError(f"{found}; run `puzzle refine {self.path}` first, without torchrun")
+        if self.remeasure and stage.measures and folder not in self.used:
+            (folder.path / "manifest.json").unlink(missing_ok=True)
         if self.leads:
             folder.path.mkdir(parents=True, exist_ok=True)
             if not (folder.path / "stage.json").exists():
@@ -112,6 +108,18 @@ class Run:
             if self.leads:
                 write_json(self.path / "used.json", [each.path.name for each in self.used])
         return folder
+
+    def folder(self, stage: Stage, **inputs: Any) -> tuple[StageFolder, dict[str, Any]]:
+        """Where `open` finds the stage, there or not, and what its address is the hash of."""
+        assert set(inputs) == set(stage.inputs), f"{stage.name}: declared inputs are {stage.inputs}, given {[*inputs]}"
+        identity = {
+            "stage": stage.name,
+            "version": stage.version,
+            "settings": {path: setting(self.recipe, path) for path in stage.reads},
+            "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
+        }
+        address = digest(identity)
+        return StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address), identity
 
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
@@ -173,13 +181,13 @@ def check_new(path: Path) -> None:
 
 
 @contextmanager
-def open_run(path: Path, on: str | None = None) -> Iterator[Run]:
-    """The run in `path`, locked against other processes until the end of the block; see `Run.on`."""
+def open_run(path: Path, on: str | None = None, *, remeasure: bool = False) -> Iterator[Run]:
+    """The run in `path`, locked against other processes until the end of the block; see `Run.on`, `Run.remeasure`."""
     check_folder(path)
     with _locked(path):
         for leftover in path.rglob(".*.[0-9]*.tmp"):  # of `write_atomically` in killed processes
             leftover.unlink(missing_ok=True)
-        run = Run(path, read_recipe(path), on=on)
+        run = Run(path, read_recipe(path), on=on, remeasure=remeasure)
         mark = read_json(path / _MARK)
         if run.recipe.precision == "auto":
             from puzzle.device import device_name, fast_dtype
