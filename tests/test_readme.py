@@ -20,7 +20,7 @@ def test_python_example(
     exec(compile(example, "README.md", "exec"), {})
     shown = capsys.readouterr().out
     assert "ScoreRow(layer=0" in shown
-    assert "Proof(status='optimal'" in shown
+    assert "proven optimal" in shown
     assert float(shown.split()[-1]) > 0
 
 

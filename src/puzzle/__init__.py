@@ -6,6 +6,7 @@ child's model class: at once if transformers is imported already, and otherwise 
 
 import ast
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -35,20 +36,28 @@ if TYPE_CHECKING:  # isort: off
 
 
 @cache
-def _homes() -> dict[str, str]:
-    """The module of every public name: what stands above for type checkers is the only list of them."""
-    imports = (node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.ImportFrom))
+def _homes(file: str) -> dict[str, str]:
+    """The module of every name of a package: what it imports for type checkers is the only list of them."""
+    imports = (node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.ImportFrom))
     return {each.name: str(node.module) for node in imports for each in node.names if each.asname}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _homes():
-        return getattr(import_module(_homes()[name]), name)
-    raise AttributeError(f"module 'puzzle' has no attribute {name!r}")
+def lazily(package: str, file: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`, which imports its names when they are first used."""
+
+    def get(name: str) -> Any:
+        if name in _homes(file):
+            return getattr(import_module(_homes(file)[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get
+
+
+__getattr__ = lazily(__name__, __file__)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_homes()})
+    return sorted({*globals(), *_homes(__file__)})
 
 
 class _Registration(MetaPathFinder):

@@ -315,6 +315,12 @@ class Proof:
     solver: str
     seconds: float
 
+    def __str__(self) -> str:
+        told = "proven optimal" + (f" to {self.gap:.1g}" if self.gap > 1e-5 else "")
+        if self.status == "feasible":
+            told = f"not proven, search.time_limit_s was over; at most {self.gap:.1%} from the best"
+        return f"{told} ({self.solver}, {self.seconds:.2g} s)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:

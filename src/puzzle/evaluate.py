@@ -58,26 +58,26 @@ def evaluate(run: Run, parent: Parent, child: Child | None, data: TokenData, lab
 
 
 def measure_speed(
-    run: Run, models: Mapping[str, Parent | Child], costs: CostTable, batch_size: int
+    run: Run, models: Mapping[str, tuple[Parent | Child, int]], costs: CostTable
 ) -> dict[str, dict[str, float]]:
-    """Prefill, decode and throughput of every model, measured in turns in one go, by the names of `Totals.as_dict`.
+    """Prefill, decode and throughput of every model at its batch size, measured in turns in one go, by the names of
+    `Totals.as_dict`.
 
     Models of the same blocks are timed once: weights do not change the time.
     """
-    architectures = {name: model.architecture for name, model in models.items()}
-    timed = {architecture: name for name, architecture in architectures.items()}
+    served = {name: (model.architecture, batch_size) for name, (model, batch_size) in models.items()}
+    timed = {each: name for name, each in served.items()}
     stage = run.open(
         SPEED,
         scenario=str(costs.scenario),
         environment=costs.environment,
-        batch_size=batch_size,
-        models={name: models[name].address for name in sorted(models)},
+        models={name: [models[name][0].address, models[name][1]] for name in sorted(models)},
     )
     if not stage.done:
-        tasks = [(models[name].path, batch_size) for name in timed.values()]
+        tasks = [(models[name][0].path, models[name][1]) for name in timed.values()]
         measured = time_models(tasks, costs.scenario, run.recipe.cost.repeats)
-        rows = {blocks: _row(each, costs.scenario, batch_size) for blocks, each in zip(timed, measured, strict=True)}
-        stage.commit(rows={name: rows[blocks] for name, blocks in architectures.items()})
+        rows = {each: _row(samples, costs.scenario, each[1]) for each, samples in zip(timed, measured, strict=True)}
+        stage.commit(rows={name: rows[each] for name, each in served.items()})
     return dict(stage.facts["rows"])
 
 

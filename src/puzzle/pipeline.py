@@ -168,7 +168,7 @@ class Pipeline:
         if not self.run.recipe.evaluate.uniform_baseline:
             return None
         run, parent, data = self.run, self.parent, self.data
-        tables = replace(self.tables, scores=self.subblock_scores)
+        tables = replace(self.met.tables, scores=self.subblock_scores)
         solution = uniform_solution(run, parent, self.space, tables, self.solution)
         library = build_library(run, parent, data, self.statistics, space_of(parent, solution.blocks))
         refined = refine(run, parent, realise(run, parent, library, solution.blocks), data)
@@ -176,17 +176,23 @@ class Pipeline:
 
     @cached_property
     def rows(self) -> dict[str, dict[str, float]]:
-        """The final comparison: quality on test text, sizes, predicted and measured speed of every model."""
-        batch_size, models = self.solution.batch_size, dict[str, Parent | Child](parent=self.parent)
+        """The final comparison: quality on test text, sizes, predicted and measured speed of every model.
+
+        Each at its batch size: children at that of the solution, the parent at that to which relative targets refer.
+        """
+        solution, models = self.solution, dict[str, Parent | Child](parent=self.parent)
         models |= {"child_before": self.child_before, "child": self.child}
-        predicted = {name: self.costs.totals(m.architecture.names, batch_size).as_dict() for name, m in models.items()}
+        predicted = dict.fromkeys(models, solution.predicted) | {"parent": solution.parent}
         if self.uniform is not None:
             models["uniform"], predicted["uniform"] = self.uniform.child, self.uniform.solution.predicted
-        measured, rows = measure_speed(self.run, models, self.costs, batch_size), {}
+        measured, rows = dict[str, dict[str, float]](), {}
+        if self.costs.scenario.engine != "roofline":  # which calculates
+            served = {name: (model, int(predicted[name]["batch_size"])) for name, model in models.items()}
+            measured = measure_speed(self.run, served, self.costs)
         for name, model in models.items():
             child = model if isinstance(model, Child) else None
             quality = evaluate(self.run, self.parent, child, self.data, name)
-            rows[name] = table_row(quality, predicted[name], measured[name])
+            rows[name] = table_row(quality, predicted[name], measured.get(name, {}))
         return rows
 
     @cached_property
@@ -237,8 +243,6 @@ class Pipeline:
         curves = {"child": distillation_curve(self.child)}
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
-        log = (self.run.path / "log.txt").read_text(encoding="utf-8")
-        warned = (line.partition(" warning: ")[2] for line in log.splitlines())
         return ReportData(
             title=f"A child of {self.parent.path.name}",
             recipe_yaml=self.run.recipe.to_yaml(),
@@ -251,14 +255,15 @@ class Pipeline:
                 for each in timing.times
             ],
             solution=self.solution,
-            proof=self.searched.proof,
+            targets=[target for *_, target in self.run.recipe.served],
+            searched=self.searched,
             uniform=self.uniform.solution if self.uniform is not None else None,
-            frontier=frontier(self.tables),
+            frontier=frontier(self.met.tables),
             scores=self.scores,
             costs=self.costs,
             curves=curves,
             seconds=self.run.seconds(),
-            warnings=[*dict.fromkeys(text for text in warned if text)],
+            warnings=self.run.warnings,
         )
 
 

@@ -63,8 +63,14 @@ class Quantity:
         """From a value to its sum over layers, or back: the throughput's rule is its own inverse."""
         return 1e3 * batch_size * generated_tokens / value if self.at_least else value
 
+    def known(self, value: float) -> float:
+        """`value`, or NaN, a dash for people, where it is noise: no model takes no time."""
+        return value if value > 0 or self.exact or not self.columns else math.nan
+
     def utilisation(self, value: float, bound: float) -> float:
         """Share of the bound that a value takes: at most 1 where it is met; infinite above a bound of 0."""
+        if self.at_least and value <= 0:  # of what takes no time
+            return 0.0
         above, below = (bound, value) if self.at_least else (value, bound)
         if below == 0:
             return math.inf if above > 0 else 1.0

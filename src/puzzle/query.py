@@ -1,7 +1,9 @@
 """`puzzle search`: questions to the tables of a run, or of any other library in a table file."""
 
 import json
+import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,9 +12,10 @@ from rich.console import RenderableType
 from puzzle.errors import PuzzleError
 from puzzle.quantities import COSTS, SETTINGS
 from puzzle.recipe import SectionT, parse_overrides, validate
-from puzzle.report import frontier_figure, solution_table, solutions_table
+from puzzle.report import solution_table, solutions_table
 from puzzle.runs import write_text
 from puzzle.search import Demand, Tables, frontier, pool, solve, solve_baseline, to_table_file
+from puzzle.units import format_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Question:
     search: list[str] = field(default_factory=list)
     frontier: int | None = None
     over: str | None = None
+    to: float | None = None
     figure: Path | None = None
     pool: int | None = None
     differing: int | None = None
@@ -34,7 +38,7 @@ class Question:
 
 def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     """What there is to print; the files that are asked for are written on the way."""
-    for flag, needed in (("over", "frontier"), ("figure", "frontier"), ("differing", "pool")):
+    for flag, needed in (("over", "frontier"), ("to", "frontier"), ("figure", "frontier"), ("differing", "pool")):
         if getattr(question, flag) is not None and getattr(question, needed) is None:
             raise PuzzleError(f"--{flag}: it belongs to a {needed}; give --{needed} N too")
     for file in (question.table, question.figure, question.out):
@@ -51,17 +55,27 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
             raise PuzzleError(f"--over: found {over}; the table has costs for {', '.join(known) or 'nothing'}")
         key = known[over]
         if question.frontier:
-            found = frontier(tables, key, question.frontier)
+            found = frontier(tables, key, question.frontier, question.to or 4.0)
         else:
             found = pool(tables, question.pool or 1, question.differing or 1)
         yield solutions_table(found, tables.scores.parent_blocks, key)
         written[question.out] = json.dumps([json.loads(each.to_json()) for each in found], indent=1) + "\n"
         if question.figure:
-            written[question.figure] = frontier_figure(found, {}, key).to_html()
+            from puzzle.report import frontier_page
+
+            marked = {}
+            with suppress(PuzzleError):  # no target, or none that can be met
+                marked["child"] = solve(tables)
+            written[question.figure] = frontier_page(found, marked, key, str(tables.costs.scenario))
     elif question.table is None or question.target or question.baseline or question.out:
         name = question.baseline
         solution = solve(tables) if name is None else solve_baseline(tables, name, question.seed)
         yield solution_table(solution, tables.scores.parent_blocks)
+        if name is not None:
+            objective = tables.objective
+            its, best = objective.reached(solution), objective.reached(solve(tables))
+            shown = f"{objective.quantity.text(its)} against {objective.quantity.text(best)} of the search"
+            yield f"{objective.quantity.label} {shown}: {format_ratio(its / best if best else math.nan)}"
         written[question.out] = solution.to_json()
     for file, text in written.items():
         if file is not None:

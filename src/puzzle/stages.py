@@ -266,7 +266,7 @@ SPEED = Stage(
     name="speed",
     help="Time whole models on the engine.",
     reads=("cost.repeats",),
-    inputs=("scenario", "environment", "batch_size", "models"),
+    inputs=("scenario", "environment", "models"),
     measures=True,
 )
 EXPORT = Stage(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from puzzle.artefacts import CostRow, CostTable, Proof, Scenario, ScoreRow, ScoreTable, Solution, TaskScore
+from puzzle.recipe import TargetSettings
 from puzzle.report import ReportData, table_row
 
 ATTENTION = {"kv8": 1.0, "kv2": 0.7, "linear": 0.2, "none": 0.0}
@@ -43,7 +44,7 @@ def _costs(num_layers: int) -> CostTable:
     return CostTable(scenario=scenario, batch_sizes=(BATCH,), rows=tuple(rows), environment=environment)
 
 
-def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
+def make(num_layers: int = 8) -> ReportData:
     scores, costs = _scores(num_layers), _costs(num_layers)
     parent = costs.totals(["kv8+w512"] * num_layers, BATCH).as_dict()
     asked = {"throughput_tok_s": 1.9 * parent["throughput_tok_s"], "memory_bytes": 0.8 * parent["memory_bytes"]}
@@ -59,11 +60,6 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
     ]
     child, uniform = solution(blocks), solution(["kv2+w256"] * num_layers)
     recipe = "parent: meta-llama/<8B>\ntarget:\n  throughput: 1.9x # & more\n  memory: 80%\n"
-    data = ReportData(
-        title="Run <one> & two", recipe_yaml=recipe, parent="a/parent", solution=child, scores=scores, costs=costs
-    )
-    if partial:
-        return data
 
     def row(blocks: Sequence[str], kl: float, slower: float) -> dict[str, float]:
         totals = costs.totals(blocks, BATCH)
@@ -74,30 +70,35 @@ def make(num_layers: int = 8, *, partial: bool = False) -> ReportData:
 
     curve = [{"tokens": 1e4 * step, "loss": 1 / (1 + step), "validation_kl": 0.5 / (1 + step)} for step in range(11)]
     return ReportData(
-        **vars(data) | {
-            "proof": child.proof,
-            "uniform": uniform,
-            "frontier": [solution(["kv8+w512"] * kept + [*uniform.blocks[kept:]]) for kept in range(num_layers)],
-            "rows": {
-                "parent": row(["kv8+w512"] * num_layers, 0.0, 1.0),
-                "child_before": row(child.blocks, 0.1, 1.25),
-                "child": row(child.blocks, 0.05, 1.25),
-                "uniform": row(uniform.blocks, 0.07, 0.8),
-            },
-            "tasks": {
-                model: {
-                    "local_arc_challenge": TaskScore("acc_norm", 0.45 - lost, 0.01, 0.25, 1000, {}),
-                    "at_chance": TaskScore("acc", 0.26 - lost, 0.01, 0.25, 1000, {}),
-                    "open": TaskScore("exact_match", 2.0 - lost, 0.01, 0.2, 1000, {}),
-                }
-                for model, lost in (("parent", 0.0), ("child", 0.02), ("uniform", 0.04))
-            },
-            "checks": [("child, search 1", "decode_ms", 3.0, 2.0)],
-            "curves": {"child": curve, "uniform": curve},
-            "seconds": {"calibrate": 34.2, "library": 1460, "search": 1.7},
-            "warnings": ["close other <programs>"],
-        }
-    )  # fmt: skip
+        title="Run <one> & two",
+        recipe_yaml=recipe,
+        parent="a/parent",
+        solution=child,
+        targets=[TargetSettings(throughput="1.9x", memory="80%")],
+        scores=scores,
+        costs=costs,
+        searched=child,
+        uniform=uniform,
+        frontier=[solution(["kv8+w512"] * kept + [*uniform.blocks[kept:]]) for kept in reversed(range(num_layers))],
+        rows={
+            "parent": row(["kv8+w512"] * num_layers, 0.0, 1.0),
+            "child_before": row(child.blocks, 0.1, 1.25),
+            "child": row(child.blocks, 0.05, 1.25),
+            "uniform": row(uniform.blocks, 0.07, 0.8),
+        },
+        tasks={
+            model: {
+                "local_arc_challenge": TaskScore("acc_norm", 0.45 - lost, 0.01, 0.25, 1000, {}),
+                "at_chance": TaskScore("acc", 0.26 - lost, 0.01, 0.25, 1000, {}),
+                "open": TaskScore("exact_match", 2.0 - lost, 0.01, 0.2, 1000, {}),
+            }
+            for model, lost in (("parent", 0.0), ("child", 0.02), ("uniform", 0.04))
+        },
+        checks=[("child, search 1", "decode_ms", 3.0, 2.0)],
+        curves={"child": curve, "uniform": curve},
+        seconds={"calibrate": 34.2, "library": 1460, "search": 1.7},
+        warnings=["close other <programs>"],
+    )
 
 
 @pytest.fixture(scope="session")

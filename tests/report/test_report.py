@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from puzzle.quantities import QUANTITIES
+from puzzle.recipe import TargetSettings
 from puzzle.report import ReportData, final_table, model_card, render
-from puzzle.report.page import METRICS, answers, result, task_result
+from puzzle.report.page import answers
+from puzzle.report.tables import METRICS, result, task_result
 from puzzle.units import format_number
 
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
+MEASURED = ("measured_tok_s", "measured_prefill_ms", "measured_decode_ms")
 Make = Callable[..., ReportData]
 
 
@@ -71,9 +75,9 @@ def data(make_data: Make) -> ReportData:
     return make_data()
 
 
-@pytest.mark.parametrize(("layers", "partial"), [(8, False), (80, False), (8, True)])
-def test_page_is_well_formed_small_and_loads_nothing(make_data: Make, layers: int, partial: bool) -> None:
-    html = render(make_data(layers, partial=partial))
+@pytest.mark.parametrize("layers", [8, 80])
+def test_page_is_well_formed_small_and_loads_nothing(make_data: Make, layers: int) -> None:
+    html = render(make_data(layers))
     page = Page(html)
     assert page.open == []
     assert page.loads == []
@@ -87,9 +91,15 @@ def test_page_has_every_section_with_its_numbers(data: ReportData) -> None:
     page = Page(render(data))
     speed_up = data.rows["child"]["measured_tok_s"] / data.rows["parent"]["measured_tok_s"]
     memory = f"{data.solution.predicted['memory_bytes'] / 1e6:.1f} MB"
-    assert page.text["strong"] == [f"{speed_up:.2f}x", "90.0 %", memory]
-    headings = ["Target", "Result", "Architecture", "Scores", "Quality against speed", "Global knowledge distillation"]
-    headings += ["Proof of the search", "Time", "Warnings", "Recipe", "Versions"]
+    # KL 0.05 against the uniform child's 0.07; perplexity e^2.55 against e^2.5.
+    assert page.text["strong"] == [f"{speed_up:.2f}x", "0.714x", "+5.1%", memory]
+    uniform = data.rows["uniform"]["measured_tok_s"] / data.rows["child"]["measured_tok_s"]
+    assert (
+        f"0.0500 nats a token against 0.0700; it is measured at {uniform:.2f}x the child's speed" in page.text["small"]
+    )
+    assert "12.2 to 12.8 on test text; the parent's likeliest token in 95.0 %" in page.text["small"]
+    headings = ["Warnings", "Target", "Result", "Architecture", "Scores", "Quality against speed"]
+    headings += ["Global knowledge distillation", "Proof of the search", "Time", "Recipe", "Versions"]
     assert page.text["h2"] == headings
     _, body = result(data.rows)
     assert len(body) == len(METRICS) + 3
@@ -99,28 +109,43 @@ def test_page_has_every_section_with_its_numbers(data: ReportData) -> None:
     assert ["at_chance", "0.260±0.010", "0.240±0.010", "0.220±0.010", "-", "-"] in tasks
     assert tasks[-1] == ["mean", "-", "-", "-", "94.4 %", "88.9 %"]
     check = ["child, search 1", "time per output token", "3.00 ms", "2.00 ms", "+50.0%"]
-    for row in [
-        *body,
-        *tasks,
-        check,
-        *map(list, answers(data)),
-        ["1-2", "kv2+w256", "kv8+w512"],
-        ["library", "24 min 20 s"],
-    ]:
+    times = [["library", "24 min 20 s"], ["in all", "24 min 56 s"]]
+    for row in [*body, *tasks, check, *map(list, answers(data)), ["1-2", "kv2+w256", "kv8+w512"], *times]:
         assert row in page.rows
     assert page.text["li"] == ["close other <programs>"]
     assert page.text["pre"] == [data.recipe_yaml]
-    assert {"HiGHS 1.12.0", version("torch"), "Example CPU <8 cores>"} <= {*page.text["dd"]}
+    assert {"proven optimal to 0.01 (HiGHS 1.12.0, 1.7 s)", version("torch"), "Example CPU <8 cores>"} <= {
+        *page.text["dd"]
+    }
 
 
-def test_unfinished_run_says_so_and_leaves_out_what_is_not_there(make_data: Make) -> None:
-    data = make_data(partial=True)
-    html = render(data)
-    assert Page(html).text["h2"] == ["Target", "Result", "Architecture", "Scores", "Recipe", "Versions"]
-    assert "Nothing is measured yet" in html
-    assert figures(html).keys() == {"architecture", "scores"}
-    assert [line[2:] for line in answers(data)] == [("-", "not measured"), ("exact", "met")]
-    assert "Nothing is measured yet" in model_card(data)
+def test_what_was_calculated_is_not_called_measured(data: ReportData) -> None:
+    rows = {name: dict(row) | dict.fromkeys(MEASURED, math.nan) for name, row in data.rows.items()}
+    calculated = replace(data, rows=rows)
+    page = Page(render(calculated))
+    assert "the parent's throughput, predicted" in page.text["div"]
+    assert [line[2:] for line in answers(calculated)] == [("- (-)", "not measured"), ("exact", "met")]
+    assert ["throughput, tok/s", *"-----"] in page.rows
+
+
+def test_texts_speak_of_a_uniform_child_only_if_there_is_one(data: ReportData) -> None:
+    rows = {name: row for name, row in data.rows.items() if name != "uniform"}
+    assert "niform child" in render(data)
+    assert "niform" not in render(replace(data, uniform=None, rows=rows, tasks={})).partition("<script")[0]
+
+
+def test_ratios_are_of_the_parent_that_the_target_refers_to(data: ReportData) -> None:
+    """A relative bound is of the measured parent, which may be faster than the predicted one, at its own batch size."""
+    parent = dict(data.rows["parent"]) | {"measured_prefill_ms": 50.0, "measured_decode_ms": 1.0, "batch_size": 128}
+    child = dict(data.rows["child"]) | {"measured_prefill_ms": 20.0, "measured_decode_ms": 0.2}
+    found = answers(replace(data, rows=data.rows | {"parent": parent, "child": child}))
+    own, its = 1e3 * 128 * 64 / (50 + 63), 1e3 * 64 * 64 / (20 + 63 * 0.2)
+    predicted = data.solution.predicted["throughput_tok_s"]
+    asked = f"throughput at least 1.9x the parent's, {format_number(1.9 * own, 4)} tok/s"
+    ratio = format_number(predicted / data.solution.parent["throughput_tok_s"])
+    shown = f"{format_number(predicted, 4)} tok/s ({ratio}x)"
+    measured = f"{format_number(its, 4)} tok/s ({format_number(its / own)}x)"
+    assert found[0] == (asked, shown, measured, f"missed by {format_number(100 * (1 - its / own / 1.9))} %")
 
 
 def test_the_noise_of_scores_stands_beside_them_if_there_is_any(data: ReportData) -> None:
@@ -165,6 +190,29 @@ def test_figures_show_what_was_chosen_and_what_it_was_worth(data: ReportData) ->
     assert points(drawn["training"])["child"]["y"][1] == 0.25
 
 
+@pytest.mark.parametrize("linear", [(0, 3, 5, 7), (6,), range(8)])
+def test_bars_are_one_layer_wide_whatever_the_mixture(data: ReportData, linear: Sequence[int]) -> None:
+    """Plotly's own width is the least distance of a trace's bars."""
+    blocks = tuple("linear+w256" if layer in linear else "kv2+linear" for layer in range(8))
+    figure = figures(render(replace(data, solution=replace(data.solution, blocks=blocks))))["architecture"]
+    for trace in figure["data"]:
+        assert trace["x"] == [*range(8)]
+        assert 0.9 < trace["width"] < 1
+        assert len(trace["y"]) == 8
+    slabs = [trace for trace in figure["data"] if isinstance(trace["marker"]["color"], list)]
+    for half, places in zip(slabs, (linear, set(range(8)) - set(linear)), strict=True):
+        assert {layer for layer, y in enumerate(half["y"]) if abs(y) == 0.15} == {*places}
+
+
+def test_the_frontier_is_drawn_from_1x_on_and_what_is_far_above_stands_at_its_edge(data: ReportData) -> None:
+    assert data.uniform is not None
+    far = replace(data.uniform, score=9.0)
+    figure = figures(render(replace(data, uniform=far)))["frontier"]
+    marked = points(figure)
+    assert figure["layout"]["xaxis"].get("type") is None
+    assert marked["<b>uniform</b> at 9.00"]["y"] == [1.5 * max(marked["line"]["y"])]
+
+
 def test_terminal_has_the_table_of_the_page_within_80_columns(data: ReportData) -> None:
     out = io.StringIO()
     Console(file=out, width=80).print(final_table(data.rows, data.tasks))
@@ -186,22 +234,24 @@ def test_a_number_that_is_not_there_is_a_dash() -> None:
 @pytest.mark.parametrize(
     ("quantity", "bound", "verdict"),
     [
-        ("throughput_tok_s", 14000, "met"),  # 64 * 64 tokens in 150 + 63 * 2 = 276 ms
-        ("throughput_tok_s", 16000, "missed by 7.25 %"),
-        ("request_ms", 277, "met"),
-        ("request_ms", 240, "missed by 15.0 %"),
-        ("prefill_ms", 100, "missed by 50.0 %"),
-        ("decode_ms", 2, "met"),
-        ("memory_bytes", 1e12, "met"),
-        ("params", 1, "missed by"),
+        ("throughput_tok_s", "14000 tok/s", "met"),  # 64 * 64 tokens in 150 + 63 * 2 = 276 ms
+        ("throughput_tok_s", "16000 tok/s", "missed by 7.25 %"),
+        ("request_ms", "277ms", "met"),
+        ("request_ms", "240ms", "missed by 15.0 %"),
+        ("prefill_ms", "100ms", "missed by 50.0 %"),
+        ("decode_ms", "2ms", "met"),
+        ("memory_bytes", "1TB", "met"),
+        ("params", "1", "missed by"),
         ("score", 1e-3, "missed by"),
     ],
 )
-def test_target_is_judged_by_what_was_measured(make_data: Make, quantity: str, bound: float, verdict: str) -> None:
-    data = make_data(partial=True)
-    row = {"measured_prefill_ms": 150.0, "measured_decode_ms": 2.0}
-    solution = replace(data.solution, asked={quantity: bound})
-    ((*_, found),) = answers(replace(data, rows={"child": row}, solution=solution))
+def test_target_is_judged_by_what_was_measured(
+    make_data: Make, quantity: str, bound: str | float, verdict: str
+) -> None:
+    data = make_data()
+    row = {"measured_prefill_ms": 150.0, "measured_decode_ms": 2.0, "batch_size": 64}
+    target = TargetSettings.model_validate({QUANTITIES[quantity].setting: bound})
+    ((*_, found),) = answers(replace(data, rows={"child": row}, targets=[target]))
     assert found.startswith(verdict)
 
 

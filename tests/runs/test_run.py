@@ -200,3 +200,16 @@ def test_log_lines_are_printed_and_kept(folder: Path, recipe: Recipe, capsys: py
     run.log_warning("two")
     assert capsys.readouterr().out == "one\nwarning: two\n"
     assert [line[20:] for line in (folder / "log.txt").read_text().splitlines()] == ["one", "warning: two"]
+
+
+def test_warnings_are_those_of_the_stages_in_use(folder: Path, recipe: Recipe) -> None:
+    """Not those of another target that the folder has had."""
+    earlier, now, stage = Run(folder, recipe), Run(folder, recipe), Stage(name="search", help="")
+    earlier.log_warning("before any stage")
+    for run, warning in ((earlier, "2x is missed"), (now, "3x is missed"), (now, "3x is missed")):
+        run.open(replace(stage, version=2 if run is now else 1)).commit()
+        run.log_warning(warning)
+    assert now.warnings == ["3x is missed"]
+    again = Run(folder, recipe)
+    again.open(stage)
+    assert again.warnings == ["2x is missed"]

@@ -41,7 +41,7 @@ def trade() -> tuple[ScoreTable, CostTable]:
             "nearest: 1.666x",
         ),
         (
-            {"throughput": "100", "memory": "80%"},
+            {"throughput": "100 tok/s", "memory": "80%"},
             "target.throughput: 100 tok/s asked; reachable 5 tok/s (parent) to 8.333 tok/s (1.666x); "
             "nearest with the other bounds kept: 6.25 tok/s",
         ),

@@ -55,9 +55,7 @@ def test_each_is_the_best_of_those_far_enough_from_all_before(
 
 
 def _unit(name: str) -> str:
-    return {"request_ms": "ms", "prefill_ms": "ms", "decode_ms": "ms", "memory_bytes": "B", "weight_bytes": "B"}.get(
-        name, ""
-    )
+    return {"throughput_tok_s": " tok/s", "params": ""}.get(name, "ms" if name.endswith("_ms") else "B")
 
 
 def test_a_dominated_block_and_another_batch_size() -> None:

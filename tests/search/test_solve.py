@@ -210,7 +210,7 @@ def test_where_many_tie_the_bound_may_be_a_rounding_above_the_best(seed: int) ->
     assert solution.proof.status == "optimal"
 
 
-@pytest.mark.parametrize("target", [{"throughput": "1e18"}, {"latency": "1e-14ms"}, {"score": 1e-200}])
+@pytest.mark.parametrize("target", [{"throughput": "1e18 tok/s"}, {"latency": "1e-14ms"}, {"score": 1e-200}])
 def test_targets_beyond_all_measure_are_out_of_reach(target: dict[str, Any]) -> None:
     with pytest.raises(PuzzleError, match=r"asked; reachable|each alone can be met"):
         solve(ask(*two_batches(), TargetSettings.model_validate({"parameters": "60", **target}), SETTINGS))

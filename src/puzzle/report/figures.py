@@ -15,7 +15,7 @@ from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, Variant
 COLOURS = {"attention": "#6fc7b7", "ffn": "#93abef", "other": "#f2c14e"}
 _MODELS = {"parent": ("#6b7280", "circle"), "child": ("#1d6fc4", "diamond"), "uniform": ("#d9660f", "triangle-up")}
 _LABELS = {"attention": "attention", "ffn": "FFN"}
-_INK, _SOFT, _RULE, _GHOST, _CLEAR = "#1b212a", "#58616e", "#e3e6ea", "#eceef1", "rgba(0, 0, 0, 0)"
+_INK, _SOFT, _RULE, _GHOST, _CLEAR = "#1b212a", "#58616e", "#e3e6ea", "#e6e9ed", "rgba(0, 0, 0, 0)"
 _HEAT = [[0, "#f4f8fd"], [0.25, "#c3dcf1"], [0.5, "#74add8"], [0.75, "#2a6fb0"], [1, "#08264f"]]
 _SLAB = 0.15
 """Height of a variant that is something else than a smaller form of the parent's."""
@@ -67,13 +67,14 @@ def architecture(solution: Solution, parent: Sequence[str]) -> go.Figure:
         ]
         heights = [sign * (_SLAB if share is None else share) for share in shares]
         text = {"text": [variant.name for variant, _ in pairs], "textposition": "inside", "insidetextanchor": "end"}
+        place = {"x": layers, "width": 0.92}  # plotly's own follows from the distances within a trace
         traces += [
-            go.Bar(x=layers, y=full, marker_color=_GHOST, hoverinfo="skip"),
-            go.Bar(x=layers, y=heights, marker_color=colours, hoverinfo="skip"),
-            go.Bar(x=layers, y=full, marker_color=_CLEAR, hovertext=hover, hoverinfo="text", **text),
+            go.Bar(y=full, marker_color=_GHOST, hoverinfo="skip", **place),
+            go.Bar(y=heights, marker_color=colours, hoverinfo="skip", **place),
+            go.Bar(y=full, marker_color=_CLEAR, hovertext=hover, hoverinfo="text", **place, **text),
         ]
     sides = {"range": [-1.05, 1.05], "tickvals": [-0.5, 0.5], "ticktext": ["FFN", "attention"], "showgrid": False}
-    layout = {"barmode": "overlay", "bargap": 0.08, "uniformtext": {"mode": "hide", "minsize": 9}, "showlegend": False}
+    layout = {"barmode": "overlay", "uniformtext": {"mode": "hide", "minsize": 9}, "showlegend": False}
     return _figure(300, traces, margin_t=8, xaxis=_layer_axis(len(layers)), yaxis=sides, **layout)
 
 
@@ -108,43 +109,41 @@ def scores(table: ScoreTable, solution: Solution) -> go.Figure:
 def frontier_figure(
     frontier: Sequence[Solution], marked: Mapping[str, Solution], quantity: str = "throughput_tok_s"
 ) -> go.Figure:
-    """A quantity, as a multiple of the parent's, against the sum of scores; `marked` has `child`, `uniform` or both."""
-    # The parent scores 0, which a logarithmic axis cannot show: a line marks its value instead.
-    logarithmic = min(point.score for point in frontier) >= 0 < min((each.score for each in marked.values()), default=1)
-    points = [point for point in frontier if point.score > 0 or not logarithmic]
-    points.sort(key=lambda point: point.predicted[quantity])
+    """A quantity, as a multiple of the parent's, against the sum of scores; `marked` has `child`, `uniform` or both.
+
+    What lies far above the line stands at the upper edge, with its score.
+    """
     line = {"mode": "lines+markers", "line": {"color": _SOFT, "width": 1.5}, "marker_size": 5}
-    traces = [go.Scatter(**line, **_points(points, quantity))]
-    verticals = {"parent": 1.0}
+    traces = [go.Scatter(**line, **_points(frontier, quantity))]
+    highest = max(point.score for point in frontier)
+    verticals, top = {"parent": 1.0}, 1.5 * highest if highest > 0 else math.inf
     for model, solution in marked.items():
         marker = dict(zip(("color", "symbol"), _MODELS[model], strict=True), size=12)
         place = "bottom right" if model == "child" else "top right"
-        text = {"mode": "markers+text", "text": [f"<b>{model}</b>"], "textposition": place}
-        traces.append(go.Scatter(marker=marker, **text, **_points([solution], quantity)))
+        above = f" at {format_number(solution.score)}" if solution.score > top else ""
+        text = {"mode": "markers+text", "text": [f"<b>{model}</b>{above}"], "textposition": place}
+        point = _points([solution], quantity) | {"y": [min(solution.score, top)]}
+        traces.append(go.Scatter(marker=marker, **text, **point))
         if model == "child" and quantity in solution.asked:
             verticals["target"] = solution.asked[quantity] / solution.parent[quantity]
-    multiples = [*verticals.values(), *(x for trace in traces for x in trace.x)]
-    low, high = math.log10(min(multiples)), math.log10(max(multiples))
-    margin = 0.1 * (high - low) or 0.1
+    multiples = [*verticals.values(), *(x for trace in traces for x in trace.x if math.isfinite(x))]
+    margin = 0.06 * (max(multiples) - min(multiples)) or 0.1
+    across = {"range": [min(multiples) - margin, max(multiples) + 2 * margin], "ticksuffix": "x", "tickformat": "~g"}
     dashed = {"type": "line", "y0": 0, "y1": 1, "yref": "paper", "line": {"color": _SOFT, "dash": "dash", "width": 1}}
-    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
-    title = f"predicted {QUANTITIES[quantity].label}, times the parent's"
-    across = {"title_text": title, "type": "log", "range": [low - margin, high + margin], "dtick": "D1"}
-    up = {"type": "log", "dtick": "D2", "tickformat": "~g"} if logarithmic else {"rangemode": "tozero"}
+    named = {"y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
     return _figure(
         380,
         traces,
         showlegend=False,
-        xaxis=across | {"tickformat": "~g", "ticksuffix": "x"},
-        yaxis=up | {"title_text": "sum of scores"},
+        xaxis=across | {"title_text": f"predicted {QUANTITIES[quantity].label}, times the parent's"},
+        yaxis={"rangemode": "tozero", "title_text": "sum of scores"},
         shapes=[dashed | {"x0": x, "x1": x} for x in verticals.values()],
-        # On a logarithmic axis plotly wants the exponents of annotations, but the values of shapes.
-        annotations=[above | {"text": name, "x": math.log10(x)} for name, x in verticals.items()],
+        annotations=[named | {"text": name, "x": x} for name, x in verticals.items()],
     )
 
 
 def _points(solutions: Sequence[Solution], quantity: str) -> dict[str, Any]:
-    x = [solution.predicted[quantity] / solution.parent[quantity] for solution in solutions]
+    x = [QUANTITIES[quantity].known(each.predicted[quantity]) / each.parent[quantity] for each in solutions]
     hover = [
         f"{QUANTITIES[quantity].text(solution.predicted[quantity])}, {format_ratio(multiple)}"
         f"<br>score {format_number(solution.score, 4)}, batch {solution.batch_size}"

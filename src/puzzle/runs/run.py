@@ -150,7 +150,17 @@ class Run:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def log_warning(self, line: str) -> None:
+        """Log it, and keep it for the report beside the stage that was opened last."""
         self.log(f"warning: {line}")
+        if self.leads and self.used:
+            with (self.used[-1].path / "warnings.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the stages that this command used, each once."""
+        files = filter(Path.exists, (folder.path / "warnings.txt" for folder in self.used))
+        return [*dict.fromkeys(line for file in files for line in file.read_text("utf-8").splitlines())]
 
 
 def setting(recipe: Recipe, path: str) -> Any:

@@ -82,7 +82,7 @@ def depth(tables: Tables) -> Solution | None:
     return _best_of(tables, architectures)
 
 
-def uniform(tables: Tables) -> Solution | None:
+def one_block(tables: Tables) -> Solution | None:
     """The same block in every layer (Minitron, arXiv 2407.14679); if that is not enough, layers go as in `depth`."""
     layers, dropped = range(tables.scores.num_layers), empty_layers(tables)
     every = [{row.block for row in tables.known_scores.layer(layer)} - DROPPED for layer in layers]
@@ -99,7 +99,7 @@ BASELINES: dict[str, Callable[[Tables], Solution | None]] = {
     "random": random,
     "greedy": greedy,
     "max-parameters": max_parameters,
-    "uniform": uniform,
+    "one-block": one_block,
     "depth": depth,
 }
 """Each gives None where it finds nothing within the bounds."""

@@ -55,8 +55,9 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     return sorted(found, key=objective.minimised)
 
 
-def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) -> list[Solution]:
-    """Exact solutions at `points` bounds on a quantity, from the parent's value to the best reachable by equal factors.
+def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 16, end: float = 4.0) -> list[Solution]:
+    """Exact solutions at `points` bounds on a quantity, in equal steps from the parent's value to one `end` times as
+    good, or to the best reachable. One that meets the next bound as well is listed once.
 
     All other bounds are kept. Where these already force a value no better than the parent's, there is one point: the
     best reachable. Each solution's `bounds` say which bound it was found for.
@@ -67,20 +68,24 @@ def frontier(tables: Tables, key: str = "throughput_tok_s", points: int = 12) ->
     quantity = QUANTITIES[key]
     tables = replace(tables, target=tables.target.model_copy(update={quantity.setting: None}))
     parent = tables.demands[0].parent[key]
-    extreme = best(tables, objective=Objective(key))
-    if extreme is None:
-        raise _explain(tables)
-    limit = extreme.predicted[key]
-    spaced = np.geomspace if limit > 0 else np.linspace
-    values = spaced(parent, limit, points).tolist() if quantity.better(limit, parent) else [limit]
-    solutions: list[Solution] = []
-    for value in values:
+
+    def at(value: float) -> Solution | None:
         bounds = [tables.bounds[0] | {key: value}, *tables.bounds[1:]]
-        # A solution that meets the next, tighter bound is the best there too.
-        still = solutions and quantity.better(solutions[-1].predicted[key], value)
-        solution = solutions[-1] if still else best(tables, bounds)
-        assert solution is not None, f"{key} {value} was reached before"
-        solutions.append(replace(solution, asked=bounds[0], bounds=bounds[0]))
+        found = best(tables, bounds)
+        return found and replace(found, asked=bounds[0], bounds=bounds[0])
+
+    solutions: list[Solution] = []
+    for value in np.linspace(parent, parent * end if quantity.at_least else parent / end, points).tolist():
+        if solutions and not quantity.violation(solutions[-1].predicted[key], value):
+            continue
+        if solution := at(value):
+            solutions.append(solution)
+            continue
+        if (extreme := best(tables, objective=Objective(key))) is None:
+            raise _explain(tables)
+        if not solutions or quantity.better(extreme.predicted[key], solutions[-1].predicted[key]):
+            solutions += filter(None, [at(extreme.predicted[key])])
+        break
     return solutions
 
 

@@ -44,9 +44,7 @@ def search(run: Run, tables: Tables) -> Solution:
     solution = solve(tables)
     write_text(path, solution.to_json())
     folder.commit()
-    if proof := solution.proof:
-        proven = f"{proof.status} within {proof.gap:.1e}, {proof.seconds:.2f} s"
-        run.log(f"search: sum of {tables.settings.score} {solution.score:.4g} ({proven})")
+    run.log(f"search: sum of {tables.settings.score} {solution.score:.4g}, {solution.proof}")
     for demand, serving in zip(tables.demands, solution.servings, strict=True):
         said = []
         for key in ("throughput_tok_s", "memory_bytes"):

@@ -134,7 +134,7 @@ class Tables:
     further: Sequence[tuple[CostTable, TargetSettings]] = ()
     """Further scenarios that the same architecture must serve, each with its costs and its target."""
     influence: Callable[[], Sequence[float]] | None = None
-    """Reads the block influence of each layer, by which the baselines `depth` and `uniform` drop layers."""
+    """Reads the block influence of each layer, by which baselines drop layers."""
 
     @cached_property
     def known_scores(self) -> ScoreTable:
