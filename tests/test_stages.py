@@ -67,6 +67,7 @@ def test_no_stage_reads_a_setting_that_its_address_lacks(
     """The whole method with every optional stage, once."""
     settings = pico_recipe.model_dump(mode="json", exclude_unset=True)
     settings |= {"refine": {"tokens": 512}, "correct": {"tokens": 512}, "target": {"parameters": "70%"}}
+    settings["data"] |= {"source": [settings["data"]["source"][0], "parent"], "sampled_tokens": 100}
     settings["evaluate"]["tasks"] = [str(write_task(tmp_path, "numbers"))]
     recipe = Recipe.model_validate(settings)
     create_folder(tmp_path / "run", recipe)

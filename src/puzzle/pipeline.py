@@ -21,7 +21,7 @@ from puzzle.artefacts import CostTable, ScoreTable, Solution, TaskScore, mean_ke
 from puzzle.checks import check_recipe, slow_precision
 from puzzle.child import Child, realise, refine
 from puzzle.costs import is_measured, measure_costs
-from puzzle.data import TokenData, prepare_data
+from puzzle.data import TokenData, prepare_data, sample_text
 from puzzle.device import choose_device, fast_dtype
 from puzzle.distill import distil, distillation_curve
 from puzzle.engines.capability import TIMED_AS, deployable
@@ -64,6 +64,11 @@ class Pipeline:
         if (note := parent.path / "gguf.txt").exists():
             self.run.log(note.read_text(encoding="utf-8"))
         return parent
+
+    @cached_property
+    def sampled(self) -> Path | None:
+        """Text that the parent writes, if `data.source` names it."""
+        return sample_text(self.run, self.parent)
 
     @cached_property
     def data(self) -> TokenData:

@@ -66,7 +66,10 @@ class DataSettings(Section):
     """Text for calibration, training, scoring and evaluation."""
 
     source: OneOrMore
-    """Files or folders (.txt, .py, .md, .jsonl, .parquet), or a Hugging Face dataset, `name:config:split`."""
+    """Files or folders (.txt, .py, .md, .jsonl, .parquet), a Hugging Face dataset, `name:config:split`, or `parent` for
+    text that the parent writes."""
+    sampled_tokens: PositiveCount = 10_000_000
+    """Tokens that the parent writes where `source` names it."""
     column: Text = "text"
     """Column of jsonl, parquet and datasets: text, or lists of messages, which go through the chat template."""
     sequence_length: Annotated[Count, Field(ge=2)] = 2048

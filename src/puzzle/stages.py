@@ -138,6 +138,15 @@ def _distil_work(shapes: "Shapes") -> Work:
     )
 
 
+SAMPLE = Stage(
+    name="sample",
+    help="Let the parent write text, if data.source names it.",
+    result="sampled",
+    reads=("data.sampled_tokens", "data.column", "data.sequence_length", "precision", "seed"),
+    inputs=("parent",),
+    work=lambda of: Work(operations=(of.recipe.data.sampled_tokens * of.forward,)),
+    wanted=lambda recipe: "parent" in recipe.data.source,
+)
 DATA = Stage(
     name="data",
     help="Tokenise the text, split it and pack it.",
@@ -278,7 +287,7 @@ EXPORT = Stage(
 REPORT = Stage(name="report", help="Write the report.", result="report")
 
 STAGES = (
-    *(DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
+    *(SAMPLE, DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
     *(EVALUATE, TASKS, UNIFORM, SPEED, EXPORT, REPORT),
 )
 """In the order of the method."""

@@ -6,7 +6,6 @@ so that a run that is cut off at any moment goes on with the next batch and ends
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, groupby
@@ -18,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puzzle.data.read import Document, Source, open_sources
-from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeName, TokenData
+from puzzle.data.sample import sample_text
+from puzzle.data.tokens import RANGES, TOKEN_DTYPE, RangeName, TokenData, write_at
 from puzzle.errors import PuzzleError, one_line
 from puzzle.modeling import TOKENIZER_FILES
 from puzzle.parents import Parent
@@ -34,7 +34,9 @@ _BATCH_CHARACTERS = 2**20  # at worst, a token a character, 300 MB in the tokeni
 
 def prepare_data(run: Run, parent: Parent) -> TokenData:
     """The recipe's text as packed tokens of the parent's tokenizer; made if it is not there, opened if it is."""
-    settings = run.recipe.data
+    settings, sampled = run.recipe.data, sample_text(run, parent)
+    source = [str(sampled) if name == "parent" else name for name in settings.source]
+    settings = settings.model_copy(update={"source": source})
     sources = open_sources(settings, run.path / "sources.json")
     files = sorted({file for pattern in TOKENIZER_FILES for file in parent.path.glob(pattern) if file.is_file()})
     tokenizer = digest([[file.name, file_digest(file, {})] for file in files])
@@ -90,8 +92,8 @@ def _pack(sources: Sequence[Source], parent: Parent, settings: DataSettings, fol
             for index, name in enumerate(names):
                 chosen = [each for each, place in zip(ids, places, strict=False) if place == index]
                 inner = tokens[name] + np.cumsum([len(each) for each in chosen], dtype=np.int64)
-                _write(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * tokens[name], b"".join(map(bytes, chosen)))
-                _write(folder / f"{name}.ends.bin", inner.itemsize * documents[name], inner.tobytes())
+                write_at(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * tokens[name], b"".join(map(bytes, chosen)))
+                write_at(folder / f"{name}.ends.bin", inner.itemsize * documents[name], inner.tobytes())
                 documents[name] += len(chosen)
                 tokens[name] += sum(map(len, chosen))
             before, position = position, replace(after, documents=documents, tokens=tokens)
@@ -100,16 +102,6 @@ def _pack(sources: Sequence[Source], parent: Parent, settings: DataSettings, fol
             bar.advance(new if limit else position.size - before.size)
             written += new
     return position
-
-
-def _write(file: Path, start: int, data: bytes) -> None:
-    """Write `data` from byte `start` on, as the end of the file: what a start that was cut off left is overwritten."""
-    with file.open("r+b" if file.exists() else "wb") as handle:
-        handle.truncate(start)
-        handle.seek(start)
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _batches(
@@ -177,5 +169,5 @@ def _cut(folder: Path, end: _Position, name: RangeName, settings: DataSettings) 
             f"data: {name} gets {end.documents[name]} of {num_documents} documents, which is not one sequence of "
             f"{length} tokens; {cure}, lower data.sequence_length, or give more documents (files, rows)"
         )
-    _write(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * sequences * length, b"")
+    write_at(folder / f"{name}.bin", TOKEN_DTYPE.itemsize * sequences * length, b"")
     return sequences

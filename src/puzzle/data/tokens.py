@@ -7,6 +7,7 @@
 T is the recipe's `data.sequence_length`: a sequence of T + 1 tokens gives T inputs and T targets.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,3 +96,13 @@ def order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     positions: NDArray[np.int64] = np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
     positions.setflags(write=False)
     return positions
+
+
+def write_at(file: Path, start: int, data: bytes) -> None:
+    """Write `data` from byte `start` on, as the end of the file: what a start that was cut off left is overwritten."""
+    with file.open("r+b" if file.exists() else "wb") as handle:
+        handle.truncate(start)
+        handle.seek(start)
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
