@@ -44,10 +44,20 @@ def test_a_second_process_is_told_who_is_there(folder: Path, recipe: Recipe) -> 
 
 
 def test_a_folder_takes_over_a_new_recipe_with_its_comments(folder: Path, recipe: Recipe) -> None:
-    create_folder(folder, recipe, "parent: other  # mine\ndata: {source: text}\n")
+    create_folder(folder, recipe, f"parent: {recipe.parent}  # mine\ndata: {{source: text}}\nseed: 3\n")
     assert "# mine" in (folder / "recipe.yaml").read_text()
     with open_run(folder) as run:
-        assert run.recipe.parent == "other"
+        assert run.recipe.seed == 3
+    create_folder(folder, recipe.model_copy(update={"parent": f"./{recipe.parent}"}))
+
+
+def test_a_folder_is_not_taken_over_by_another_parents_recipe(folder: Path, recipe: Recipe) -> None:
+    before = (folder / "recipe.yaml").read_text()
+    with pytest.raises(
+        PuzzleError, match=rf"--out: {folder} is a run of the parent {recipe.parent}, not of other; name"
+    ):
+        create_folder(folder, recipe.model_copy(update={"parent": "other"}))
+    assert (folder / "recipe.yaml").read_text() == before
 
 
 def test_foreign_folders_are_refused(tmp_path: Path, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 DIR/puzzle.json              the mark of a run folder, with what `precision: auto` stands for in it
 DIR/recipe.yaml              what the person wrote; edit it and only what depends on the edit runs again
-DIR/used.json                the stage folders that the last command used
+DIR/used.json                the stage folders that the last command used, and the digest of its recipe
 DIR/stages/NAME-ADDRESS/     a stage's files, and beside them
     stage.json               what the address is the hash of: name, version, settings read, addresses of inputs
     clock.json               when this attempt began, and the seconds of those before it
@@ -106,20 +106,20 @@ class Run:
         if folder not in self.used:
             self.used.append(folder)
             if self.leads:
-                write_json(self.path / "used.json", [each.path.name for each in self.used])
+                names = {each.name for each in self.used}
+                # What comes later is still that of an earlier command with this recipe.
+                kept = [name for name in used_folders(self.path, self.recipe) if name.rpartition("-")[0] not in names]
+                folders = [*(each.path.name for each in self.used), *kept]
+                write_json(self.path / "used.json", {"recipe": _meaning(self.recipe), "folders": folders})
         return folder
 
     def folder(self, stage: Stage, **inputs: Any) -> tuple[StageFolder, dict[str, Any]]:
         """Where `open` finds the stage, there or not, and what its address is the hash of."""
         assert set(inputs) == set(stage.inputs), f"{stage.name}: declared inputs are {stage.inputs}, given {[*inputs]}"
-        identity = {
-            "stage": stage.name,
-            "version": stage.version,
-            "settings": {path: setting(self.recipe, path) for path in stage.reads},
-            "inputs": {name: getattr(value, "address", value) for name, value in inputs.items()},
-        }
-        address = digest(identity)
-        return StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address), identity
+        found = identity(stage, self.recipe)
+        found["inputs"] = {name: getattr(value, "address", value) for name, value in inputs.items()}
+        address = digest(found)
+        return StageFolder(self.path / "stages" / f"{stage.name}-{address[:12]}", stage.name, address), found
 
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
@@ -168,6 +168,23 @@ def setting(recipe: Recipe, path: str) -> Any:
     return reduce(lambda section, name: section[name], path.split("."), recipe.model_dump(mode="json"))
 
 
+def identity(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """What a stage's address is the hash of, without its inputs."""
+    settings = {path: setting(recipe, path) for path in stage.reads}
+    return {"stage": stage.name, "version": stage.version, "settings": settings}
+
+
+def used_folders(path: Path, recipe: Recipe) -> list[str]:
+    """Names of the stage folders that the last command used, in order; none if its recipe was another one."""
+    found = read_json(path / "used.json") if (path / "used.json").exists() else {}
+    same = isinstance(found, dict) and found.get("recipe") == _meaning(recipe)
+    return list(found["folders"]) if same else []
+
+
+def _meaning(recipe: Recipe) -> str:
+    return digest(recipe.model_dump(mode="json", exclude={"execution"}))
+
+
 def is_run_folder(path: Path) -> bool:
     return (path / _MARK).exists()
 
@@ -179,6 +196,12 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
     with _locked(path):
         if not is_run_folder(path):
             write_json(path / _MARK, {"format": 1})  # no other is read or written yet
+        own = None
+        with suppress(PuzzleError):  # none yet, or one that cannot be read
+            own = Recipe.read(path / "recipe.yaml").parent
+        if own is not None and Path(own).resolve() != Path(recipe.parent).resolve():
+            found = f"{path} is a run of the parent {own}, not of {recipe.parent}"
+            raise PuzzleError(f"--out: {found}; name another folder, or change `parent` in {path / 'recipe.yaml'}")
         write_text(path / "recipe.yaml", recipe.to_yaml() if text is None else text)
 
 

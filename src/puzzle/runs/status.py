@@ -1,53 +1,79 @@
 """Where a run stands, read from its folder alone: no lock, no model, while another process may be at work."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from puzzle.recipe import Recipe
 from puzzle.runs.files import read_json
-from puzzle.runs.run import check_folder, files, last_written, process_in
-from puzzle.stages import COMMANDS, REPORT
+from puzzle.runs.run import check_folder, files, identity, last_written, process_in, read_recipe, used_folders
+from puzzle.stages import DISTIL, LIBRARY, REALISE, REFINE, REPORT, STAGES, TEACHER, UNIFORM
 from puzzle.units import format_bytes, format_seconds
+
+_MAKING = {stage.name for stage in (LIBRARY, REALISE, REFINE, TEACHER, DISTIL)}
+"""Stages that the uniform child has as well, opened after the one that finds it."""
 
 
 def status(path: Path) -> list[str]:
     """Lines for a person: every stage of the recipe, finished or where it stands, what else is kept, what is next."""
     check_folder(path)
-    recipe = Recipe.read(path / "recipe.yaml")
-    process, used_file = process_in(path), path / "used.json"
-    used = [path / "stages" / name for name in (read_json(used_file) if used_file.exists() else [])]
+    recipe, process = read_recipe(path), process_in(path)
+    used = [path / "stages" / name for name in used_folders(path, recipe)]
+    names = [folder.name.rpartition("-")[0] for folder in used]
+    start = names.index(UNIFORM.name) if UNIFORM.name in names else len(names)
+    uniform = [folder for folder, name in zip(used[start:], names[start:], strict=True) if name in _MAKING]
+    others = [folder for folder in path.glob("stages/*") if folder not in used]
     lines = [f"{path}: {format_bytes(_size(path))}, {f'process {process} is at work' if process else 'nobody at work'}"]
-    names = [stage.name for stage in COMMANDS if stage.wanted(recipe) and stage is not REPORT]
-    by_name: dict[str, list[Path]] = {name: [] for name in names}
-    for folder in used:
-        by_name.setdefault(folder.name.rpartition("-")[0], []).append(folder)
-    for name, folders in by_name.items():
-        lines += [_line(name, folder) for folder in folders] or [f"  {name:<12} -"]
-    if others := [folder for folder in path.glob("stages/*") if folder not in used]:
+    unfinished = list[str]()
+    for stage in STAGES:
+        if stage is REPORT or not stage.wanted(recipe):
+            continue
+        folders = [folder for folder, name in zip(used, names, strict=True) if name == stage.name]
+        own = [folder for folder in folders if folder not in uniform]
+        if not own and stage.result:
+            wanted = identity(stage, recipe)
+            kept = [folder for folder in others if _done(folder) and _is(folder, wanted)]
+            lines.append(
+                f"  {stage.name:<12} " + ("kept from an earlier command, if its inputs are the same" if kept else "-")
+            )
+        lines += [_line(stage.name, own)] if own else []
+        if stage is UNIFORM:
+            by_name = {folder.name.rpartition("-")[0]: folder for folder in uniform}
+            lines += [f"  {_line(name, [folder])}" for name, folder in by_name.items()]
+        if not all(map(_done, folders)) or (stage.result and not own):
+            unfinished.append(stage.name)
+    if others:
         size = format_bytes(sum(map(_size, others)))
         lines.append(f"kept from earlier commands: {len(others)} stage folders, {size}")
-    if used and process is None and (path / "recipe.yaml").stat().st_mtime > used_file.stat().st_mtime:
-        lines.append("recipe.yaml is newer than that; what depends on an edit in it will run again")
-    open_stage = next((name for name in names if not all(map(_done, by_name[name])) or not by_name[name]), None)
     report = path / "report.html"  # the one stage without a folder
     newest = max((last_written(folder) for folder in used), default=0.0)
-    if open_stage is None and report.exists() and report.stat().st_mtime >= newest:
+    if not unfinished and report.exists() and report.stat().st_mtime >= newest:
         return [*lines, f"everything is done; see {report}"]
-    return [*lines, f"next: {open_stage or REPORT.name}; `puzzle run {path / 'recipe.yaml'}` goes on"]
+    return [*lines, f"next: {[*unfinished, REPORT.name][0]}; `puzzle run {path / 'recipe.yaml'}` goes on"]
 
 
 def _done(folder: Path) -> bool:
     return (folder / "manifest.json").exists()
 
 
-def _line(name: str, folder: Path) -> str:
-    size = format_bytes(_size(folder))
-    if _done(folder):
-        manifest = read_json(folder / "manifest.json")
-        return f"  {name:<12} done in {format_seconds(manifest['seconds'])}, {size}, {manifest['finished']}"
-    age = format_seconds(time.time() - last_written(folder))
-    count = sum(file.name not in ("stage.json", "clock.json") for file, _ in files(folder))
-    return f"  {name:<12} unfinished: {count} file{'' if count == 1 else 's'}, {size}, the last written {age} ago"
+def _is(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a folder is a stage of these settings, whatever its inputs."""
+    file = folder / "stage.json"
+    found = read_json(file) if file.exists() else {}
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
+def _line(name: str, folders: Sequence[Path]) -> str:
+    """One line for all folders of a stage."""
+    size = format_bytes(sum(map(_size, folders)))
+    if open_folders := [folder for folder in folders if not _done(folder)]:
+        age = format_seconds(time.time() - max(map(last_written, open_folders)))
+        own = [file for folder in open_folders for file, _ in files(folder)]
+        count = sum(file.name not in ("stage.json", "clock.json") for file in own)
+        return f"  {name:<12} unfinished: {count} file{'' if count == 1 else 's'}, {size}, the last written {age} ago"
+    manifests = [read_json(folder / "manifest.json") for folder in folders]
+    spent, parts = sum(each["seconds"] for each in manifests), f", {len(folders)} parts" if len(folders) > 1 else ""
+    return f"  {name:<12} done in {format_seconds(spent)}{parts}, {size}, {max(m['finished'] for m in manifests)}"
 
 
 def _size(path: Path) -> int:
