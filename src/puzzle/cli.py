@@ -99,15 +99,16 @@ def _execute(arguments: argparse.Namespace) -> int:
 )
 def run(arguments: argparse.Namespace) -> None:
     """Go the whole way from a recipe to a report, or go on where that stopped."""
-    from puzzle.recipe import Recipe, parse_overrides
+    from puzzle.recipe import Recipe, parse_overrides, recipe_text
     from puzzle.runs import create_folder, is_run_folder, open_run
 
     path: Path = arguments.recipe
     overrides = parse_overrides(arguments.set)
-    recipe = Recipe.read(path, overrides)
+    text = recipe_text(path)
+    recipe = Recipe.read(path, overrides, text)
     # By default the folder whose recipe this is.
     out = arguments.out or (path.parent if is_run_folder(path.parent) else Path("runs") / path.stem)
-    create_folder(out, recipe, None if overrides else path.read_text(encoding="utf-8"))
+    create_folder(out, recipe, None if overrides else text)
     with open_run(out, arguments.on, remeasure=arguments.remeasure) as opened:
         from puzzle.pipeline import plan, run_stage
 
@@ -214,7 +215,7 @@ def search(arguments: argparse.Namespace) -> None:
         for part in parts:
             console.print(part)
 
-    if arguments.place.is_file() or arguments.place.suffix == ".json":
+    if not arguments.place.is_dir() and (arguments.place.exists() or arguments.place.suffix == ".json"):
         show(answer(read_table(arguments.place), question))
         return
     with open_run(arguments.place, arguments.on) as opened:

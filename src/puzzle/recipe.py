@@ -21,6 +21,7 @@ from pydantic import (
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
+from puzzle.given import parse_yaml, read_given
 from puzzle.quantities import SETTINGS, Quantity, check_setting
 from puzzle.units import Count, Fraction, Size, amount
 
@@ -55,7 +56,11 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_default(cls, values: Any) -> Any:
-        """Accept a section whose lines are all commented out."""
+        """Accept a section whose lines are all commented out; and no `true` as a 1."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            given = any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value]))
+            if given and name in cls.model_fields and "bool" not in str(cls.model_fields[name].annotation):
+                raise ValueError(f"{name}: found {value}; it is no yes or no")
         return {} if values is None else values
 
 
@@ -72,6 +77,8 @@ class DataSettings(Section):
     """Tokens that the parent writes where `source` names it."""
     column: Text = "text"
     """Column of jsonl, parquet and datasets: text, or lists of messages, which go through the chat template."""
+    special_tokens: bool = False
+    """Whether special tokens written in plain text, such as `<|im_end|>`, are these tokens; else they are text."""
     sequence_length: Annotated[Count, Field(ge=2)] = 2048
     """Tokens per sequence."""
     max_tokens: PositiveCount | None = None
@@ -365,13 +372,23 @@ class Recipe(Section):
         return self.model_copy(update=update)
 
     @classmethod
-    def read(cls, path: Path, overrides: dict[str, Any] | None = None) -> "Recipe":
+    def read(cls, path: Path, overrides: dict[str, Any] | None = None, text: str | None = None) -> "Recipe":
         """The recipe in a YAML file, with `overrides` (`{"target.throughput": "2x"}`) put in before it is validated.
+
+        Args:
+            text: what is in the file, if that is known: a pipe can be read once.
 
         Raises:
             PuzzleError: the file is missing, is no YAML, or a setting in it is wrong; in one line.
         """
-        values = _load(path)
+        text = recipe_text(path) if text is None else text
+        try:
+            values = parse_yaml(text)
+        except ValueError as error:
+            raise PuzzleError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            found = "is empty" if values is None else f"holds {type(values).__name__}, not settings"
+            raise PuzzleError(f"{path} {found}; `puzzle init MODEL` shows what a recipe looks like")
         for key, value in (overrides or {}).items():
             *sections, name = key.split(".")
             place = values
@@ -410,41 +427,19 @@ def parse_overrides(
         if not separator or not key:
             raise PuzzleError(f"{flag} {assignment}: expected key=value, such as {example}")
         try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PuzzleError(f"{flag} {assignment}: {text!r} is not a YAML value: {_yaml_problem(error)}") from None
+            overrides[key] = parse_yaml(text)
+        except ValueError as error:
+            raise PuzzleError(f"{flag} {assignment}: {text!r} is not a YAML value: {error}") from None
     return overrides
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _load(path: Path) -> dict[str, Any]:
+def recipe_text(path: Path) -> str:
+    """What is in a recipe's file, or comes out of a pipe; a `PuzzleError` if nothing can."""
     if path.is_dir():
         raise PuzzleError(f"{path} is a folder, not a recipe; name a file, such as {path / 'recipe.yaml'}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return read_given(path)
     except FileNotFoundError:
         raise PuzzleError(f"recipe {path} does not exist; `puzzle init MODEL --out {path}` writes one") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PuzzleError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
-    if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds {type(values).__name__}, not settings"
-        raise PuzzleError(f"{path} {found}; `puzzle init MODEL` shows what a recipe looks like")
-    return values
-
-
-def _yaml_problem(error: Exception) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error).splitlines()[0]
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    except ValueError as error:
+        raise PuzzleError(f"{path} is not valid YAML: {error}") from None

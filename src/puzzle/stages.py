@@ -152,11 +152,11 @@ DATA = Stage(
     help="Tokenise the text, split it and pack it.",
     result="data",
     reads=(
-        *("data.column", "data.sequence_length", "data.max_tokens"),
+        *("data.column", "data.special_tokens", "data.sequence_length", "data.max_tokens"),
         *("data.calibration", "data.validation", "data.scoring", "data.test"),
     ),
     inputs=("tokenizer", "sources"),
-    version=2,
+    version=3,
 )
 CALIBRATE = Stage(
     name="calibrate",

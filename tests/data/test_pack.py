@@ -62,6 +62,19 @@ def test_chat_empty_documents_and_half_a_surrogate_pair(prepare: Prepare, texts:
     assert "" not in found, "an EOS that the template gives is not doubled, nor its BOS"
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_special_tokens_in_plain_text_are_text_unless_asked(
+    prepare: Prepare, parent: Parent, write_rows: WriteRows, asked: bool
+) -> None:
+    tokenizer = parent.tokenizer()
+    data = prepare(write_rows("s.jsonl", [{"text": f"<bos>{text}<eos>"} for text in TEXTS]), special_tokens=asked)
+    tokens = np.concatenate([data.sequences(name, slice(None)).flatten().numpy() for name in RANGES])
+    documents = sum(num_documents(data, name) for name in RANGES)
+    assert documents == 60
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # one of each a document, less what is cut off
+        assert documents - 10 <= int((tokens == token).sum()) <= documents
+
+
 def test_shares_of_documents_and_copies(prepare: Prepare, write_rows: WriteRows) -> None:
     rows = [{"text": f"{number % 3000} sat"} for number in range(6000)]
     data = prepare(write_rows("many.jsonl", rows), calibration=0.1, validation=0.2, scoring=0.2, test=0.3)
@@ -96,7 +109,7 @@ def test_positions_count_from_the_first_token_of_each_document(
 ) -> None:
     """Also where a document holds the EOS token itself."""
     rows = [{"text": f"{n}: the cat <eos> sat on the mat" * (1 + n % 7)} for n in range(90)]
-    data = prepare(write_rows("eos.jsonl", rows))
+    data = prepare(write_rows("eos.jsonl", rows), special_tokens=True)
     lengths = {len(ids) + 1 for ids in parent.tokenizer()([row["text"] for row in rows])["input_ids"]}
     ends = np.fromfile(data.path / "training.ends.bin", np.int64)
     assert set(np.diff(ends, prepend=0)) <= lengths
@@ -122,7 +135,7 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(prepare: Prepare, p
 
 
 @pytest.mark.usefixtures("small_batches")
-@pytest.mark.parametrize(("cut", "max_tokens"), [(0, None), (17, None), (59, None), (5, 7000)])
+@pytest.mark.parametrize(("cut", "max_tokens"), [(1, None), (17, None), (59, None), (5, 7000)])
 def test_a_resumed_run_goes_on_with_the_next_batch(
     prepare: Prepare, corpus: Path, tmp_path: Path, cut: int, max_tokens: int | None
 ) -> None:

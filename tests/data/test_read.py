@@ -113,7 +113,9 @@ def test_parquet(read: Read, tmp_path: Path) -> None:
     ("line", "match"),
     [
         ('{"text": "cut', r"a.jsonl:2 is not valid JSON \(Unterminated string.*correct or delete the line"),
-        ('{"text": "\udcff"}', r"a.jsonl:2 is not valid JSON \('utf-8' codec can't decode"),
+        ('{"text": "\udcff"}', r"a.jsonl is not UTF-8 text \('utf-8' codec can't decode byte 0xff"),
+        ('{"text": "a\0"}', r"a.jsonl is not UTF-8 text \(it holds NULs\); convert it or move it away"),
+        ('{"text": "a", "text": "b"}', r"a.jsonl:2 is not valid JSON \(text is given twice\)"),
         ('{"body": 1, "id": 2}', "a.jsonl:2 has no column 'text'; it has body, id: name one of those"),
         ("{}", "a.jsonl:2 has no column 'text'; it has none"),
         ('["text"]', "a.jsonl:2 is a list, not an object with a column 'text'"),
@@ -130,7 +132,42 @@ def test_bad_lines(read: Read, tmp_path: Path, line: str, match: str) -> None:
 def test_text_that_is_not_utf8(read: Read, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "latin.txt").write_bytes(data)
     (tmp_path / "more.md").write_bytes(data)
-    refused(read, tmp_path, r"not UTF-8 text \(2 files\): .*latin.txt, .*more.md; convert or move them away")
+    refused(read, tmp_path, r"2 files cannot be read, .*latin.txt, .*more.md; the first: .*latin.txt is not UTF-8 text")
+    (tmp_path / "more.md").unlink()
+    refused(read, tmp_path, r"latin.txt is not UTF-8 text \('utf-8' codec can't.*\); convert it or move it away")
+
+
+def test_many_files_that_are_wrong_alike_are_named_together(read: Read, tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.jsonl").write_text('{"body": "a"}\n')
+    expected = (
+        r"20 files cannot be read, .*00.jsonl, .*01.jsonl, .*02.jsonl, ...; the first: .*00.jsonl:1 has no column"
+    )
+    refused(read, tmp_path, expected)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_byte_order_marks_and_line_ends(read: Read, tmp_path: Path, encoding: str, end: str) -> None:
+    text, file = "one Gr\u00fc\u00dfe\u2028two", tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False)] * 2
+    file.write_bytes(f"{end.join(lines)}{end}".encode(encoding))
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    if encoding == "utf-16-le":  # without a mark
+        refused(read, tmp_path, "2 files cannot be read.*the first: .*a.txt is not UTF-8 text")
+    else:
+        assert contents(read(tmp_path)) == [text] * 3
+
+
+def test_a_pipe_is_no_source(read: Read, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused(read, tmp_path / "pipe", "pipe is a pipe or a device, and text is read more than once; name a file")
+
+
+def test_conversations_written_as_json_are_found(read: Read, write_rows: WriteRows) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    rows: list[object] = [{"text": text} for text in (json.dumps(chat), "[1, 2]", "[1, 2", "[]")]
+    assert contents(read(write_rows("rows.jsonl", rows))) == [chat, "[1, 2]", "[1, 2", []]
 
 
 @pytest.mark.parametrize(

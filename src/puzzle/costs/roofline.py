@@ -21,6 +21,7 @@ from puzzle.artefacts import Scenario
 from puzzle.costs.engine import Engine, Model, Sample, shapes_of
 from puzzle.errors import PuzzleError, one_line
 from puzzle.explain import explain
+from puzzle.given import parse_yaml, read_given
 from puzzle.modeling import PuzzleConfig
 from puzzle.recipe import Section
 from puzzle.variants import Architecture, Variant
@@ -96,7 +97,7 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
     count, machine = re.findall(r"^(?:([1-9][0-9]*)x)?(.+)", name)[0]
     known = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
     try:
-        (sheet,) = [known[machine]] if machine in known else yaml.safe_load(Path(machine).read_text("utf-8")).values()
+        (sheet,) = [known[machine]] if machine in known else parse_yaml(read_given(Path(machine))).values()
         return Machine.model_validate(sheet), int(count or 1)
     except OSError:
         raise PuzzleError(
@@ -104,5 +105,5 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
         ) from None
     except ValidationError as error:
         raise PuzzleError(f"{setting}: {machine}: {explain(error, Machine)}") from None
-    except (yaml.YAMLError, AttributeError, ValueError) as error:
+    except (AttributeError, ValueError) as error:
         raise PuzzleError(f"{setting}: {machine} is no data sheet ({one_line(error)})") from None

@@ -81,7 +81,7 @@ def _pack(sources: Sequence[Source], parent: Parent, settings: DataSettings, fol
         for texts, after in _batches(sources, tokenizer, position):
             if limit and written >= limit:
                 break
-            ids = _encode(texts, tokenizer, parent.config.vocab_size)
+            ids = _encode(texts, tokenizer, parent.config.vocab_size, settings.special_tokens)
             ends = written + np.cumsum([len(each) for each in ids])
             count = 1 + int(np.searchsorted(ends, limit or math.inf))  # with the document that reaches the limit
             # A document's range is given by a hash of its text in [0, 1): the same text is never in two ranges.
@@ -141,14 +141,21 @@ def _render(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _encode(
-    texts: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+    texts: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", vocab_size: int, special: bool
 ) -> list[NDArray[np.uint32]]:
-    """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it."""
+    """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it.
+
+    Args:
+        special: whether special tokens written in plain text are these tokens, as they are in a chat template's.
+    """
     encoded: list[list[int]] = []
     for is_chat, same in groupby(texts, itemgetter(1)):
-        options = {"add_special_tokens": not is_chat, "return_attention_mask": False, "verbose": False}
-        encoded += tokenizer([text for text, _ in same], **options)["input_ids"]
-    eos = tokenizer.eos_token_id
+        options = {"add_special_tokens": not is_chat, "split_special_tokens": not (is_chat or special)}
+        encoded += tokenizer([text for text, _ in same], **options, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
     found = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]
     if (highest := max(map(max, found))) >= vocab_size:
         has = f"its tokenizer gives token {highest}, its config.json has vocab_size {vocab_size}"

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puzzle.errors import PuzzleError, one_line
+from puzzle.given import encoding_of, parse_json
 from puzzle.recipe import DataSettings
 from puzzle.runs import file_digest, is_run_folder, remembered
 
@@ -59,6 +61,8 @@ def open_sources(settings: DataSettings, memory: Path) -> list[Source]:
 
 def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[Source]:
     root = Path(name).expanduser()
+    if root.exists() and not root.is_dir() and not root.is_file():
+        raise PuzzleError(f"data.source: {root} is a pipe or a device, and text is read more than once; name a file")
     if root.exists():
         inside = [path.relative_to(root) for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
         runs = {path.parent for path in inside if is_run_folder(root / path.parent)}  # what a run writes is no text
@@ -69,7 +73,7 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
         if not readable:
             found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
             raise PuzzleError(f"data.source: {root} holds nothing to read ({found}); read are {', '.join(_SUFFIXES)}")
-        sources, wrong = [], []
+        sources, wrong = [], dict[Path, PuzzleError]()
         for path in readable:
             place = path.relative_to(root if root.is_dir() else root.parent).as_posix()
             try:
@@ -77,21 +81,33 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
             except OSError as error:
                 raise PuzzleError(f"data.source: {path} cannot be read: {error.strerror}") from None
             sources.append(Source([place, found], partial(float, size), partial(_read_file, path, settings.column)))
-            if path.suffix.lower() in _TEXT and f"text {found}" not in known:
+            if (key := f"{path.suffix} {found} {settings.column}") not in known:
                 try:
-                    for _ in _read_text(path):
-                        pass
-                    known[f"text {found}"] = "UTF-8"
-                except UnicodeDecodeError:
-                    wrong.append(path)
+                    _check(path, settings.column)
+                    known[key] = "can be read"
+                except PuzzleError as error:
+                    wrong[path] = error
+        if len(wrong) > 1:
+            names = ", ".join(map(str, [*wrong][:3])) + (", ..." if len(wrong) > 3 else "")
+            first = next(iter(wrong.values()))
+            raise PuzzleError(f"data.source: {len(wrong)} files cannot be read, {names}; the first: {first}")
         if wrong:
-            names = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
-            raise PuzzleError(f"data.source: not UTF-8 text ({len(wrong)} files): {names}; convert or move them away")
+            raise wrong.popitem()[1]
         yield from sources
     elif root.suffix.lower() in _SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
         raise PuzzleError(f"data.source: {name} does not exist")
     else:
         yield _dataset(match, settings, known)
+
+
+def _check(path: Path, column: str) -> None:
+    """Refuse a file that is no text, or whose first row is none."""
+    try:
+        if path.suffix.lower() != ".parquet" and any("\0" in str(piece.content) for piece in _read_text(path)):
+            raise ValueError("it holds NULs")
+    except ValueError as error:
+        raise PuzzleError(f"data.source: {path} is not UTF-8 text ({error}); convert it or move it away") from None
+    next(_read_file(path, column, 0), None)
 
 
 def _read_file(path: Path, column: str, start: int) -> Iterator[Document]:
@@ -108,7 +124,7 @@ def _read_text(path: Path) -> Iterator[Document]:
     """A file as one document; one above 256 KiB as even pieces of about that size, cut at line ends."""
     size = path.stat().st_size
     piece = max(1, ceil(size / max(1, ceil(size / _CUT_BYTES))))
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a character that a cut splits goes to the next piece
+    decoder = codecs.getincrementaldecoder(_encoding(path))()  # a character that a cut splits goes to the next piece
     with path.open("rb") as file:
         while data := file.read(piece):
             if len(data) == piece:
@@ -119,17 +135,22 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Document]:
     """A document a line that is not blank. Not by `datasets`: it names no wrong line and makes timestamps of dates."""
-    with path.open("rb") as file:
+    with path.open(encoding=_encoding(path)) as file:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
             if line.isspace():
                 continue
             try:
-                row = json.loads(line.rstrip())
+                row = parse_json(line.rstrip())
             except ValueError as error:
                 found = f"{place} is not valid JSON ({one_line(error)})"
                 raise PuzzleError(f"data.source: {found}; correct or delete the line") from None
-            yield Document(_content(row, column, place), place, len(line))
+            yield Document(_content(row, column, place), place, len(line.encode()))
+
+
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        return encoding_of(file.read(4))
 
 
 def _dataset(match: re.Match[str], settings: DataSettings, known: dict[str, str]) -> Source:
@@ -187,12 +208,16 @@ def _content(row: object, column: str, place: str) -> str | list[dict[str, Any]]
         found = ", ".join(sorted(row)) or "none"
         raise PuzzleError(f"data.column: {place} has no column {column!r}; it has {found}: name one of those")
     content = "" if row[column] is None else row[column]
+    written = content
+    if isinstance(content, str) and content.lstrip().startswith("["):
+        with suppress(ValueError):
+            written = json.loads(content)  # tables without nested columns hold conversations so
+    if isinstance(written, list) and all(isinstance(each, dict) and "role" in each for each in written):
+        return [
+            {name: _joined(each[name], place) if name == "content" else each[name] for name in each} for each in written
+        ]
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(each, dict) and "role" in each for each in content):
-        return [
-            {name: _joined(each[name], place) if name == "content" else each[name] for name in each} for each in content
-        ]
     found = f"{place} holds a {type(content).__name__} in {column!r} that is neither text nor a list of messages"
     raise PuzzleError(f"data.column: {found} with a role; name another column")
 

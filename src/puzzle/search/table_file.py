@@ -1,6 +1,5 @@
 """The tables of any library as one file, so that it can be searched (docs/table-format.md)."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -8,6 +7,7 @@ from pydantic import Field, model_validator
 
 from puzzle.artefacts import COST_FIELDS, CostRow, CostTable, Part, Scenario, ScoreName, ScoreRow, ScoreTable, dump_rows
 from puzzle.errors import PuzzleError
+from puzzle.given import parse_json, read_given
 from puzzle.recipe import PositiveInt, SearchSettings, Section, Text, validate
 from puzzle.search.tables import Tables
 
@@ -79,7 +79,7 @@ def read_table(path: Path) -> Tables:
         PuzzleError: it does not hold; names the row, counted from 0, and the column.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_given(path))
     except (ValueError, RecursionError) as error:
         raise PuzzleError(f"{path} is not JSON: {error}; docs/table-format.md describes the file") from None
     file = validate(_File, values, str(path))
