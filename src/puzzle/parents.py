@@ -3,7 +3,6 @@
 Of a folder of safetensors files the headers are read first, and weights only as they are needed. Nothing is unpickled.
 """
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 
 from puzzle.engines.environments import cache_folder
 from puzzle.errors import PuzzleError, one_line
+from puzzle.given import parse_json
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, puzzle_config, refusal
 from puzzle.runs import digest, file_digest, remembered, write_tensors, write_text
 from puzzle.variants import Architecture
@@ -31,8 +31,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
-_NO_REASON = (r"rotary_emb\.inv_freq$", r"\.masked_bias$", r"attn\.bias$")
+_NO_REASON = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"\.masked_bias$", r"attn\.bias$")
 """Buffers that old versions stored, and that say nothing of the model."""
+_ELSE_THERE = (
+    (r"adapter_(config|model).*", "an adapter without its model ({}); merge it into that, and give the result"),
+    (r"model\.safetensors(\.index\.json)?", "weights alone ({}); get the whole checkpoint"),
+    (
+        r"model-\d+-of-\d+\.safetensors",
+        "shards, but no model.safetensors.index.json, which says what is in them; copy it",
+    ),
+    (r".*\.safetensors", "weights of another name ({}); convert them with transformers"),
+    (
+        r"(?!training_args|optimizer|scheduler|scaler|rng_state).*\.(bin|pt|pth|ckpt)",
+        "pickled weights ({}), which are not read; convert them to safetensors",
+    ),
+    (r".*\.gguf", "a GGUF file; give that, {}"),
+    (r".*\.(h5|msgpack|onnx)", "weights of another framework ({}); convert them to safetensors"),
+    (r".+/config\.json", "a checkpoint in a folder of its own; give that ({})"),
+)
+"""What stands where a checkpoint's files do not, and what to do."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
 
@@ -129,16 +146,13 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names."""
     files, index = [path / "model.safetensors"], path / "model.safetensors.index.json"
+    weight_map: dict[str, str] = {}
     if not files[0].exists():
         if not index.exists():
-            found = "holds no weights; get the whole checkpoint, online if it is a hub's"
-            if any(path.glob("*.safetensors")):
-                found = f"holds shards, but no {index.name}, which says what is in them; copy that too"
-            elif pickled := sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in path.glob(kind)):
-                found = f"holds pickled weights ({pickled[0]}), which are not read; convert them to safetensors"
-            raise PuzzleError(f"parent: {path} {found}")
+            raise PuzzleError(f"parent: {path} {_lies_there(path)}")
         try:
-            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+            weight_map = parse_json(index.read_text("utf-8"))["weight_map"]
+            files = sorted({path / name for name in weight_map.values()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PuzzleError(f"parent: {index} cannot be read ({one_line(error)}); get the whole checkpoint") from None
     entries: dict[str, Entry] = {}
@@ -147,11 +161,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise PuzzleError(f"parent: {file} is missing, though the checkpoint's index names it")
         try:
             with safe_open(file, framework="pt") as handle:
-                slices = {name: handle.get_slice(name) for name in handle.keys()}
+                names = (name for name in handle.keys() if weight_map.get(name, file.name) == file.name)
+                slices = {name: handle.get_slice(name) for name in names}
                 entries |= {name: Entry(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (SafetensorError, OSError) as error:
+            with file.open("rb") as opened:
+                if opened.read(20).startswith(b"version https://git"):
+                    raise PuzzleError(f"parent: {file} is a pointer of Git LFS; `git lfs pull` gets the file") from None
             raise PuzzleError(f"parent: {file} is truncated or damaged ({one_line(error)}); get it again") from None
     return Checkpoint(path, entries)
+
+
+def _lies_there(path: Path) -> str:
+    """Why a folder is no whole checkpoint, as far as what lies in it tells."""
+    found = sorted(file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/config.json")))
+    for name in found:
+        if not (path / name).exists():
+            return f"holds {name}, a link to nothing; get it again"
+    for pattern, what in _ELSE_THERE:
+        if names := [name for name in found if re.fullmatch(pattern, name)]:
+            return f"holds {what.format(names[0])}"
+    return "holds no weights; get the whole checkpoint, online if it is a hub's"
 
 
 @dataclass(frozen=True)
@@ -286,7 +316,9 @@ def _locate(source: str, wanted: list[str]) -> Path:
             reason = f"neither a folder nor a model that the hub gives ({one_line(error)})"
             raise PuzzleError(f"parent: {source} is {reason}") from None
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = parse_json((path / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise PuzzleError(f"parent: {path} has no config.json; it {_lies_there(path)}") from None
     except (OSError, ValueError) as error:
         raise PuzzleError(f"parent: {path / 'config.json'} cannot be read ({one_line(error)})") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -371,16 +403,24 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
     if not config.blocks:
         raise PuzzleError(f"parent: {file} asks for no layers; num_hidden_layers must be at least 1")
     if checkpoint is not None:
-        for name, tensor in tensors.items():
-            checkpoint.check(name, tensor.shape)
         apart = (name for parts in checkpoint.stacked.values() for part in parts for name in part)
         known = re.compile("|".join([*_NO_REASON, *(model.family._keys_to_ignore_on_load_unexpected or ())]))
         others = sorted(checkpoint.entries.keys() - tensors.keys() - {*names, *apart})
-        if more := [name for name in others if not known.search(name) and not text_model]:
-            found = f"{path} stores {len(more)} tensors that its config.json does not ask for, such as {more[0]}"
-            raise PuzzleError(f"parent: {found}; correct config.json, or get the checkpoint that belongs to it")
-    if (path / "adapter_config.json").exists():
-        raise PuzzleError(f"parent: {path} holds an adapter beside the weights; merge it into them, or take it away")
+        # Of a model that also sees, other parts lie beside its text part.
+        ours = "model.layers." if text_model else ""
+        more = [name for name in others if not known.search(name) and name.startswith(ours)]
+        found = f"stores {len(more)} tensors that its config.json does not ask for, such as {[*more, ''][0]}"
+        try:
+            for name, tensor in tensors.items():
+                checkpoint.check(name, tensor.shape)
+        except PuzzleError as error:
+            raise PuzzleError(f"{error}; it also {found}" if more else str(error)) from None
+        if more:
+            raise PuzzleError(f"parent: {path} {found}; correct config.json, or get the checkpoint that belongs to it")
+    if adapters := sorted(file.name for file in path.glob("adapter_*")):
+        raise PuzzleError(
+            f"parent: {path} holds an adapter beside the weights ({adapters[0]}); merge it, or take it away"
+        )
     return config, checkpoint
 
 

@@ -33,7 +33,7 @@ from puzzle.parents import Parent, open_parent, read_config
 from puzzle.plan import plan as plan_work
 from puzzle.recipe import Recipe
 from puzzle.report import ReportData, final_table, model_card, render, table_row
-from puzzle.runs import Run, write_text
+from puzzle.runs import Run, read_json, write_text
 from puzzle.scores import score, true_scores
 from puzzle.search import Met, Tables, correct, first_met, frontier, space_of, uniform_solution, until_met
 from puzzle.stages import COMMANDS
@@ -63,6 +63,10 @@ class Pipeline:
         parent = open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
         if (note := parent.path / "gguf.txt").exists():
             self.run.log(note.read_text(encoding="utf-8"))
+        raw = read_json(parent.path / "config.json")
+        if "auto_map" in raw and raw["model_type"] != PuzzleConfig.model_type:
+            code = f"it names code of its own ({next(iter(raw['auto_map'].values()))}), which is not run"
+            self.run.log_warning(f"parent: {code}; its layers are those of {raw['model_type']} in transformers")
         return parent
 
     @cached_property

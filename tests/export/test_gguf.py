@@ -83,6 +83,16 @@ def test_tokenizers_that_llama_cpp_would_read_otherwise(
     assert not list(tmp_path.glob("*.gguf*"))
 
 
+def test_every_token_that_ends_a_generation_has_a_place_or_is_named(save_child: SaveChild, tmp_path: Path) -> None:
+    _, child = save_child("kv4+w48")
+    (child / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9]}))
+    found = fields(export_gguf(child, tmp_path / "m"))
+    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [0, 7, 9]
+    (child / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9, 11]}))
+    with pytest.raises(PuzzleError, match=r"more eos_token_id than the format has places for; .* \(left over: 11\)"):
+        export_gguf(child, tmp_path / "n")
+
+
 def test_a_begin_of_text_that_the_tokenizer_adds(save_child: SaveChild, tmp_path: Path) -> None:
     _, child = save_child("kv4+w48")
     text, more = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")

@@ -95,7 +95,10 @@ WRONG_CONFIGS = [
 BROKEN_INDICES = ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"]
 DAMAGES: list[tuple[Damage, str]] = [
     (config(model_type="gpt2"), "model_type 'gpt2' is not supported: its layers are of no known form"),
-    *((text("config.json", content), "config.json cannot be read") for content in (None, "", "{", "\x00")),
+    *((text("config.json", content), "config.json cannot be read") for content in ("", "{", "\x00", "\ufeff{}")),
+    (text("config.json", '{"model_type": "llama", "model_type": "x"}'), "cannot be read (model_type is given twice)"),
+    (text("config.json", None), "has no config.json; it holds weights alone (model.safetensors); get the whole"),
+    (text("config.json", None, "model.safetensors"), "has no config.json; it holds no weights; get the whole"),
     *((text("config.json", content), "has no model_type; get the whole checkpoint") for content in ("[]", "null")),
     *((config(**changes), "config.json") for changes in WRONG_CONFIGS),
     (config(quantization_config={"quant_method": "fp8"}), "get a checkpoint that is not quantised"),
@@ -109,7 +112,32 @@ DAMAGES: list[tuple[Damage, str]] = [
     (only_in_the_index, f"lacks the tensor {Q_PROJ}"),
     (config(num_key_value_heads=3), "asks for 4 attention heads on 3 KV heads, no divisor"),
     (weights(lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.ones(2)})), "stores 1 tensors"),
-    (text("adapter_config.json", "{}"), "holds an adapter beside the weights"),
+    (text("adapter_config.json", "{}"), "holds an adapter beside the weights (adapter_config.json); merge it, or take"),
+    (text("adapter_model.safetensors", ""), "holds an adapter beside the weights (adapter_model.safetensors)"),
+    (text("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "is a pointer of Git LFS; `git lfs"),
+    (
+        weights(lambda tensors: tensors.update(q_proj=tensors.pop(Q_PROJ))),
+        f"lacks the tensor {Q_PROJ}; get the whole checkpoint; it also stores 1 tensors that its config.json does not",
+    ),
+    *(
+        (text(name, "", "model.safetensors"), message)
+        for name, message in {
+            "adapter_model.safetensors": "holds an adapter without its model (adapter_model.safetensors); merge",
+            "consolidated.safetensors": "holds weights of another name (consolidated.safetensors); convert",
+            "consolidated.00.pth": "holds pickled weights (consolidated.00.pth), which are not read; convert them",
+            "pytorch_model.bin.index.json": "holds no weights; get the whole checkpoint",
+            "optimizer.pt": "holds no weights; get the whole checkpoint",
+            "model.Q8_0.gguf": "holds a GGUF file; give that, model.Q8_0.gguf",
+            "tf_model.h5": "holds weights of another framework (tf_model.h5)",
+        }.items()
+    ),
+    (
+        lambda folder: (
+            ((folder / "model.safetensors").rename(folder / "x") and (folder / "x").unlink())
+            or (folder / "model.safetensors").symlink_to("gone")
+        ),
+        "holds model.safetensors, a link to nothing",
+    ),
     (text("model-00001-of-00002.safetensors", "", "model.safetensors"), "holds shards, but no"),
     (text("other.json", "", "model.safetensors"), "holds no weights; get the whole checkpoint"),
     (config(intermediate_size=40), "has shape [48, 32], its config.json asks for [40, 32]"),
@@ -180,3 +208,22 @@ def test_an_unusable_tokenizer(folder: Path, content: str | None) -> None:
 def test_broken_generation_defaults(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     assert "generation_config.json cannot be read" in refusal(folder, load=True)
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved / "sharded", tmp_path / "copy")
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    expected = dict(open_parent(str(folder)).tensors())
+    other = next(name for name in sorted(index.values(), reverse=True) if name != index[Q_PROJ])
+    tensors = load_file(folder / other)
+    save_file(tensors | {Q_PROJ: torch.zeros_like(expected[Q_PROJ])}, folder / other, metadata={"format": "pt"})
+    assert torch.equal(dict(open_parent(str(folder)).tensors())[Q_PROJ], expected[Q_PROJ])
+
+
+def test_a_checkpoint_in_a_folder_of_a_training(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "whole", tmp_path / "training" / "checkpoint-500")
+    (tmp_path / "training" / "training_args.bin").touch()
+    expected = (
+        "has no config.json; it holds a checkpoint in a folder of its own; give that (checkpoint-500/config.json)"
+    )
+    assert expected in refusal(tmp_path / "training")

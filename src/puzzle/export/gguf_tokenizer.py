@@ -57,7 +57,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> Non
     defaults = folder / "generation_config.json"
     ends = read_json(defaults).get("eos_token_id") if defaults.exists() else None
     others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, ids.get("eos"))]
-    ids.update(zip((name for name in ("eos", "eot", "eom") if name not in ids), others, strict=False))
+    places = [name for name in ("eos", "eot", "eom") if name not in ids]
+    if left := others[len(places) :]:
+        found = f"{defaults.name} has more eos_token_id than the format has places for; shorten it"
+        raise PuzzleError(f"export to gguf: {found} (left over: {', '.join(map(str, left))})")
+    ids.update(zip(places, others, strict=False))
     around = tokenizer.encode("").ids
     bos, eos = [ids.get("bos")], [ids.get("eos")]
     adds_bos = around[:1] == bos
