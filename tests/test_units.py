@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from puzzle import units
-from puzzle.units import BYTES, MILLISECONDS, SPEED, Amount, Count, Fraction, Unit, amount, format_number
+from puzzle.units import (
+    BYTES,
+    MILLISECONDS,
+    SPEED,
+    Amount,
+    Count,
+    Fraction,
+    Unit,
+    amount,
+    format_number,
+    format_seconds,
+)
 
 SIZES: TypeAdapter[Amount] = TypeAdapter(amount(BYTES, relative=True))
 
@@ -95,3 +106,14 @@ def test_numbers_keep_their_significant_digits(value: float, digits: int) -> Non
 )
 def test_numbers_read_well(kind: str, value: float, wanted: str) -> None:
     assert getattr(units, f"format_{kind}")(value) == wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *[(0.3, "0 s"), (9.4, "9 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
+        *[(86400 * 5, "5 days"), (9077 * 3600, "1.0 years")],
+    ],
+)
+def test_times_are_written_as_people_say_them(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

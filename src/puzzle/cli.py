@@ -100,7 +100,7 @@ def _execute(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Go the whole way from a recipe to a report, or go on where that stopped."""
     from puzzle.recipe import Recipe, parse_overrides, recipe_text
-    from puzzle.runs import create_folder, is_run_folder, open_run
+    from puzzle.runs import create_folder, is_run_folder, open_run, used_folders
 
     path: Path = arguments.recipe
     overrides = parse_overrides(arguments.set)
@@ -112,8 +112,9 @@ def run(arguments: argparse.Namespace) -> None:
     with open_run(out, arguments.on, remeasure=arguments.remeasure) as opened:
         from puzzle.pipeline import plan, run_stage
 
-        for line in plan(opened.recipe):
-            opened.log(line)
+        if not used_folders(out, opened.recipe):
+            for line in plan(opened.recipe):
+                opened.log(line)
         run_stage(opened, arguments.until)
 
 

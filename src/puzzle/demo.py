@@ -23,7 +23,7 @@ from puzzle.device import autocast, fast_dtype
 from puzzle.distributed.state import remove_states
 from puzzle.engines.environments import cache_folder
 from puzzle.parents import open_parent
-from puzzle.pipeline import plan, run_stage
+from puzzle.pipeline import run_stage
 from puzzle.recipe import DataSettings, Recipe
 from puzzle.runs import StageFolder, check_new, create_folder, is_run_folder, open_run, progress, read_json, write_json
 from puzzle.stages import Stage
@@ -56,8 +56,6 @@ def demo(out: Path | None, minutes: float) -> None:
     if not is_run_folder(folder):
         create_folder(folder, _recipe(parent, data, seconds * speed))
     with open_run(folder) as run:
-        for line in plan(run.recipe):
-            run.log(line)
         run_stage(run, "report")
 
 

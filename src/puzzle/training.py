@@ -89,7 +89,7 @@ def train(
     best = {f"best.{name}": value.detach().clone() for name, value in trained.items()} if validate else {}
     state = TrainingState(folder, {**trained, **best}, [each for part in parts for each in part.optimizers])
     first = state.restore()
-    bar.advance(first)
+    bar.resume(first)
     known: list[Point] = group.first(lambda: read_json(file) if file.exists() else [])
     curve = [point for point in known if point["step"] <= first]
 

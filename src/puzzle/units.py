@@ -125,8 +125,12 @@ format_bytes = BYTES.text
 
 
 def format_seconds(seconds: float) -> str:
-    """`9 s`, `3 min 20 s`, `2 h 5 min`."""
+    """`9 s`, `3 min 20 s`, `2 h 5 min`, `12 days`, `1.2 years`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 100:
+        return f"{hours} h {minutes} min"
+    days = hours / 24
+    return f"{days:.0f} days" if days < 365 else f"{days / 365:,.1f} years"

@@ -143,13 +143,15 @@ def _train_layers(
     begun_layers = range(min(begun), max(begun) + 1) if begun else ()
     training_bytes = [BLD_BYTES * sum(plan.num_params for plan in missing([i])) for i in range(parent.num_layers)]
     for group in stream.groups(to_train, training_bytes.__getitem__, begun_layers):
+        label = f"BLD of layer {group[0]}" if len(group) == 1 else f"BLD of layers {group[0]}-{group[-1]}"
+        run.log(f"{label}: starts by least squares, and their losses on held-out text")
         stream.prepare(group.start, texts)
-        _train_group(run, stream, texts, group, make(missing(group)), steps, folder)
+        _train_group(run, stream, texts, group, make(missing(group)), steps, folder, label)
     stream.close()
 
 
 def _train_group(
-    run: Run, stream: Stream, texts: Texts, layers: range, planned: Planned, steps: int, folder: Path
+    run: Run, stream: Stream, texts: Texts, layers: range, planned: Planned, steps: int, folder: Path, label: str
 ) -> None:
     """The students of the layers in memory, from their start to files on disk.
 
@@ -159,7 +161,6 @@ def _train_group(
     learning, so that training from it ends worse (benchmarks/library.md).
     """
     settings, students = run.recipe.library, [*planned.values()]
-    label = f"BLD of layer {layers[0]}" if len(layers) == 1 else f"BLD of layers {layers[0]}-{layers[-1]}"
     moment_bytes = stream.room(layers) - _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in planned)
     best: dict[str, tuple[float, State]] = {}
 
@@ -194,6 +195,7 @@ def _train_group(
             done = fit(trained, text, steps=steps, learning_rate=rate, precision=precision, folder=folder, bar=bar)
         for name in done.diverged:
             run.log_warning(f"{label}: {name} diverged and stopped; lower library.learning_rate")
+        run.log(f"{label}: losses after training" + ", and after least squares" * settings.least_squares)
         keep_better(trained)
         if settings.least_squares:
             update(trained)

@@ -22,9 +22,10 @@ from puzzle.runs.run import (
     is_run_folder,
     open_run,
     read_recipe,
+    used_folders,
 )
 from puzzle.runs.status import status
 
 __all__ = ["Progress", "Run", "StageFolder", "check_folder", "check_new", "create_folder", "digest", "file_digest"]
 __all__ += ["is_run_folder", "open_run", "progress", "read_json", "read_parsed", "read_tensors", "remembered", "status"]
-__all__ += ["read_recipe", "write_atomically", "write_json", "write_tensors", "write_text"]
+__all__ += ["read_recipe", "used_folders", "write_atomically", "write_json", "write_tensors", "write_text"]
