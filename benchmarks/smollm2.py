@@ -65,10 +65,10 @@ FORMS: dict[str, dict[str, Any]] = {
         "data": {"sequence_length": 512, "max_tokens": "4M", "sampled_tokens": "500k"},
         "calibration": {"tokens": "128k"},
         "library": {"tokens": "256k", "learning_rate": 5e-4, "validation_tokens": 16_384},
-        "score": {"tokens": 16_384},
+        "score": {"tokens": 8192},
         "correct": {"tokens": 8192, "pool": 8},
         "scenario": {"engine": "llama.cpp", "batch_sizes": [8], "prompt_tokens": 256, "generated_tokens": 128},
-        "distil": {"tokens": "2M", "learning_rate": 2e-4, "validation_tokens": 16_384},
+        "distil": {"tokens": "500k", "learning_rate": 2e-4, "validation_tokens": 16_384},
         "evaluate": {"tokens": 65_536},
     },
 }
