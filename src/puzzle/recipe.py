@@ -109,7 +109,7 @@ class SpaceSettings(Section):
     ffn_widths: list[PositiveInt] | None = None
     """FFN intermediate sizes; null: 87, 75, 50, 25, 20 and 10 % of the parent's, rounded."""
     attention: list[Text] = ["linear", "none"]
-    """Other attention variants by name: `linear`, `none`, `kv2win1024s4` (2 KV heads, window 1024, 4 sinks)."""
+    """Other attention variants by name: `linear`, `none`, `kv2q8` (8 query heads), `kv2win1024s4` (window, 4 sinks)."""
     ffn: list[Text] = ["linear", "none"]
     """Other FFN variants by name: `linear`, `none`, `rank64`."""
 

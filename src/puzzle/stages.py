@@ -164,6 +164,7 @@ CALIBRATE = Stage(
     result="statistics",
     reads=("calibration", "precision"),
     inputs=("parent", "data"),
+    version=2,
     work=_calibration_work,
 )
 LIBRARY = Stage(

@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import save_byte_tokenizer, write_pico_text
+from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from puzzle import Recipe, create_folder, open_run, run_stage
-from puzzle.modeling import tiny_config
+from puzzle.modeling import puzzle_config, tiny_config
+from puzzle.pipeline import Pipeline
+from puzzle.scores.task import with_block
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "smollm3"),
     *("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "apertus"),
 )
+NO_QUERY_HEADS = ("olmo2", "deepseek_v3")
+"""Heads that are normed together, and latent attention."""
 TOKENS = [65, 3, 200, 17, 90, 91, 92, 5, 5, 130, 7, 44]
 ELSEWHERE = """
 import json, sys, torch
@@ -26,6 +31,23 @@ for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     print(json.dumps(model(torch.tensor([json.loads(sys.argv[1])])).logits[0].tolist()))
 """
+
+
+@torch.no_grad()
+def scores_are_those_of_a_full_forward(method: Pipeline, family: str, fewer: str) -> None:
+    """Law 9, of the first and the last layer."""
+    parent, space = method.parent.load(), method.space
+    assert family in NO_QUERY_HEADS or fewer in [variant.name for variant in space.layers[0].attention]
+    (sequences,) = method.data.batches("scoring", 1000, method.run.recipe.score.tokens)
+    parent_logp = log_softmax(parent(sequences[:, :-1]).logits.double(), -1)
+    for layer in (0, len(space.layers) - 1):
+        own, *blocks = space.layers[layer].blocks()
+        single = [block for block in blocks if own.attention == block.attention or own.ffn == block.ffn]
+        for block in (single[0], single[-1], *(block for block in single if block.attention.name == fewer)):
+            model = with_block(parent, layer, block, method.library)
+            logp = log_softmax(model(sequences[:, :-1]).logits.double(), -1)
+            kl = float(kl_div(logp, parent_logp, log_target=True, reduction="none").sum(-1).mean())
+            assert method.scores.by_key[layer, block.name].kl == pytest.approx(kl, rel=1e-3, abs=1e-6), family
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +79,16 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
             "evaluate": {"tokens": 128, "uniform_baseline": False},
             "execution": {"device": "cpu"},
         }
+        own = puzzle_config(config).blocks[0]["attention"]
+        fewer = f"kv{own['num_key_value_heads']}q2" + (f"win{own['window']}" if "window" in own else "")
+        if family not in NO_QUERY_HEADS:
+            recipe["space"] = {"attention": ["linear", "none", fewer]}
         create_folder(folder, Recipe.model_validate(recipe))
         with open_run(folder) as run:
             method = run_stage(run, "report")
             assert all(row.loss <= row.initial_loss < 2 for row in method.library.index.rows)
             assert 0 < method.rows["child"]["kl"] < 1
+            scores_are_those_of_a_full_forward(method, family, fewer)
             logits_TV = method.child.load()(torch.tensor([TOKENS])).logits[0]
             found[family] = method.exported, logits_TV
     return found

@@ -28,6 +28,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 ALTERNATIVES = {
     "fewer KV heads": "kv2+w48",
     "one KV head": "kv1+w48",
+    "fewer query heads": "kv2q2+w48",
     "narrower FFN": "kv4+w16",
     "linear attention": "linear+w48",
     "no attention": "none+w48",

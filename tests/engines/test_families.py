@@ -11,10 +11,10 @@ from puzzle.engines.capability import refusals
 from puzzle.modeling import PuzzleForCausalLM, puzzle_config, save_checkpoint, tiny_config
 from puzzle.variants import Architecture
 
-DENSE = "none+w96 kv2+w32 kv1+none none+none kv1+w96 none+w32"
+DENSE = "none+w96 kv2+w32 kv1q2+none none+none kv1+w96 kv2q2+w32"
 STACKS = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "granite"), DENSE),
-    "gemma2": "none+w96 kv2+w32 kv2win8+none none+none kv1win8+w96 kv1+w32",
+    "gemma2": "none+w96 kv2q2+w32 kv2win8+none none+none kv1q2win8+w96 kv1+w32",
     "gemma3_text": "none+w96 kv2win8+w32 kv2win8+none none+none kv1win8+w96 kv1+w32",
     "qwen3_moe": "none+experts kv2+experts kv1+none none+none kv1+experts none+linear",
 }

@@ -60,7 +60,7 @@ LLAMA_3 = {
 
 
 def test_scaled_rotary_embeddings_and_no_attention_at_all(llama_cpp: Ask, tmp_path: Path) -> None:
-    blocks, cases = ("kv4+w48", "kv2+w16", "none+w48"), []
+    blocks, cases = ("kv4+w48", "kv2q2+w16", "none+w48"), []
     for rope in (LINEAR, LLAMA_3 | {"original_max_position_embeddings": 32}):
         cases.append(save(tmp_path / str(len(cases)), *blocks, rope_parameters=rope))
         unscaled, _ = save(tmp_path / f"unscaled {len(cases)}", *blocks)
@@ -71,11 +71,11 @@ def test_scaled_rotary_embeddings_and_no_attention_at_all(llama_cpp: Ask, tmp_pa
         assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
 
 
-WIDTHS = ("none+w96 kv2+w32 kv1+none none+none kv1+w96 none+w32", "kv2+none none+w96 kv1+w32 kv2+none")
-ONE_WIDTH = ("none+w96 kv2+w96 kv1+none kv1+w96 none+none none+w96", "kv2+none none+w96 kv1+w96 kv2+none")
+WIDTHS = ("none+w96 kv2+w32 kv1+none none+none kv1q2+w96 none+w32", "kv2q2+none none+w96 kv1+w32 kv2+none")
+ONE_WIDTH = ("none+w96 kv2+w96 kv1+none kv1q2+w96 none+none none+w96", "kv2q2+none none+w96 kv1+w96 kv2+none")
 WINDOWS = (
-    "none+w96 kv2win6+w96 kv1win6+none none+none kv1+w96 none+none",
-    "kv2win6+none none+w96 kv1+w96 kv1win6+none",
+    "none+w96 kv2win6+w96 kv1q2win6+none none+none kv1+w96 none+none",
+    "kv2q2win6+none none+w96 kv1+w96 kv1win6+none",
 )
 
 

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from puzzle.modeling import PuzzleForCausalLM
 
-ATTENTION = ("kv4", "kv2", "kv1", "linear", "none")
+ATTENTION = ("kv4", "kv2", "kv1", "kv2q2", "linear", "none")
 FFN = ("w48", "w16", "linear", "none")
 OWN = "kv4+w48"
 NEW_TOKENS = 4
@@ -37,7 +37,7 @@ def windows(sinks: str) -> dict[str, tuple[str, ...]]:
             "in layer 0": ("kv4win5S+w48", OWN),
             "alone": ("kv2win3S+w48", "kv2win3S+w16"),
             "between others": ("none+w16", OWN, "kv1win4S+none", "linear+w16"),
-            "of two lengths": ("kv2win2S+w48", "none+none", "kv4win6S+w48", OWN),
+            "of two lengths": ("kv2win2S+w48", "none+none", "kv2q2win6S+w48", OWN),
         }.items()
     }
 

@@ -74,10 +74,10 @@ def test_the_configuration_of_a_parent_without_windows_names_none(tmp_path: Path
 @torch.no_grad()
 def test_a_child_with_windows_as_the_parent(tmp_path: Path) -> None:
     """Its own blocks have windows, and its layers take their masks from its context."""
-    child = pico_puzzle("kv4win4+w48", "none+w16", "kv2win5s2+w48", "kv4+none")
+    child = pico_puzzle("kv4win4+w48", "none+w16", "kv2q2win5s2+w48", "kv4+none")
     save_checkpoint(child, tmp_path, None)
     parent = open_parent(str(tmp_path))
-    assert [block.attention.name for block in parent.architecture.blocks] == ["kv4win4", "none", "kv2win5s2", "kv4"]
+    assert [block.attention.name for block in parent.architecture.blocks] == ["kv4win4", "none", "kv2q2win5s2", "kv4"]
     tokens_BT = random_tokens(2, 12)
     model = parent.load()
     assert torch.equal(model(tokens_BT).logits, child(tokens_BT).logits)

@@ -59,8 +59,8 @@ def test_stages_of_earlier_settings_are_counted_apart(folder: Path, recipe: Reci
     earlier.open(DATA).commit()
     earlier.open(CALIBRATE).commit()
     now.open(DATA)
-    now.open(replace(CALIBRATE, version=3)).commit()
-    now.open(replace(CALIBRATE, version=2))  # a stage may have several folders, one for each model
+    now.open(replace(CALIBRATE, version=CALIBRATE.version + 2)).commit()
+    now.open(replace(CALIBRATE, version=CALIBRATE.version + 1))  # a stage may have several folders, one for each model
     lines = status(folder)
     assert [line.split()[1] for line in lines if line.startswith("  calibrate")] == ["unfinished:"]
     assert any(line.startswith("kept from earlier commands: 1 stage folders, ") for line in lines)

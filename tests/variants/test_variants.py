@@ -55,7 +55,7 @@ def test_no_other_name_is_taken(subblock: Subblock, name: str) -> None:
         assert parse_variant(subblock, name).name == name
 
 
-ATTENTION_FORMS = r"use kv<number>\[win<number>\]\[s<number>\], linear, none"
+ATTENTION_FORMS = r"use kv<number>\[q<number>\]\[win<number>\]\[s<number>\], linear, none"
 WRONG = ["kv0", "kv", "kv02", "kv2 ", "kv-1", "w8", "gqa", "", "KV2", "kv²", "win8"]
 WRONG += ["kv2win", "kv2win0", "kv2win1", "kv2win08", "kv2s4", "kv2win8s", "kv2win8s0"]
 FFN_FORMS = "use experts, w<number>, linear, rank<number>, none"

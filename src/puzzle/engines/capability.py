@@ -39,7 +39,7 @@ class Reader:
 
 _DECI = frozenset({"fewer KV heads", "narrower FFN", "no attention", "no FFN"})
 # What runs wherever the code in the checkpoint does.
-_OWN_CODE = _DECI | {"linear attention", "low-rank FFN", "linear FFN", "window", "other kinds"}
+_OWN_CODE = _DECI | {"fewer query heads", "linear attention", "low-rank FFN", "linear FFN", "window", "other kinds"}
 _LLAMA_CPP: dict[str, tuple[str, ...]] = {
     "plain_shape": ("llama", "qwen3"),
     "hidden_act": ("silu",),
@@ -65,24 +65,24 @@ READERS: Mapping[str, tuple[Reader, ...]] = {
     "gguf": (
         Reader(
             engine="llama.cpp, architecture openelm",
-            runs=_DECI,
+            runs=_DECI | {"fewer query heads"},
             limits=_LLAMA_CPP | {"plain_shape": ("qwen3",), "head": ("tied",)},
         ),
         Reader(
             engine="llama.cpp, architecture deci",
-            runs=_DECI | {"linear attention"},
+            runs=_DECI | {"fewer query heads", "linear attention"},
             limits=_LLAMA_CPP
             | {"plain_shape": ("llama",), "rope_type": ("default", "linear", "llama3"), "biases": ("none", "some")},
         ),
         Reader(
             engine="llama.cpp, architecture step35",
-            runs=_DECI | {"window"},
+            runs=_DECI | {"fewer query heads", "window"},
             limits=_LLAMA_CPP,
             one_size=frozenset({"narrower FFN", "window"}),
         ),
         Reader(
             engine="llama.cpp, architecture step35",
-            runs=_DECI,
+            runs=_DECI | {"fewer query heads"},
             limits=_LLAMA_CPP | {"positions": ("in all layers", "not in all layers")},
             one_size=frozenset({"narrower FFN"}),
         ),

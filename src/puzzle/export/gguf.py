@@ -34,7 +34,7 @@ from torch import Tensor
 from puzzle.engines.capability import reader_of, require
 from puzzle.export.checkpoint import Layer, layers_of
 from puzzle.export.gguf_tokenizer import add_tokenizer
-from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, plain_tensors, rotates
+from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, family_config, plain_tensors, rotates
 from puzzle.parents import open_parent
 from puzzle.runs import write_atomically
 
@@ -207,7 +207,7 @@ def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> d
     if rope.get("rope_type", "default") != "default":
         assert config.head_dim is not None
         # By what each rotary frequency is divided, [head_dim / 2].
-        rotary = type(empty_model(config).model.rotary_emb)(config=config)
+        rotary = type(empty_model(config).model.rotary_emb)(config=family_config(config))
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         tensors["rope_freqs.weight"] = [(rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()]
     for index, row in enumerate(rows):
@@ -230,7 +230,7 @@ def _subblocks(model: PuzzleForCausalLM) -> Iterator[tuple[Layer, dict[str, list
 
 def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
     """The rows that compute what the layers of the model compute."""
-    heads, config = model.config.num_attention_heads, model.config
+    heads, config = family_config(model.config).num_attention_heads, model.config
     hidden, queries = config.hidden_size, heads * (config.head_dim or 0)
     zero_ffn = _zero_ffn(hidden)
     rows: list[_Row] = []
@@ -243,9 +243,10 @@ def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
             attention = {}
         elif not attention and not rows:
             attention = _zeros("input_layernorm", hidden, {"self_attn.linear_attn": (hidden, hidden)})
-        kv_heads = heads // layer.attention["n_heads_in_group"] if "n_heads_in_group" in layer.attention else 0
+        kv_heads = layer.block.attention.size or 0
         width = layer.ffn.get("intermediate_size", _ZERO_WIDTH)
-        rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads if attention else 0, kv_heads, width))
+        its_heads = _heads(layer, model.config) if attention else 0
+        rows.append(_Row({**attention, **(ffn or zero_ffn)}, its_heads, kv_heads, width))
     if not any(row.kv_heads for row in rows):
         one_head = {f"self_attn.{name}_proj": (queries // heads, hidden) for name in "kv"}
         one_head |= {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
@@ -262,7 +263,7 @@ def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
     windows = any("window" in layer.block.attention.entry() for layer, _, _ in layers)
     rows: list[_Row] = []
     for layer, attention, ffn in layers:
-        heads, kv_heads = config.num_attention_heads, layer.block.attention.size or 0
+        heads, kv_heads = _heads(layer, config), layer.block.attention.size or 0
         if not attention:
             heads = kv_heads = 1
             zeros = {f"self_attn.{name}_proj": (head_dim, hidden) for name in "qkv"}
@@ -276,6 +277,11 @@ def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
         its_width = width if one_width else layer.ffn.get("intermediate_size", _ZERO_WIDTH)
         rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads, kv_heads, its_width, slides))
     return rows
+
+
+def _heads(layer: Layer, config: PuzzleConfig) -> int:
+    """Of queries, where there is attention."""
+    return int(layer.block.attention.entry().get("num_attention_heads", family_config(config).num_attention_heads))
 
 
 def _zeros(norm: str, hidden: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Source]]:

@@ -7,7 +7,7 @@ normed input and y the subblock's output:
     output_mean [D] = E[y]               cross_moment [D, D] = E[y h^T]
     output_power [] = E[y^2], per element
 
-of the inputs a of the module that the parent's variant names (`Variant.recorded`), a gated FFN's down projection,
+of the inputs a of the module that the parent's variant names (`Variant.recorded`), an output or down projection,
 
     activation_mean_abs [I] = E|a|       activation_second_moment [I, I] = E[a a^T]
 
@@ -16,8 +16,8 @@ and per layer, x being its input and x' its output:
     influence [] = 1 - E[cos(x, x')] (block influence, ShortGPT)
     block_power [] = E[x'^2]             block_contribution_power [] = E[(x' - x)^2], both per element
 
-The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use. Products are float32 and sums float64, from which
-means can be subtracted without loss; only the moment of activations, the largest by far and never centred, is summed in
+The sums of a layer take 32 D^2 + 4 I^2 bytes while it is in use, I of both subblocks. Products are float32 and sums
+float64, from which means can be subtracted without loss; only the moments of activations, never centred, are summed in
 float32 (what that loses: benchmarks/large_parent.md). A GPU multiplies bfloat16 states in TF32, which holds
 them exactly, if the text's first batch shows that its sums are good enough.
 """

@@ -18,7 +18,7 @@ Block = dict[str, dict[str, Any]]
 
 `gqa` and `gated` are the family's own attention and FFN in these sizes, `none` is a subblock left out, and other kinds
 are in `modeling_puzzle.MODULES`. An attention with a sliding `window` (its number of tokens, the token itself included)
-may have `sinks`: how many of the first tokens stay visible."""
+may have `sinks`: how many of the first tokens stay visible. Fewer query heads are its `num_attention_heads`."""
 
 
 def has_cache(attention: dict[str, Any]) -> bool:
@@ -89,6 +89,9 @@ class PuzzleConfig(PreTrainedConfig):
         for derived in ("layer_types", "sliding_window"):
             kwargs.pop(derived, None)
         overrides = [{"num_key_value_heads": attention["num_key_value_heads"]} for attention in attentions]
+        if any("num_attention_heads" in attention for attention in attentions):
+            for layer, attention in zip(overrides, attentions, strict=True):
+                layer["num_attention_heads"] = attention.get("num_attention_heads", self.num_attention_heads)
         windows = [None if attention.get("sinks") else attention.get("window") for attention in attentions]
         if any(windows):
             kwargs["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]

@@ -288,6 +288,8 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         for which, entry in block.items():
             if (which, entry["kind"]) not in MODULES:
                 sizes |= {name: size for name, size in entry.items() if name not in ("kind", "window", "sinks")}
+        if "num_attention_heads" in sizes:  # by which families divide, where they say no size of heads
+            sizes["head_dim"] = config.head_dim
         own = family_layer(config, index, **sizes)
         self.multiplier: float = getattr(own, "residual_multiplier", 1.0)
         self.rotary_type = rotary_type(family_config(config), index)

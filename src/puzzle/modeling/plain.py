@@ -35,7 +35,7 @@ def plain_tensors(model: PuzzleForCausalLM) -> dict[str, Plain]:
         model: may be without memory.
     """
     config, family, found = model.config, family_config(model.config), dict[str, Plain]()
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = config.head_dim or 1
     scale = getattr(family, "attention_multiplier", head_dim**-0.5) * head_dim**0.5
     added, embedded, divisor = (
         getattr(family, name, 1.0) for name in ("residual_multiplier", "embedding_multiplier", "logits_scaling")
@@ -48,7 +48,7 @@ def plain_tensors(model: PuzzleForCausalLM) -> dict[str, Plain]:
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
         layer, local = (".".join(module.split(".")[:3]), ".".join(module.split(".")[3:]))
-        queries, half = config.num_attention_heads * head_dim, shape[0] // 2
+        queries, half = shapes.get(f"{layer}.self_attn.o_proj.weight", shape)[-1], shape[0] // 2
         parts = {
             "self_attn.qkv_proj": (("q", 0), ("k", queries), ("v", queries + (shape[0] - queries) // 2)),
             "mlp.gate_up_proj": (("gate", 0), ("up", half)),

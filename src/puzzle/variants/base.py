@@ -199,6 +199,8 @@ class Axis(NamedTuple):
     dim: int
     start: int
     """Entries before them, which are of no unit: the queries of a joint matrix of queries, keys and values."""
+    length: int
+    """Entries of all units."""
     blocks: int
     """Runs over all units, one after another: 2 in a joint matrix of gate and up."""
     units: int
@@ -206,19 +208,28 @@ class Axis(NamedTuple):
     def mapped(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """The tensor with `change` applied to its parts, [blocks, units, ...]."""
         moved = tensor.movedim(self.dim, 0)
-        parts = moved[self.start :].unflatten(0, (self.blocks, self.units, -1))
+        end = self.start + self.length
+        parts = moved[self.start : end].unflatten(0, (self.blocks, self.units, -1))
         changed = change(parts).flatten(0, 2)
-        return torch.cat([moved[: self.start], changed]).movedim(0, self.dim).contiguous()
+        return torch.cat([moved[: self.start], changed, moved[end:]]).movedim(0, self.dim).contiguous()
 
 
-def axes(one: Variant, other: Variant, config: PuzzleConfig, entries: int = 1) -> dict[str, Axis]:
-    """The tensors of `one` that have another shape in `other`, of another main size; with `entries` in a row a unit."""
-    found, sizes, others = {}, (one.size or 0, other.size or 0), other.shapes(config)
+def axes(
+    one: Variant, other: Variant, config: PuzzleConfig, sizes: tuple[int, int], entries: int = 1, *, first: bool = False
+) -> dict[str, Axis]:
+    """The tensors of `one` that have another shape in `other`, whose sizes these are; with `entries` in a row a unit.
+
+    Args:
+        first: whether units come before what is of none, not after it.
+    """
+    found, others = {}, other.shapes(config)
     for name, shape in one.shapes(config).items():
         for dim, (length, its) in enumerate(zip(shape, others[name], strict=True)):
             if length != its:
                 per_unit = (length - its) // (sizes[0] - sizes[1])
-                found[name] = Axis(dim, length - per_unit * sizes[0], max(1, per_unit // entries), sizes[0])
+                of_units = per_unit * sizes[0]
+                start = 0 if first else length - of_units
+                found[name] = Axis(dim, start, of_units, max(1, per_unit // entries), sizes[0])
     return found
 
 

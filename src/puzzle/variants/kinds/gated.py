@@ -87,4 +87,5 @@ class GatedFFN(Variant):
         return down_DI @ state[up][-width:].double(), bias
 
     def _axes(self, config: PuzzleConfig) -> dict[str, Axis]:
-        return axes(self, GatedFFN(2 * self.intermediate_size), config)
+        width = self.intermediate_size
+        return axes(self, GatedFFN(2 * width), config, (width, 2 * width))
