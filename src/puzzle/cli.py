@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -199,9 +199,9 @@ def stage(arguments: argparse.Namespace) -> None:
 )
 def search(arguments: argparse.Namespace) -> None:
     """Choose the best architecture within the target (MIP), in a run folder or in a table file of any library."""
-    from rich.console import Console, RenderableType
+    from rich.console import Console
 
-    from puzzle.query import Question, answer
+    from puzzle.query import Question, answer, kept_tables
     from puzzle.report import solution_table
     from puzzle.runs import open_run
     from puzzle.search import read_table
@@ -210,23 +210,24 @@ def search(arguments: argparse.Namespace) -> None:
     if len(asked) > 1:
         raise PuzzleError(f"--{asked[1]}: it does not go together with --{asked[0]}; leave one out")
     question = Question(**{item.name: getattr(arguments, item.name) for item in fields(Question)})
-
-    def show(parts: Iterable[RenderableType]) -> None:
-        console = Console()
-        for part in parts:
-            console.print(part)
-
-    if not arguments.place.is_dir() and (arguments.place.exists() or arguments.place.suffix == ".json"):
-        show(answer(read_table(arguments.place), question))
+    place, show, tables = arguments.place, Console().print, None
+    if not place.is_dir() and (place.exists() or place.suffix == ".json"):
+        tables = read_table(place)
+    elif question != Question() and question.baseline not in ("one-block", "depth"):  # which ask the parent's text
+        tables = kept_tables(place)
+    if tables is not None:
+        for part in answer(tables, question):
+            show(part)
         return
-    with open_run(arguments.place, arguments.on) as opened:
+    with open_run(place, arguments.on) as opened:
         from puzzle.pipeline import run_stage
 
         if question == Question():
             method = run_stage(opened, "search")
-            show([solution_table(method.searched, method.tables.scores.parent_blocks)])
-        else:
-            show(answer(run_stage(opened, "score").tables, question))
+            show(solution_table(method.searched, method.tables.scores.parent_blocks))
+            return
+        for part in answer(run_stage(opened, "score").tables, question):
+            show(part)
 
 
 @_command(
