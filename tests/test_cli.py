@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -224,16 +225,34 @@ def test_engines_are_listed_and_an_unknown_one_refused(
     assert "engine 'vlm' is unknown; use one of vllm-cpu" in complaint(capsys, "engines", "install", "vlm")
 
 
-def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: Recipe) -> None:
+def test_a_checkpoint_is_timed(capsys: pytest.CaptureFixture[str], pico_recipe: Recipe, tmp_path: Path) -> None:
     scenario = ["prompt_tokens=4", "generated_tokens=2", "batch_sizes=[1, 2]"]
     sets = [word for assignment in scenario for word in ("--set", assignment)]
-    assert main(["bench", pico_recipe.parent, *sets]) == 0
+    copy = shutil.copytree(pico_recipe.parent, tmp_path / "copy")
+    assert main(["bench", pico_recipe.parent, str(copy), *sets]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"torch, cpu, {fast_dtype(torch.device('cpu'))}, prompt 4, generate 2"
-    assert [line.partition(": ")[0] for line in lines] == [f"{pico_recipe.parent}, batch {size}" for size in (1, 2)]
-    assert all("generated tok/s (+-" in line and "rounds), prefill " in line for line in lines)
+    places = [f"{model}, batch {size}" for size in (1, 2) for model in (pico_recipe.parent, copy)]
+    assert [line.partition(": ")[0] for line in lines] == places
+    assert all(" tok/s (+-" in line and "rounds), prefill " in line for line in lines)
+    assert [re.search(r"; [0-9.]+x the first's throughput \(\+- [0-9.]+%\)", line) is None for line in lines] == [
+        True,
+        False,
+    ] * 2
     line = complaint(capsys, "bench", pico_recipe.parent, "--set", "engine=tarch")
     assert "scenario.engine: Input should be 'torch', 'vllm', 'llama.cpp' or 'roofline', found 'tarch'" in line
+
+
+def test_help_is_had_for_a_section_of_the_recipe_and_for_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "recipe", "refine"]) == 0
+    first, *settings = capsys.readouterr().out.splitlines()
+    assert first.startswith("refine:  # ")
+    assert [line.partition(":")[0] for line in settings] == ["  tokens", "  learning_rate", "  batch_size"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["help", "run"])
+    until = " ".join(capsys.readouterr().out.split())
+    assert "usage: puzzle run" in until
+    assert all(name in until.partition("--until STAGE the last of ")[2] for name in STAGES)
 
 
 def test_every_stage_with_a_command_has_a_property_of_the_pipeline() -> None:
@@ -286,7 +305,8 @@ def test_every_stage_with_a_command_has_a_property_of_the_pipeline() -> None:
         (["demo", "--minutes", "soon"], "--minutes: found soon; must be"),
         (["init", "nowhere/at/all"], "nowhere/at/all is not a folder"),
         (["init", ".", "--out", "recipe.yaml"], "--out: recipe.yaml exists"),
-        (["help", "search"], "invalid choice: 'search'"),
+        (["help", "serch"], "serch is no topic; use recipe, `recipe SECTION` or a command"),
+        (["help", "recipe", "distill"], "distill is no section of a recipe"),
     ],
 )
 def test_what_a_person_can_get_wrong(

@@ -6,6 +6,8 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from puzzle.data.read import open_sources
+from puzzle.errors import PuzzleError
 from puzzle.init import init_recipe
 from puzzle.recipe import Recipe
 
@@ -22,3 +24,12 @@ def test_precision_is_left_to_the_machine(tmp_path: Path, sizes: dict[str, int],
     assert (recipe.precision, recipe.scenario.dtype) == ("auto", "auto")
     assert f"M parameters, {dtype}." in text
     assert "`precision: float32` says otherwise" in text
+
+
+def test_the_text_is_filled_in_or_asked_for(tmp_path: Path) -> None:
+    LlamaConfig(architectures=["LlamaForCausalLM"], **SMALL).save_pretrained(tmp_path / "model")
+    recipe = Recipe.model_validate(yaml.safe_load(init_recipe(str(tmp_path / "model"), "mine.jsonl")))
+    assert recipe.data.source == ["mine.jsonl"]
+    recipe = Recipe.model_validate(yaml.safe_load(init_recipe(str(tmp_path / "model"))))
+    with pytest.raises(PuzzleError, match=r"data.source: path/to/your/text is still the example's; name your files"):
+        open_sources(recipe.data, tmp_path / "known.json")

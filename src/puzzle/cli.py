@@ -93,7 +93,9 @@ def _execute(arguments: argparse.Namespace) -> int:
     _argument("recipe", type=Path, help="a YAML file; `puzzle init` writes one"),
     _argument("--out", type=Path, help="the run folder; default: runs/ and the recipe's name"),
     _argument("--set", help="another value, such as target.throughput=2x", **_SETTINGS),
-    _argument("--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help="the last stage, such as refine"),
+    _argument(
+        "--until", choices=_STAGES, default=REPORT.name, metavar="STAGE", help=f"the last of {', '.join(_STAGES)}"
+    ),
     _AGAIN,
     _ON,
 )
@@ -145,6 +147,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 @_command(
     _argument("model", help="folder of a Hugging Face checkpoint, or a hub name"),
+    _argument("--data", help="its text: a file, a folder or a dataset; default: to be filled in"),
     _argument("--out", type=Path, help="the file to write; default: print it"),
 )
 def init(arguments: argparse.Namespace) -> None:
@@ -154,7 +157,7 @@ def init(arguments: argparse.Namespace) -> None:
     out: Path | None = arguments.out
     if out is not None and out.exists():
         raise PuzzleError(f"--out: {out} exists; name a new file")
-    text = init_recipe(arguments.model)
+    text = init_recipe(*filter(None, (arguments.model, arguments.data)))
     if out is None:
         print(text, end="")
         return
@@ -162,7 +165,8 @@ def init(arguments: argparse.Namespace) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
-    print(f"wrote {out}; set data.source and look through it, then: puzzle run {out}")
+    missing = "" if arguments.data else "set data.source and "
+    print(f"wrote {out}; {missing}look through it, then: puzzle run {out}")
 
 
 def stage(arguments: argparse.Namespace) -> None:
@@ -255,7 +259,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 @_command(
     _FOLDER,
     _argument("--to", default="hf", choices=["hf", "deci", "gguf", "stock"], help="default: hf"),
-    _argument("--dtype", default="f16", choices=["f32", "f16", "bf16", "q8_0"], help="of gguf; default: f16"),
+    _argument(
+        "--dtype",
+        default="f16",
+        choices=["f32", "f16", "bf16", "q8_0"],
+        help="of gguf; default: f16; for q4_k_m run llama-quantize on f16",
+    ),
 )
 def export(arguments: argparse.Namespace) -> None:
     """Write the child as a checkpoint for other programs."""
@@ -288,7 +297,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
 @_command(
     _argument("action", nargs="?", choices=["install"], help="without it: list them"),
-    _argument("name", nargs="?", default="", help="which to install"),
+    _argument("name", nargs="?", default="", help="which to install; llama-cpp is compiled, which takes minutes"),
 )
 def engines(arguments: argparse.Namespace) -> None:
     """List the inference engines beside torch, or install one into an environment of its own."""
@@ -309,13 +318,31 @@ def status(arguments: argparse.Namespace) -> None:
     print("\n".join(status(arguments.folder)))
 
 
-@_command(_argument("topic", choices=["recipe"], help="what to explain"), name="help")
-def explain_recipe(arguments: argparse.Namespace) -> None:
-    """List every setting of a recipe, with its default."""
+@_command(
+    _argument("topic", help="recipe, or a command"),
+    _argument("section", nargs="?", default="", help="of the recipe, such as distil"),
+    name="help",
+)
+def explain_topic(arguments: argparse.Namespace) -> None:
+    """List the settings of a recipe or of a section, with their defaults; or show a command's help."""
+    if arguments.topic in _COMMANDS:
+        main([arguments.topic, "--help"])
+    if arguments.topic != "recipe":
+        raise PuzzleError(f"{arguments.topic} is no topic; use recipe, `recipe SECTION` or a command")
     from puzzle.explain import describe
     from puzzle.recipe import Recipe
 
-    print(describe(Recipe), end="")
+    if not (text := describe(Recipe, part=arguments.section)):
+        raise PuzzleError(f"{arguments.section} is no section of a recipe; `puzzle help recipe` lists them")
+    print(text, end="")
+
+
+_EXAMPLES = """examples:
+  puzzle init meta-llama/Llama-3.2-1B --out my.yaml    a recipe to fill in
+  puzzle run my.yaml                                   the whole method, into runs/my
+  puzzle search runs/my --frontier 20                  quality against speed
+  puzzle help recipe distil                            the settings of a section
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -328,7 +355,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="puzzle", description="Make a language model cheaper to serve.", allow_abbrev=False)
+    parser = _Parser(
+        prog="puzzle",
+        description="Make a language model cheaper to serve.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="store_true", help="show the version")
     parser.set_defaults(
         function=lambda asked: print("puzzle", version("puzzle-llm")) if asked.version else parser.print_help()

@@ -1,6 +1,7 @@
 """A model beside its parent: quality on test text, and speed on the engine (docs/numbers.md)."""
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,11 @@ from puzzle.recipe import ScenarioSettings, parse_overrides, validate
 from puzzle.runs import Run, is_run_folder, progress
 from puzzle.stages import EVALUATE, SPEED
 from puzzle.streams import Stream
+from puzzle.units import format_ratio
 
 _BATCH_SIZE = 8
+_SCATTERED = 0.1
+"""Relative standard error of a ratio of speeds that says little."""
 _QUALITIES = {"test_loss": "lm_loss", "top1": "top1", "kl": "kl", "top1_agreement": "top1_agreement"}
 """By their names in the result table, those in `TokenMetrics`, which says what they are."""
 
@@ -94,13 +98,19 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
     yield str(scenario)
     for batch_size in settings.batch_sizes:
         measured = time_models([(path, batch_size) for path in models.values()], scenario, rounds=3)
+        first_ms = requests_ms(measured[0], scenario)
         for name, samples in zip(models, measured, strict=True):
-            row = _row(samples, scenario, batch_size)
-            yield (
-                f"{name}, batch {batch_size}: {row['throughput_tok_s']:,.0f} generated tok/s "
-                f"(+- {relative_standard_error(requests_ms(samples, scenario)):.1%}, {len(samples)} rounds), "
-                f"prefill {row['prefill_ms']:.4g} ms, decode step {row['decode_ms']:.4g} ms"
-            )
+            row, its_ms = _row(samples, scenario, batch_size), requests_ms(samples, scenario)
+            line = f"{name}, batch {batch_size}: {QUANTITIES['throughput_tok_s'].text(row['throughput_tok_s'])} "
+            line += f"(+- {relative_standard_error(its_ms):.1%}, {len(samples)} rounds), "
+            line += f"prefill {row['prefill_ms']:.4g} ms, decode step {row['decode_ms']:.4g} ms"
+            if samples is not measured[0]:
+                # Round by round: what slows the machine slows all of them.
+                ratios = [first / its for first, its in zip(first_ms, its_ms, strict=True)]
+                error = relative_standard_error(ratios)
+                line += f"; {format_ratio(statistics.median(ratios))} the first's throughput (+- {error:.1%})"
+                line += ", too scattered to compare; close other programs" if error > _SCATTERED else ""
+            yield line
 
 
 def _row(samples: Sequence[Sample], scenario: Scenario, batch_size: int) -> dict[str, float]:

@@ -39,14 +39,17 @@ def explain(error: ValidationError, schema: Schema) -> str:
     return problem + (f" (and {len(others)} more: {', '.join(path for path, _ in others)})" if others else "")
 
 
-def describe(schema: Schema, values: Mapping[str, Any] | None = None) -> str:
+def describe(schema: Schema, values: Mapping[str, Any] | None = None, part: str = "") -> str:
     """A YAML file of every setting and its default, or of `values` by path; with its help, from the docstrings.
 
     Args:
         values: such as `{"target.throughput": "2x"}`; sections without any of them are left out.
+        part: the section or setting that is described alone; empty if there is none of that name.
     """
     lines: list[str] = []
     for path, field, section in settings(schema):
+        if part and part not in (path, path.partition(".")[0]):
+            continue
         name, indent = path.rpartition(".")[2], "  " * path.count(".")
         if section is not None and (values is None or any(key.startswith(f"{path}.") for key in values)):
             lines += ["", f"{name}:  # {_one_line(section.__doc__)}"]
@@ -55,7 +58,7 @@ def describe(schema: Schema, values: Mapping[str, Any] | None = None) -> str:
             written = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
             lines += [""] if lines and not indent else []
             lines.append(f"{indent}{name}: {written}  # {_one_line(field.description)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).lstrip("\n") + "\n" if lines else ""
 
 
 def settings(schema: Schema, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Schema | None]]:

@@ -7,14 +7,14 @@ from typing import Any
 from puzzle.explain import describe
 from puzzle.modeling import empty_model
 from puzzle.parents import read_config
-from puzzle.recipe import Recipe
+from puzzle.recipe import EXAMPLE_SOURCE, Recipe
 from puzzle.variants import derive_space
 
 _LARGE_PARAMS = 500_000_000
 """From here on: a GPU's batch sizes, and smaller learning rates."""
 
 
-def init_recipe(model: str) -> str:
+def init_recipe(model: str, source: str = EXAMPLE_SOURCE) -> str:
     """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read."""
     config = read_config(model)
     space = derive_space(config)
@@ -31,7 +31,7 @@ def init_recipe(model: str) -> str:
     title = [
         f"# {model}: {len(space.layers)} layers, {shape}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
         f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
-        "# Before `puzzle run` with this file: set data.source, scenario and target.",
+        "# Before `puzzle run` with this file: look through data, scenario and target.",
         "# Models run and are served in bfloat16 where that is fast, as on a GPU; `precision: float32` says otherwise.",
         "# Every other setting and its default: `puzzle help recipe`.",
     ]
@@ -40,7 +40,7 @@ def init_recipe(model: str) -> str:
     longest = config.max_position_embeddings
     values = {
         "parent": model,
-        "data.source": "path/to/your/text",
+        "data.source": source,
         "data.sequence_length": min(2048 if large else 512, longest),
         **sizes,
         "library.tokens": "20M" if large else "1M",

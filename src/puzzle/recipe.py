@@ -25,6 +25,8 @@ from puzzle.given import parse_yaml, read_given
 from puzzle.quantities import SETTINGS, Quantity, check_setting
 from puzzle.units import Count, Fraction, Size, amount
 
+EXAMPLE_SOURCE = "path/to/your/text"
+"""What `puzzle init` writes in place of the user's text."""
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveCount = Annotated[Count, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -65,6 +65,7 @@ def test_devices_share_the_work_and_pay_for_the_reduction(machine: str) -> None:
     reduce_ms = 4 * (1e3 * moved / 10e9 + 5e-3)
     assert four.prefill_ms == pytest.approx((single.prefill_ms - layers_ms) / 4 + layers_ms + reduce_ms)
     known, count = read_machine("8xh100-sxm")
+    assert read_machine("8xh100") == (known, 8)
     assert (known.memory_gb, count) == (80, 8)
 
 

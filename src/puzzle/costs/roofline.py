@@ -96,6 +96,8 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
     """A data sheet by the name of a known machine or of a YAML file, and how many devices: `8xh100-sxm`."""
     count, machine = re.findall(r"^(?:([1-9][0-9]*)x)?(.+)", name)[0]
     known = yaml.safe_load((files("puzzle.costs") / "machines.yaml").read_text(encoding="utf-8"))
+    if len(meant := [each for each in known if each.startswith(machine)]) == 1:
+        machine = meant[0]  # h100 is h100-sxm
     try:
         (sheet,) = [known[machine]] if machine in known else parse_yaml(read_given(Path(machine))).values()
         return Machine.model_validate(sheet), int(count or 1)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from puzzle.errors import PuzzleError, one_line
 from puzzle.given import encoding_of, parse_json
-from puzzle.recipe import DataSettings
+from puzzle.recipe import EXAMPLE_SOURCE, DataSettings
 from puzzle.runs import file_digest, is_run_folder, remembered
 
 _TEXT = (
@@ -95,7 +95,8 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
             raise wrong.popitem()[1]
         yield from sources
     elif root.suffix.lower() in _SUFFIXES or name.startswith(".") or not (match := _HUB.fullmatch(name)):
-        raise PuzzleError(f"data.source: {name} does not exist")
+        cure = "is still the example's; name your files, folders or a dataset"
+        raise PuzzleError(f"data.source: {name} {cure if name == EXAMPLE_SOURCE else 'does not exist'}")
     else:
         yield _dataset(match, settings, known)
 

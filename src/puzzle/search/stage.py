@@ -35,12 +35,14 @@ _RIGHT = 0.02
 """A prediction that is off by less counts as right."""
 
 
-def search(run: Run, tables: Tables) -> Solution:
-    """The best architecture of the tables, kept as solution.json."""
+def search(run: Run, tables: Tables, why: str = "") -> Solution:
+    """The best architecture of the tables, kept as solution.json; `why` it is searched again is logged."""
     folder = run.open(SEARCH, margin=tables.settings.margin, **_addresses(tables))
     path = folder.path / "solution.json"
     if folder.done:
         return read_parsed(path, Solution.from_json)
+    if why:
+        run.log(f"search: again, {why}")
     solution = solve(tables)
     write_text(path, solution.to_json())
     folder.commit()
@@ -85,7 +87,11 @@ def correct(
     better = sorted((place for place, value in enumerate(values) if value < enough), key=lambda place: values[place])
     ranked = tuple(solutions[place] for place in [*better, 0])
     correction = Correction(evaluated=tuple(wholes), ranked=ranked)
-    run.log(f"correct: {len(values)} architectures compared, {values[0]:.4g} -> {min(values):.4g}")
+    told = (
+        f"correct: as a whole the search's architecture has a {tables.settings.score} of {values[0]:.4g}, the best of "
+    )
+    told += f"{len(values)} {min(values):.4g}"
+    run.log(told + ("" if better else f"; none is better by {MIN_IMPROVEMENT:.0%}, so it stays"))
     write_text(file, correction.to_json())
     folder.commit()
     return correction
@@ -130,14 +136,12 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
         tight = any(each.utilisation * (1 + margin + max(_RIGHT, each.uncertainty)) >= 1 for each in known)
         if left == 0 or (not short and (right or tight or tables is not first)):
             break
-        run.log(
-            f"measured to {max(each.uncertainty for each in known):.1%}, this is {missing:.1%} short of the target, "
-            f"predictions are off by up to {max(error for error, _ in errors):.1%}"
-        )
         # What a fit does not mend, more room does.
         margin += missing if right or tables.costs is not first.costs else 0.0
         changed = replace(tables, settings=tables.settings.model_copy(update={"margin": margin}))
+        why = f"with a margin of {margin:.1%}"
         if not right:
+            why = f"with costs fitted to these times, which predictions miss by up to {max(errors)[0]:.1%}"
             costs = [
                 fitted(demand.costs, serving.batch_size, timings[place].times) if place in timings else demand.costs
                 for place, (demand, serving) in enumerate(zip(tables.demands, solution.servings, strict=True))
@@ -145,7 +149,7 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
             further = [(its, target) for its, (_, target) in zip(costs[1:], tables.further, strict=True)]
             changed = replace(changed, costs=costs[0], further=further)
         try:
-            again = search(run, changed)
+            again = search(run, changed, why)
         except PuzzleError as error:
             run.log_warning(f"nothing has so much room ({error}); a solution above stands")
             break
@@ -164,8 +168,6 @@ def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solu
         timings = _timings(run, parent, tables, solution)
         if not any(timing.short for timing in timings.values()):
             return solution
-        missing = max(timing.missing for timing in timings.values())
-        run.log(f"measured, a better architecture is {missing:.1%} short of the target; taking the next one")
     return solutions[-1]
 
 
@@ -191,6 +193,8 @@ def _timings(run: Run, parent: Parent, tables: Tables, solution: Solution) -> di
             found[place] = Timing(target, predicted, samples)
         else:
             found[place] = timing = time_beside(parent.config, scenario, target, models, predicted)
+            sure = f"sure to {timing.uncertainty:.1%}, more than 100% misses it"
+            run.log(f"timing: as measured, this takes {timing.utilisation:.1%} of what the target allows ({sure})")
             if timing.uncertainty > BUSY:
                 run.log_warning(f"measured times are only sure to {timing.uncertainty:.0%}; close other programs")
             folder.commit(samples=timing.samples)
