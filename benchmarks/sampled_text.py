@@ -26,7 +26,7 @@ def main(parent: str, text: str, folder: str, *seeds: str) -> None:
     """Print and keep one row per way and seed, and at last the table."""
     distillation = {"tokens": TOKENS, "learning_rate": 3e-4, "batch_size": 8, "validation_tokens": 16_384}
     chosen = recipe(parent, text, **BASE, distil=distillation, evaluate={"tokens": 65_536})
-    written = chosen.data.model_copy(update={"source": ["parent"], "sampled_tokens": 1_000_000})
+    written = chosen.data.model_copy(update={"source": ["parent"], "sampled_tokens": 650_000})
     rows = []
     with (
         opened(Path(folder) / "real", chosen) as real,

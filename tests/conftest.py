@@ -113,14 +113,16 @@ def pico_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EOS = "<eos>"
 
 
-def save_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer of single bytes, and an end of text."""
+def save_byte_tokenizer(folder: Path, merges: int = 0) -> None:
+    """A tokenizer of single bytes, an end of text, and merges of bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=257, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["some text"], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=257 + merges, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["some text about some other text"], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
 
 

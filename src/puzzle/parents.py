@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ _ELSE_THERE = (
     (r".+/config\.json", "a checkpoint in a folder of its own; give that ({})"),
 )
 """What stands where a checkpoint's files do not, and what to do."""
+_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+"""llama.cpp's names for what splits digits first, and then as GPT-2 does."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """As safetensors names them; anything else is quantised, and its scales would be lost."""
 
@@ -338,14 +341,18 @@ def _from_gguf(file: Path) -> Path:
     if folder.exists():
         return folder
     from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
         reader = GGUFReader(file)
         types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
         dtype = "float32" if {*types} == {"F32"} else "float16" if {*types} <= {"F32", "F16"} else "bfloat16"
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with TemporaryDirectory() as alone:  # what lies beside the file may belong to another model
+            (Path(alone) / "gguf").symlink_to(file.resolve())
+            config, tokenizer = (each.from_pretrained(alone, gguf_file="gguf") for each in (AutoConfig, AutoTokenizer))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         options = {"model_to_load": model, "torch_dtype": getattr(torch, dtype)}
@@ -354,7 +361,13 @@ def _from_gguf(file: Path) -> Path:
         lost += [each.name for each in reader.tensors if each.name.startswith("rope_")]
         if lost:
             raise ValueError(f"it leaves out {lost[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        facts = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
+        split = facts.get("tokenizer.ggml.pre")
+        if split in _SINGLE_DIGITS:
+            steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        elif facts["tokenizer.ggml.model"] == "gpt2" and split not in {"gpt-2", "phi-2", *GGUF_PRE_TOKENIZER_SPLITS}:
+            raise ValueError(f"it does not know how {split} splits text")
     except Exception as error:  # whatever the libraries raise, the reader needs one line
         found = f"{file} cannot be read back by transformers ({one_line(error)})"
         raise PuzzleError(f"parent: {found}; give the checkpoint that it was made from") from None

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -25,6 +25,7 @@ from puzzle.runs import Run, digest, progress
 from puzzle.stages import TASKS
 
 if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 _HEADLINES = ("acc_norm", "acc", "exact_match")
@@ -106,51 +107,47 @@ def load_tasks(entries: Sequence[str]) -> list[Task]:
 
 def run_tasks(run: Run, label: str, model: Parent | Child, tasks: Sequence[Task]) -> dict[str, TaskScore]:
     """What a model reaches in every task, each in a folder of its own: what is done is kept. It must fit in memory."""
-    scores, ask = dict[str, TaskScore](), cache(lambda: _asker(run, label, model))
+    scores, loaded = dict[str, TaskScore](), cache(partial(_loaded, run, model))
     for task in tasks:
         stage = run.open(TASKS, model=model, task=task.identity)
         if not stage.done:
-            found = ask()(task)
+            found = _asked(loaded(), task, label, run.path / "requests" / task.identity[:12])
             stage.commit(scores={name: asdict(score) for name, score in found.items()})
             run.log(f"{label}: " + ", ".join(f"{name} {score}" for name, score in found.items()))
         scores |= {name: TaskScore(**values) for name, values in stage.facts["scores"].items()}
-    ask.cache_clear()
+    loaded.cache_clear()
     release_memory()
     return scores
 
 
-def _asker(run: Run, label: str, model: Parent | Child) -> Callable[[Task], dict[str, TaskScore]]:
-    """The model, loaded, as a function from a task to its scores."""
-    from lm_eval.caching import cache as requests
-    from lm_eval.evaluator import evaluate
+def _loaded(run: Run, model: Parent | Child) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
     source = model.source() if isinstance(model, Child) else model
-    lm = HFLM(
+    return HFLM(
         pretrained=source.load(dtype=getattr(torch, run.recipe.precision), device=run.device),
         tokenizer=source.tokenizer(),
         batch_size=task_batch_size(run.device),
         softmax_dtype="float32",
     )
-    answers = {kind: getattr(lm, kind) for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until")}
 
-    def ask(task: Task) -> dict[str, TaskScore]:
-        def shown(answer: Callable[..., Any]) -> Callable[[Sequence[Any]], Any]:
-            def answered(questions: Sequence[Any]) -> Any:
-                with progress(f"{task.name}, {label}", len(questions)) as bar:
-                    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *_: bar.advance()))
-                    return answer(questions, disable_tqdm=True)
 
-            return answered
+def _asked(lm: "HFLM", task: Task, label: str, requests: Path) -> dict[str, TaskScore]:
+    """The scores of a task, or of a tag's tasks. In the folder `requests` they are told by the task's name alone."""
+    from lm_eval.caching import cache as kept
+    from lm_eval.evaluator import evaluate
 
-        for kind, answer in answers.items():
-            setattr(lm, kind, shown(answer))
-        requests.PATH = str(run.path / "requests" / task.identity[:12])  # in it they are told by the task's name alone
-        results = evaluate(lm, task.loaded, cache_requests=True, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
-        names = [task.name] if task.name in results.get("groups", {}) else [*task.loaded["tasks"]]
-        return {name: _score(results, name, task.loaded) for name in names}
+    def shown(kind: str, questions: Sequence[Any]) -> Any:
+        with progress(f"{task.name}, {label}", len(questions)) as bar:
+            lm.set_cache_hook(SimpleNamespace(add_partial=lambda *_: bar.advance()))
+            return getattr(type(lm), kind)(lm, questions, disable_tqdm=True)
 
-    return ask
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, kind, partial(shown, kind))
+    kept.PATH = str(requests)
+    results = evaluate(lm, task.loaded, cache_requests=True, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    names = [task.name] if task.name in results.get("groups", {}) else task.loaded["tasks"]
+    return {name: _score(results, name, task.loaded) for name in names}
 
 
 def _score(results: dict[str, Any], name: str, loaded: dict[str, Any]) -> TaskScore:
@@ -159,9 +156,9 @@ def _score(results: dict[str, Any], name: str, loaded: dict[str, Any]) -> TaskSc
     for key in row:
         metric, comma, how = key.partition(",")
         if comma and not metric.endswith("_stderr"):
-            error = row.get(f"{metric}_stderr,{how}")
-            error = float(error) if isinstance(error, int | float) else None
-            metrics[metric if how == "none" else f"{metric}, {how}"] = float(row[key]), error
+            error = row.get(f"{metric}_stderr,{how}")  # "N/A" where nobody knows it
+            label = metric if how == "none" else f"{metric}, {how}"
+            metrics[label] = float(row[key]), None if isinstance(error, str) else error
     headline = next((metric for metric in _HEADLINES if metric in metrics), next(iter(metrics)))
     leaves = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
     chance = None

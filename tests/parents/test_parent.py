@@ -133,17 +133,17 @@ def test_tied_weights_under_other_names(tmp_path: Path, prefix: str) -> None:
 
 def save_gguf(folder: Path, dtype: Any, **changed: Any) -> tuple[Path, LlamaForCausalLM]:
     """A Llama as `model.gguf` in a folder with its tokenizer: the child of its own blocks that is exported, renamed."""
-    model = pico_llama(vocab_size=257, hidden_size=64, head_dim=16, intermediate_size=96)
+    model = pico_llama(vocab_size=265, hidden_size=64, head_dim=16, intermediate_size=96)
     model.save_pretrained(folder)
-    save_byte_tokenizer(folder)
+    save_byte_tokenizer(folder, merges=8)
     reader = gguf.GGUFReader(export_gguf(folder, folder / "deci.gguf", dtype=dtype))
     writer = gguf.GGUFWriter(folder / "model.gguf", changed.pop("general.architecture", "llama"))
     for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")):
+        if not name.startswith(("GGUF.", "general.architecture", *changed)):
             kinds = field.types
             writer.add_key_value(name.replace("deci.", "llama."), field.contents(), kinds[0], sub_type=kinds[-1])
     for name, value in changed.items():
-        writer.add_float32(name, value)
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(name, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -159,7 +159,8 @@ def test_a_gguf_file_is_read_back_once(tmp_path: Path, monkeypatch: pytest.Monke
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         assert float((parent.load()(tokens).logits - original(tokens).logits).abs().max()) < 1e-4
-    text = "one two\n  three 45"
+    text = "some text about\n  three 45"
+    assert len(AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]) < len(text) - 4
     assert parent.tokenizer()(text)["input_ids"] == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
     assert (parent.path / "gguf.txt").read_text().startswith("parent: model.gguf (tensors: ")
     monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)
@@ -176,9 +177,20 @@ def test_quantised_gguf_is_read_to_bfloat16(tmp_path: Path) -> None:
     assert float((weights[name] - expected).abs().max() / expected.abs().max()) < 1e-2
 
 
-@pytest.mark.parametrize("change", ["garbage", "rope", "architecture"])
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    [("smollm", ["a", "ĠĠ", "1", "2"]), ("gpt-2", ["a", "Ġ", "Ġ12"]), ("qwen2", ["a", "Ġ", "Ġ", "1", "2"])],
+)
+def test_a_gguf_files_text_is_split_as_it_says(tmp_path: Path, split: str, pieces: list[str]) -> None:
+    file, _ = save_gguf(tmp_path, "f32", **{"tokenizer.ggml.pre": split})
+    backend = open_parent(str(file)).tokenizer().backend_tokenizer
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a  12")] == pieces
+
+
+@pytest.mark.parametrize("change", ["garbage", "rope", "architecture", "split"])
 def test_a_gguf_file_that_would_be_read_wrongly_is_refused(tmp_path: Path, change: str) -> None:
     changed = {"rope": {"llama.rope.scaling.factor": 8.0}, "architecture": {"general.architecture": "mamba9"}}
+    changed["split"] = {"tokenizer.ggml.pre": "by-the-moon"}
     file, _ = save_gguf(tmp_path, "f32", **changed.get(change, {}))
     if change == "garbage":
         file.write_bytes(b"GGUF" + bytes(100))

@@ -7,7 +7,6 @@ Shapes: B documents at once, T tokens.
 """
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,20 +66,14 @@ def _documents(write: Any, tokenizer: "PreTrainedTokenizerBase", length: int) ->
     encode = partial(tokenizer, add_special_tokens=False)
     questions, asked = write(encode([before] * _BATCH_SIZE)["input_ids"], length // 2)
     chats = [[{"role": "user", "content": question}] for question in questions]
-    answers, answered = write(
-        encode([render(chat, add_generation_prompt=True) for chat in chats])["input_ids"], length // 2
-    )
+    prompts = encode([render(chat, add_generation_prompt=True) for chat in chats])["input_ids"]
+    answers, answered = write(prompts, length // 2)
     pairs = zip(chats, answers, strict=True)
     return [[*chat, {"role": "assistant", "content": answer}] for chat, answer in pairs], asked + answered
 
 
-@torch.no_grad()
 def _continued(
-    model: PuzzleForCausalLM,
-    tokenizer: "PreTrainedTokenizerBase",
-    bar: Progress,
-    prompts: Sequence[list[int]],
-    most: int,
+    model: PuzzleForCausalLM, tokenizer: "PreTrainedTokenizerBase", bar: Progress, prompts: list[list[int]], most: int
 ) -> tuple[list[str], int]:
     """What comes after each prompt, up to an end of text or `most` tokens, as text; and the number of tokens."""
     own = model.generation_config.eos_token_id
