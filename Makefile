@@ -2,6 +2,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
@@ -10,14 +11,14 @@ BIN := $(VENV)/bin
 demo: $(STAMP)
 	$(BIN)/puzzle demo
 
-test: $(STAMP)
+test: $(TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest
 
-install: $(STAMP)
+install: $(TOOLS)
 
 # Into PUZZLE_ENGINES, or the user's cache folder; what is there already is left as it is.
 engines: $(STAMP)
@@ -34,6 +35,11 @@ $(STAMP): pyproject.toml constraints.txt
 	done; \
 	echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv); or make PYTHON=/path/to/python3" >&2; \
 	exit 1
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+# The developers' tools.
+$(TOOLS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

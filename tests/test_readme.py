@@ -15,7 +15,7 @@ def test_python_example(
 ) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 12
-    (tmp_path / "recipe.yaml").write_text(pico_recipe.to_yaml())
+    (tmp_path / "my.yaml").write_text(pico_recipe.to_yaml())
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     shown = capsys.readouterr().out

@@ -282,7 +282,7 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
     Args:
         devices: such as `8xh100-sxm`; None: this machine.
     """
-    config, device = read_config(recipe.parent), choose_device(recipe.execution.device)
+    config, device = read_config(recipe.parent), choose_device("cpu" if devices else recipe.execution.device)
     recipe = recipe.resolved("bfloat16" if devices else fast_dtype(device))
     check_recipe(recipe, config)
     check_tasks(recipe.evaluate.tasks)
