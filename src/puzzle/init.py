@@ -8,7 +8,7 @@ from puzzle.explain import describe
 from puzzle.modeling import empty_model
 from puzzle.parents import read_config
 from puzzle.recipe import EXAMPLE_SOURCE, Recipe
-from puzzle.variants import derive_space
+from puzzle.variants import Architecture, derive_space
 
 _LARGE_PARAMS = 500_000_000
 """From here on: a GPU's batch sizes, and smaller learning rates."""
@@ -28,8 +28,10 @@ def init_recipe(model: str, source: str = EXAMPLE_SOURCE) -> str:
         for variant in (*space.layers[0].attention[1:], *space.layers[0].ffn[1:]):
             if variant.setting is not None and variant.size is not None:
                 sizes[f"space.{variant.setting}"].append(variant.size)
+    idle = Architecture.of(config).idle_params(config)
+    active = f" ({(num_params - idle) / 1e6:,.0f}M active)" if idle else ""
     title = [
-        f"# {model}: {len(space.layers)} layers, {shape}, {num_params / 1e6:,.0f}M parameters, {dtype}.",
+        f"# {model}: {len(space.layers)} layers, {shape}, {num_params / 1e6:,.0f}M parameters{active}, {dtype}.",
         f"# {len(space.layers[0].blocks())} blocks a layer make 10^{math.log10(space.num_architectures):.0f} children.",
         "# Before `puzzle run` with this file: look through data, scenario and target.",
         "# Models run and are served in bfloat16 where that is fast, as on a GPU; `precision: float32` says otherwise.",

@@ -202,6 +202,8 @@ class Pipeline:
             child = model if isinstance(model, Child) else None
             quality = evaluate(self.run, self.parent, child, self.data, name)
             rows[name] = table_row(quality, predicted[name], measured.get(name, {}))
+            if idle := model.architecture.idle_params(self.parent.config):
+                rows[name]["active_params"] = rows[name]["params"] - idle
         return rows
 
     @cached_property

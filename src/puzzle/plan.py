@@ -16,7 +16,7 @@ from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.recipe import Recipe
 from puzzle.stages import STAGES, Work
 from puzzle.units import format_bytes, format_seconds
-from puzzle.variants import Space, Variant
+from puzzle.variants import Architecture, Space, Variant
 
 _EFFICIENCY = 0.5
 """Share of the speed of a large matrix product that a model's layers reach (measured on a CPU, 2026-11)."""
@@ -86,8 +86,10 @@ def plan(
     shapes = Shapes(recipe, config, space)
     work = {stage.name: stage.work(shapes) for stage in STAGES if stage.wanted(recipe)}
     blocks = sum(len(layer.blocks()) for layer in space.layers)
+    idle = Architecture.of(config).idle_params(config)
+    active = f" ({(shapes.num_params - idle) / 1e6:,.1f}M active)" if idle else ""
     lines = [
-        f"parent: {recipe.parent}, {shapes.num_params / 1e6:,.1f}M parameters, {len(space.layers)} layers",
+        f"parent: {recipe.parent}, {shapes.num_params / 1e6:,.1f}M parameters{active}, {len(space.layers)} layers",
         f"space: {sum(map(sum, shapes.alternatives))} variants to build, {blocks} blocks to score, "
         f"10^{math.log10(space.num_architectures):.0f} architectures",
     ]

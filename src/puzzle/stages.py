@@ -194,7 +194,7 @@ COST = Stage(
     reads=("cost",),
     inputs=("shapes", "space", "scenario"),
     measures=True,
-    version=2,
+    version=3,
     work=_cost_work,
 )
 SEARCH = Stage(

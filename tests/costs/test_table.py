@@ -9,7 +9,9 @@ from tests.costs.conftest import EMPTY_LAYER_MS, FIXED_MS, FakeEngine, planted_m
 from transformers import DynamicCache
 
 from puzzle.artefacts import CostRow, Scenario
-from puzzle.costs import Sample
+from puzzle.costs import Engine, Sample
+from puzzle.costs.process_engines import LlamaCppEngine, VLLMEngine
+from puzzle.costs.roofline import RooflineEngine
 from puzzle.costs.table import cost_rows, fixed_memory, stacks_of, subblock_memory
 from puzzle.parents import Parent
 from puzzle.variants import Architecture, BlockVariant, LayerSpace, Space
@@ -20,10 +22,20 @@ ARCHITECTURES = [
     ("none+w24", "kv2+none", "kv1+linear", "kv4+w8"),  # no attention in layer 0
     ("linear+linear", "none+none", "kv2+w48"),
     ("none+none", "none+w16"),  # no cache at all
+    ("kv2q2+w48", "none+w8", "kv1q1win4+none"),  # fewer query heads
     ("kv2win4+w48", "none+w8", "kv4win4s2+none", "kv1win5s3+w48"),  # reached in the prompt
     ("kv2win9+w48", "kv4+none", "kv1win8s2+w48"),  # reached while generating
     ("kv2win64s4+w48", "kv4win13+w8"),  # never reached, the latter by one token
 ]
+
+
+@pytest.mark.parametrize(("engine", "tokens"), [(RooflineEngine, 599), (LlamaCppEngine, 1112), (VLLMEngine, 4096)])
+def test_engines_cache_more_of_a_layer_than_its_window(engine: type[Engine], tokens: int) -> None:
+    """As llama.cpp says of a window of 600 and micro-batches of 512: 1112 cells, rounded up to 1280 of 4096."""
+    config = pico_puzzle("kv2win600+w48").config
+    variant = Architecture.of(config).blocks[0].attention
+    size = subblock_memory(variant, config, torch.float16, 4096, engine.beyond_window)
+    assert size.kv_bytes_per_sequence == 2 * 2 * (config.head_dim or 0) * tokens * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from puzzle.modeling import PuzzleForCausalLM, puzzle_config, refusal, save_checkpoint, tiny_config
 from puzzle.parents import open_parent
-from puzzle.variants import SUBBLOCKS, Architecture, derive_space, parse_variant, split_state
+from puzzle.variants import SUBBLOCKS, Architecture, ParentSubblock, derive_space, parse_variant, split_state
 
 DENSE = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "olmo"),
@@ -99,6 +105,24 @@ def test_a_parent_is_read_as_transformers_reads_it(family: str, dtype: torch.dty
 
 
 @torch.no_grad()
+def test_the_text_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Gemma 3: its configuration is `text_config`, its tensors stand beside those of the vision tower."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sees = Gemma3Config(
+        text_config=tiny_config("gemma3_text").to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=3,
+    )
+    model = Gemma3ForConditionalGeneration(sees).eval()
+    model.save_pretrained(tmp_path)
+    parent, tokens_BT = open_parent(str(tmp_path)), torch.randint(4, 128, (2, TOKENS))
+    assert parent.config.base_model_type == "gemma3_text"
+    assert torch.equal(parent.load()(tokens_BT).logits, model(tokens_BT).logits)
+
+
+@torch.no_grad()
 @every_family
 def test_a_tensor_belongs_to_one_subblock_which_can_be_left_out(family: str) -> None:
     """Law 2, in the first, a middle and the last layer."""
@@ -130,6 +154,29 @@ def test_a_child_generates_with_its_cache_what_it_does_without(family: str) -> N
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     variants = (variant for block in Architecture.of(child.config).blocks for variant in block.subblocks)
     assert held == 2 * sum(variant.kv_bytes(child.config, TOKENS, torch.float32) for variant in variants)
+
+
+@every_family
+def test_parameters_that_a_token_does_not_use(family: str) -> None:
+    """Of four experts a token is sent to two, in each layer that has them; shared ones are used by all."""
+    parent = as_puzzle(original(family))
+    experts = {name: each for name, each in parent.named_parameters() if ".experts." in name}
+    assert bool(experts) == (family in SPARSE)
+    idle = Architecture.of(parent.config).idle_params(parent.config)
+    assert idle == sum(each.numel() for each in experts.values()) // 2
+
+
+@torch.no_grad()
+@every_family
+def test_sizes_equal_to_the_parents_change_nothing(family: str) -> None:
+    """Law 3: the weights that a variant of these sizes starts from are the parent's."""
+    model = as_puzzle(original(family))
+    for layer, block in enumerate(Architecture.of(model.config).blocks):
+        for own in block.subblocks:
+            state = split_state(model.model.layers[layer].state_dict(), own.subblock, model.config)
+            started = own.initialise(ParentSubblock(config=model.config, variant=own, state=state, statistics={}))
+            assert started.keys() == state.keys()
+            assert all(torch.equal(started[name], value) for name, value in state.items())
 
 
 @torch.no_grad()

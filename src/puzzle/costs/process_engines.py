@@ -89,7 +89,7 @@ class LlamaCppEngine(ProcessEngine):
     take a quarter less (docs/numbers.md). The cache is in the scenario's dtype.
     """
 
-    title = "llama.cpp (llama-cpp-python {})"
+    title, beyond_window = "llama.cpp (llama-cpp-python {})", 513  # the next token, and a micro-batch of its server
 
     def measure(self, model: Model, batch_sizes: Sequence[int], rounds: int) -> list[list[Sample]]:
         """Time a model, each round after an uncounted micro-batch."""
@@ -107,6 +107,7 @@ class VLLMEngine(ProcessEngine):
     """
 
     slow_start, title = True, "vllm {}, Transformers backend"
+    beyond_window = 8192  # of the prompt, in one step of its scheduler
 
     def __init__(self, scenario: Scenario) -> None:
         super().__init__(scenario)

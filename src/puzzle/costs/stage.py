@@ -77,7 +77,8 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
         samples = _measure(run, engine, stacks, batch_sizes, folder)
     rows: list[CostRow] = []
     for size in batch_sizes:
-        rows += cost_rows(parent.config, space, scenario, size, {name: samples[name, size] for name in stacks})
+        of_size = {name: samples[name, size] for name in stacks}
+        rows += cost_rows(parent.config, space, scenario, size, of_size, engine.beyond_window)
     table = CostTable(scenario=scenario, batch_sizes=batch_sizes, rows=tuple(rows), environment=environment)
     write_text(file, table.to_json())
     stage.commit()

@@ -45,11 +45,16 @@ def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
 
 
 def cost_rows(
-    config: PuzzleConfig, space: Space, scenario: Scenario, batch_size: int, samples: Mapping[str, Sequence[Sample]]
+    config: PuzzleConfig,
+    space: Space,
+    scenario: Scenario,
+    batch_size: int,
+    samples: Mapping[str, Sequence[Sample]],
+    beyond_window: int = 0,
 ) -> Iterator[CostRow]:
     """The rows at one batch size: what is fixed, then every variant of every layer; from samples of each stack."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
-    sizes = {variant: subblock_memory(variant, config, dtype, tokens) for variant in space.variants}
+    sizes = {variant: subblock_memory(variant, config, dtype, tokens, beyond_window) for variant in space.variants}
     prefill_ms, decode_ms = (
         _part_times(space, config, {stack: [each[place] for each in rounds] for stack, rounds in samples.items()})
         for place in (0, 1)
@@ -89,12 +94,14 @@ def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequ
     return {part: max(part_ms, 0.0) for part, part_ms in parts_ms.items()}
 
 
-def subblock_memory(variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int) -> Cost:
+def subblock_memory(
+    variant: Variant, config: PuzzleConfig, dtype: torch.dtype, tokens: int, beyond_window: int = 0
+) -> Cost:
     """Of one subblock, norm and biases included, held in `dtype`; `tokens` of one sequence, prompt and generated."""
     return Cost(
         params=variant.num_params(config),
         weight_bytes=variant.weight_bytes(config, dtype),
-        kv_bytes_per_sequence=variant.kv_bytes(config, tokens, dtype),
+        kv_bytes_per_sequence=variant.kv_bytes(config, tokens, dtype, beyond_window),
     )
 
 

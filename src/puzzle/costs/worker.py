@@ -48,6 +48,7 @@ def _llama_cpp_round(model: Any, request: Request, size: int) -> tuple[float, fl
     parameters.n_batch, parameters.n_ubatch = tokens_at_once, min(_MICRO_BATCH, tokens_at_once)
     parameters.n_threads = parameters.n_threads_batch = request["threads"]
     parameters.type_k = parameters.type_v = request["cache_type"]
+    parameters.swa_full = False  # as its server: layers with windows cache no more than they need
     # Without it the cache of all layers is as wide as the widest.
     parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     context = llama_cpp.llama_init_from_model(model, parameters)

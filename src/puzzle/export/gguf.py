@@ -274,6 +274,7 @@ def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
             parts = (attention.pop(f"self_attn.{name}_proj.weight") for name in "qkv")
             attention["self_attn.qkv.weight"] = [source for part in parts for source in part]
         slides = "window" in layer.block.attention.entry() if windows else rotates(config, layer.index)
+        slides |= layer.block.attention.absent  # which caches less, of what is multiplied by zeros
         its_width = width if one_width else layer.ffn.get("intermediate_size", _ZERO_WIDTH)
         rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads, kv_heads, its_width, slides))
     return rows

@@ -61,6 +61,8 @@ def _metrics() -> Iterable[Metric]:
     yield Metric("top1_agreement", quality, "top-1 agreement", format_percent, same)
     for key in ("params", "weight_bytes", "memory_bytes"):
         yield Metric(key, "size", QUANTITIES[key].label, QUANTITIES[key].text, QUANTITIES[key].meaning)
+        if key == "params":
+            yield Metric("active_params", "size", "  active", QUANTITIES[key].text, "")
     yield Metric("kv_bytes", "size", "KV cache", format_bytes, "of a full batch at full length")
     batch = "at which memory and speed are given; the parent's is its fastest of those allowed, to which targets refer"
     yield Metric("batch_size", speed, "batch size", "{:.0f}".format, batch, lambda rows, key: "-")

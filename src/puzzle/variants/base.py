@@ -130,13 +130,17 @@ class Variant(ABC):
         """Bytes of its parameters when the model is held in `dtype`."""
         return self.num_params(config) * dtype.itemsize
 
-    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values cached for one sequence of `tokens`."""
+    def idle_params(self, config: PuzzleConfig) -> int:
+        """How many of its parameters a token does not use: those of experts that it is not sent to."""
+        return 0
+
+    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype, beyond_window: int = 0) -> int:
+        """Bytes of the keys and values cached for one sequence of `tokens`; `beyond_window` as of `Engine`."""
         return 0
 
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         """Floating-point operations for the last `new` of a sequence's `context` tokens: two for each multiply-add."""
-        return 2.0 * self.num_params(config) * new
+        return 2.0 * (self.num_params(config) - self.idle_params(config)) * new
 
     def output_projection(self, config: PuzzleConfig) -> str | None:
         """The linear module it ends with, such as `mlp.down_proj`: updated by least squares after training."""

@@ -66,6 +66,10 @@ class Architecture:
     def names(self) -> tuple[str, ...]:
         return tuple(block.name for block in self.blocks)
 
+    def idle_params(self, config: PuzzleConfig) -> int:
+        """How many of its layers' parameters a token does not use."""
+        return sum(variant.idle_params(config) for block in self.blocks for variant in block.subblocks)
+
     def configure(self, parent: PuzzleConfig) -> PuzzleConfig:
         """The parent's configuration with these blocks."""
         config = PuzzleConfig(**parent.to_dict() | {"blocks": [block.entry() for block in self.blocks]})

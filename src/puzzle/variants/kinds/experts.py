@@ -18,15 +18,13 @@ class Experts(Variant):
     def fits(self, parent: Variant, config: PuzzleConfig) -> bool:
         return False
 
-    def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
-        """Of the router, shared experts, and the experts that a token is sent to."""
+    def idle_params(self, config: PuzzleConfig) -> int:
         family = family_config(config)
-        experts = {name: shape.numel() for name, shape in self.shapes(config).items() if ".experts." in name}
+        experts = [shape for name, shape in self.shapes(config).items() if ".experts." in name]
         chosen = next(
             getattr(family, name) for name in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(family, name)
         )
-        count = next(shape[0] for name, shape in self.shapes(config).items() if name in experts)
-        return 2.0 * new * (self.num_params(config) - sum(experts.values()) * (1 - chosen / count))
+        return sum(shape.numel() // shape[0] * (shape[0] - chosen) for shape in experts)
 
     def initialise(self, parent: ParentSubblock) -> State:
         assert parent.variant == self, "a mixture of experts is the parent's own"

@@ -38,7 +38,7 @@ class GroupedQuery(Variant):
         if self.num_key_value_heads < 1 or (self.sinks if self.window is None else self.window < 2):
             raise ValueError("KV heads are at least 1, a window has at least 2 tokens, and only a window has sinks")
 
-    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype) -> int:
+    def kv_bytes(self, config: PuzzleConfig, tokens: int, dtype: torch.dtype, beyond_window: int = 0) -> int:
         """A window caches one token less than it has: the last one is the next token itself.
 
         Latent attention (DeepSeek-V2) caches its latents, however many heads there are.
@@ -48,7 +48,7 @@ class GroupedQuery(Variant):
             values = latents + family.qk_rope_head_dim
         else:
             values = 2 * self.num_key_value_heads * (config.head_dim or 0)
-        return values * self._held(tokens) * dtype.itemsize
+        return values * self._held(tokens, beyond_window) * dtype.itemsize
 
     def operations(self, config: PuzzleConfig, new: int, context: int) -> float:
         """Matrices, and each query with the keys that it sees, which are multiplied twice."""
@@ -199,9 +199,9 @@ class GroupedQuery(Variant):
         """Of queries: the model's configuration says nothing of them where layers differ."""
         return self.num_attention_heads or int(family_config(config).num_attention_heads)
 
-    def _held(self, tokens: int) -> int:
+    def _held(self, tokens: int, more: int = 0) -> int:
         """Number of tokens whose keys and values are cached after `tokens`."""
-        return tokens if self.window is None else min(tokens, self.sinks + self.window - 1)
+        return tokens if self.window is None else min(tokens, self.sinks + self.window - 1 + more)
 
     def _reach(self, config: PuzzleConfig) -> int:
         """Largest number of tokens that a token attends to."""
