@@ -261,21 +261,26 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _argument("--to", default="hf", choices=["hf", "deci", "gguf", "stock"], help="default: hf"),
     _argument(
         "--dtype",
-        default="f16",
         choices=["f32", "f16", "bf16", "q8_0"],
-        help="of gguf; default: f16; for q4_k_m run llama-quantize on f16",
+        help="default: the parent's; of gguf f16, and for q4_k_m run llama-quantize on that",
     ),
 )
 def export(arguments: argparse.Namespace) -> None:
     """Write the child as a checkpoint for other programs."""
-    from puzzle.export import convert
+    from puzzle.export import DTYPES, convert
     from puzzle.runs import open_run
 
+    to, dtype = arguments.to, arguments.dtype
+    if dtype is not None and to != "gguf" and dtype not in DTYPES:
+        raise PuzzleError(f"--dtype: found {dtype}, which is of gguf alone; {to} takes {', '.join(DTYPES)}")
     with open_run(arguments.folder) as opened:
         from puzzle.pipeline import run_stage
 
-        child = run_stage(opened, "export").exported
-        written = convert(child, arguments.to, arguments.dtype)
+        method = run_stage(opened, "evaluate" if to == "hf" and dtype else "export")
+        if to == "hf":
+            written = method.export(DTYPES[dtype]) if dtype else method.exported
+        else:
+            written = convert(method.exported, to, dtype)
     print(written)
 
 

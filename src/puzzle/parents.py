@@ -31,7 +31,7 @@ from puzzle.variants import Architecture
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 _NO_REASON = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"\.masked_bias$", r"attn\.bias$")
 """Buffers that old versions stored, and that say nothing of the model."""
 _ELSE_THERE = (
@@ -233,7 +233,7 @@ class Parent:
         model = empty_model(self.config)
         held = range(self.num_layers) if layers is None else layers
         names = [name for layer in (None, *held) for name in self._names[layer]]
-        state = {name: tensor.to(device, self._dtype(name, dtype)) for name, tensor in self.checkpoint.read(names)}
+        state = {name: tensor.to(device, self.kept_dtype(name, dtype)) for name, tensor in self.checkpoint.read(names)}
         model.load_state_dict(state, strict=False, assign=True)
         file = self.path / "generation_config.json"
         if file.exists():
@@ -248,9 +248,10 @@ class Parent:
     ) -> dict[str, Tensor]:
         """One layer's tensors by their names within the layer; no others are read."""
         tensors = self.checkpoint.read(self._names[layer])
-        return {name.split(".", 3)[3]: tensor.to(device, self._dtype(name, dtype)) for name, tensor in tensors}
+        return {name.split(".", 3)[3]: tensor.to(device, self.kept_dtype(name, dtype)) for name, tensor in tensors}
 
-    def _dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+    def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Of a tensor in a model of this dtype."""
         return torch.float32 if dtype.itemsize < 4 and name in self._float32 else dtype
 
     @cached_property

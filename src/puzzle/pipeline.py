@@ -9,11 +9,13 @@ settings nor its inputs have changed.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -218,8 +220,16 @@ class Pipeline:
 
     @cached_property
     def exported(self) -> Path:
-        """The child as a Hugging Face checkpoint."""
-        return export_hf(self.run, self.child, model_card(self._report_data()))
+        """The child as a Hugging Face checkpoint, in the parent's dtype."""
+        return self.export(getattr(torch, str(self.parent.config.dtype or "float32").removeprefix("torch.")))
+
+    def export(self, dtype: torch.dtype) -> Path:
+        """The same in another dtype."""
+        file = self.parent.path / "README.md"
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+        license = re.search(r"^license: *(\S+)", text, re.MULTILINE)
+        card = model_card(self._report_data(), license[1] if license else "unknown")
+        return export_hf(self.run, self.child, card, dtype)
 
     @cached_property
     def report(self) -> Path:
@@ -255,7 +265,7 @@ class Pipeline:
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
         return ReportData(
-            title=f"A child of {self.parent.path.name}",
+            title=f"A child of {Path(self.run.recipe.parent).name}",
             recipe_yaml=self.run.recipe.to_yaml(),
             parent=self.run.recipe.parent,
             rows=self.rows,

@@ -283,7 +283,7 @@ EXPORT = Stage(
     name="export",
     help="Write the child as a checkpoint for other programs.",
     result="exported",
-    inputs=("child", "card"),
+    inputs=("child", "card", "dtype"),
 )
 REPORT = Stage(name="report", help="Write the report.", result="report")
 

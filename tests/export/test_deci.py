@@ -93,6 +93,17 @@ def test_what_goes_with_it(save_child: SaveChild, tmp_path: Path) -> None:
     assert written["block_configs"] == again["block_configs"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("write", [export_deci, export_stock])
+def test_in_another_dtype(
+    save_child: SaveChild, tmp_path: Path, write: Callable[[Path, Path, torch.dtype], Path]
+) -> None:
+    _, child = save_child("kv2+w20", "kv2+w20", head_dim=8)
+    folder = write(child, tmp_path / "out", torch.bfloat16)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+
+
 WRITERS = pytest.mark.parametrize("write", [export_deci, export_stock, export_gguf])
 
 
@@ -130,9 +141,7 @@ def test_only_checkpoints_are_replaced_and_never_the_child(
     assert sorted(file.name for file in child.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("to", "name"), [("hf", "child"), ("deci", "child-deci"), ("stock", "child-stock"), ("gguf", "child-f16.gguf")]
-)
+@pytest.mark.parametrize(("to", "name"), [("deci", "child-deci"), ("stock", "child-stock"), ("gguf", "child-f16.gguf")])
 def test_formats_stand_beside_the_child_and_are_written_anew(save_child: SaveChild, to: str, name: str) -> None:
     _, child = save_child("kv4+w48")
     for _ in range(2):

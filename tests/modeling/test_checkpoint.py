@@ -1,14 +1,19 @@
 """Checkpoints, and models made without memory. That they load without this package: tests/test_adding_a_variant.py."""
 
+import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import open_parent
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4win4s1+w48", "kv2win5+rank3", "none+none")
@@ -96,3 +101,36 @@ def test_further_chat_templates_come_along(tmp_path: Path) -> None:
     (parent / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     save_checkpoint(pico_puzzle("kv2+w16"), child, extra_files_from=parent)
     assert (child / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+
+
+def test_what_save_pretrained_writes_loads_without_this_package(tmp_path: Path) -> None:
+    """With the code of every kind."""
+    model, tokens = pico_puzzle(*BLOCKS), random_tokens(2, 9)
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+torch.save(model(torch.load({str(tmp_path / "tokens.pt")!r})).logits, {str(tmp_path / "logits.pt")!r})
+assert "puzzle" not in sys.modules
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, env=environment)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(tokens).logits)
+
+
+def test_the_version_that_is_needed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = Path(inspect.getfile(PuzzleConfig)).read_text()
+    old = ModuleType("transformers")
+    vars(old).update(__version__="4.57.1")
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    with pytest.raises(ImportError, match=r"a Puzzle model requires transformers >= 5.19, found 4.57.1"):
+        exec(compile(code, "configuration_puzzle.py", "exec"), {"__name__": "child"})
+
+
+def test_a_tokenizer_that_older_versions_know(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"}')
+    save_checkpoint(pico_puzzle("kv2+w16"), tmp_path / "child", tmp_path)
+    found = json.loads((tmp_path / "child" / "tokenizer_config.json").read_text())
+    assert found == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}

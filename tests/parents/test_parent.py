@@ -1,6 +1,5 @@
 """Reading a parent: whole, by layer, by what belongs to no layer; its address; a child as a parent."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from puzzle.errors import PuzzleError
 from puzzle.export import export_gguf
 from puzzle.modeling import save_checkpoint
 from puzzle.parents import Parent, open_parent
+from puzzle.runs import remembered
 from puzzle.variants import Architecture, ParentSubblock, derive_space, split_state
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
@@ -87,7 +87,8 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path) -> None:
     digests = tmp_path / "digests.json"
     first = open_parent(str(tmp_path / "parent"), digests).address
     assert open_parent(str(tmp_path / "parent"), digests).address == first
-    digests.write_text(json.dumps(dict.fromkeys(json.loads(digests.read_text()), "other")))
+    with remembered(digests) as known:
+        known |= dict.fromkeys([*known, "one more"], "other")
     assert open_parent(str(tmp_path / "parent"), digests).address != first
     pico_llama().save_pretrained(tmp_path / "parent")
     assert open_parent(str(tmp_path / "parent"), digests).address == first

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from puzzle.quantities import QUANTITIES
@@ -263,4 +265,14 @@ def test_model_card_has_the_facts(data: ReportData) -> None:
     for asked, predicted, measured, verdict in answers(data):
         assert f"- {asked}; predicted {predicted}; measured {measured}: {verdict}\n" in card
     assert "prompt 256, generate 64, batch 64, threads 2, device name Example CPU <8 cores>" in card
-    assert "      throughput: 1.9x # & more\n" in card
+    assert "      throughput: 1.9x\n" in card
+    assert f"base_model: {data.parent}\nlicense: unknown\n" in card
+
+
+def test_model_card_names_no_folder_of_this_machine(data: ReportData, tmp_path: Path) -> None:
+    sources = [str(tmp_path / "a b.jsonl"), "~/text.txt", "org/dataset:config:train"]
+    recipe_yaml = yaml.safe_dump({"parent": str(tmp_path / "llama"), "data": {"source": sources}})
+    card = model_card(replace(data, parent=str(tmp_path / "llama"), recipe_yaml=recipe_yaml), license="apache-2.0")
+    assert str(tmp_path) not in card
+    assert "base_model: llama\nlicense: apache-2.0\n---\n# A child of llama\n" in card
+    assert "      - a b.jsonl\n      - text.txt\n      - org/dataset:config:train\n" in card

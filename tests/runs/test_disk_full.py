@@ -42,7 +42,7 @@ def test_the_command_goes_on_once_there_is_space(
     recipe.write_text(yaml.safe_dump({"parent": "model", "data": {"source": "text"}}))
     out = small_disk / "run"
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(24_576))
+    ballast.write_bytes(bytes(40_960))
 
     assert main(["run", str(recipe), "--out", str(out)]) == 2
     line = capsys.readouterr().err

@@ -60,7 +60,7 @@ def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Ten
     return {tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0) for tensor, shape in shapes.items()}
 
 
-def export_deci(source: Path, target: Path) -> Path:
+def export_deci(source: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
     """Write the child at `source` as a DeciLM checkpoint, without its empty layers; a `PuzzleError` if that cannot be.
 
     vLLM's decoder adds the residual in the norm of the next subblock, and has none before the first attention. A first
@@ -83,10 +83,10 @@ def export_deci(source: Path, target: Path) -> Path:
         "model_type": "nemotron-nas",
         "block_configs": blocks,
     }
-    return _write_checkpoint(child, target, config, layers, added)
+    return _write_checkpoint(child, target, config, layers, added, dtype)
 
 
-def export_stock(source: Path, target: Path) -> Path:
+def export_stock(source: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
     """Write the child at `source` as a plain model of its family, without its empty layers; a `PuzzleError` if the
     family has none of these layers.
     """
@@ -111,7 +111,9 @@ def export_stock(source: Path, target: Path) -> Path:
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)](stock)
     stock.architectures = [type(model).__name__]
-    return _write_checkpoint(child, target, stock.to_dict(), layers, {}, partial(revert_weight_conversion, model))
+    return _write_checkpoint(
+        child, target, stock.to_dict(), layers, {}, dtype, partial(revert_weight_conversion, model)
+    )
 
 
 @contextmanager
@@ -134,6 +136,7 @@ def _write_checkpoint(
     config: Mapping[str, Any],
     layers: Sequence[Layer],
     added: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
     as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> Path:
     """Write the child's weights, with those added and layers numbered anew, and other files into the folder `target`.
@@ -145,24 +148,37 @@ def _write_checkpoint(
     if is_other or child.path.resolve().is_relative_to(target.resolve()):
         raise PuzzleError(f"export: {target} is the child itself, or no checkpoint; name another folder")
     numbers = {str(layer.index): str(new) for new, layer in enumerate(layers)}
-    entries, weight_map, total_bytes = child.checkpoint.entries, dict[str, str](), 0
+
+    def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = re.compile(r"(?<=^model\.layers\.)\d+")
+        return as_stored({own.sub(lambda layer: numbers[layer[0]], name): each for name, each in tensors.items()})
+
     with replaced(target) as folder:
         shutil.copytree(child.path, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
-        write_json(folder / "config.json", config)
+        write_json(folder / "config.json", {**config, "dtype": str(dtype or child.config.dtype).removeprefix("torch.")})
         if "auto_map" in config:
             shutil.copy(_CONFIGURATION, folder)
-        for path in sorted({entry.file for entry in entries.values()}):
-            stored = child.checkpoint.read(name for name, entry in entries.items() if entry.file == path)
-            tensors = {
-                re.sub(r"(?<=^model\.layers\.)\d+", lambda layer: numbers[layer[0]], name): tensor
-                for name, tensor in stored
-            }
-            tensors = {name: tensor.contiguous() for name, tensor in as_stored(tensors).items()}
-            tensors |= {} if weight_map else added
-            save_file(tensors, folder / path.name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, path.name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        if len({*weight_map.values()}) > 1:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            write_json(folder / "model.safetensors.index.json", index)
+        write_weights(child, folder, dtype, renamed, added)
     return target
+
+
+def write_weights(
+    child: Parent,
+    folder: Path,
+    dtype: torch.dtype | None,
+    as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    added: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write files with weights into `folder`, one for each of the child's, in their dtype or in `dtype`."""
+    entries, weight_map, total_bytes = child.checkpoint.entries, dict[str, str](), 0
+    for path in sorted({entry.file for entry in entries.values()}):
+        stored = dict(child.checkpoint.read(name for name, entry in entries.items() if entry.file == path))
+        tensors = {name: tensor.to(child.kept_dtype(name, dtype or tensor.dtype)) for name, tensor in stored.items()}
+        tensors = as_stored(tensors) | {name: each.to(dtype or each.dtype) for name, each in (added or {}).items()}
+        added = None
+        save_file({name: each.contiguous() for name, each in tensors.items()}, folder / path.name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, path.name)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if len({*weight_map.values()}) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)

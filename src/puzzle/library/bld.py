@@ -23,7 +23,19 @@ from puzzle.library.library import Library, nested
 from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student, fit, held_out, student_texts, update_projections
 from puzzle.parents import Parent
-from puzzle.runs import Run, digest, progress, read_json, read_parsed, write_json, write_tensors, write_text
+from puzzle.runs import (
+    Run,
+    digest,
+    file_digest,
+    lost,
+    progress,
+    read_json,
+    read_parsed,
+    remembered,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
 from puzzle.variants import BlockVariant, Space, State, Subblock, Variant
@@ -62,7 +74,7 @@ def build_library(
     subblocks = build_library(run, parent, data, statistics, space) if coupled else None
     stage = run.open(LIBRARY, parent=parent, data=data, statistics=statistics, space=space.names, coupled=coupled)
     index_file = stage.path / "index.json"
-    if not stage.done:
+    if not (stage.done and _are_whole(run, read_parsed(index_file, LibraryIndex.from_json))):
         identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
         for name in ("space", "coupled"):
             del identity["inputs"][name]
@@ -70,11 +82,21 @@ def build_library(
         costs = [1.0 + sum(plan.num_params for plan in plans if plan.layer == i) for i in range(parent.num_layers)]
         make = partial(students_at_start, run, parent, statistics, subblocks)
         for_layers(run, stage, partial(_train_layers, run, parent, data, plans, make), costs)
-        rows = [LibraryRow(**read_json(plan.row_file(run.path))) for plan in plans]
+        rows = [LibraryRow(**read_json(plan.row_file(run.path))["row"]) for plan in plans]
         rows = nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
         write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
         stage.commit()
     return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
+
+
+def _are_whole(run: Run, index: LibraryIndex) -> bool:
+    """Whether all weights are there; a `PuzzleError` if some are not what was written."""
+    files = sorted({run.path / row.file for row in index.rows if row.file})
+    with remembered(run.path / "digests.json") as known:
+        for file in filter(Path.exists, files if run.leads else []):
+            if file_digest(file, known) != read_json(file.with_suffix(".json"))["weights"]:
+                raise lost(file)
+    return all(file.exists() for file in files)
 
 
 def student_plans(parent: Parent, space: Space, subblocks: Library | None, identity: Any) -> list[StudentPlan]:
@@ -130,7 +152,11 @@ def _train_layers(
     """Train what these layers lack, as many at a time as fit the memory. A task, also in another process."""
 
     def missing(some: Container[int]) -> list[StudentPlan]:
-        return [plan for plan in plans if plan.layer in some and not plan.row_file(run.path).exists()]
+        def is_there(plan: StudentPlan) -> bool:
+            row = plan.row_file(run.path)
+            return row.exists() and (not read_json(row)["weights"] or (run.path / plan.file).exists())
+
+        return [plan for plan in plans if plan.layer in some and not is_there(plan)]
 
     if not (to_train := sorted({plan.layer for plan in missing(layers)})):
         return
@@ -210,5 +236,7 @@ def _train_group(
         row = {"layer": plan.layer, "subblock": plan.subblock, "variant": "+".join(map(str, plan.variants))}
         row |= {"file": plan.file if weights else "", "widened_from": ""}
         row |= {"initial_loss": initial[student.name], "loss": loss}
-        write_json(plan.row_file(run.path), row | {"trained_tokens": settings.tokens if student in trained else 0})
+        row |= {"trained_tokens": settings.tokens if student in trained else 0}
+        found = file_digest(run.path / plan.file, {}) if weights else None
+        write_json(plan.row_file(run.path), {"row": row, "weights": found})
     remove_states(folder)

@@ -4,6 +4,9 @@ Importing this package registers the model with transformers, so that `AutoModel
 child without `trust_remote_code`.
 """
 
+from pathlib import Path
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from puzzle.modeling.checkpoint import TOKENIZER_FILES as TOKENIZER_FILES
@@ -36,3 +39,14 @@ from puzzle.modeling.plain import plain_tensors as plain_tensors
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, _PuzzleModel, exist_ok=True)
 AutoModelForCausalLM.register(PuzzleConfig, PuzzleForCausalLM, exist_ok=True)
+
+_save = PuzzleForCausalLM.save_pretrained
+
+
+def _save_with_code(model: PuzzleForCausalLM, save_directory: str | Path, **options: Any) -> None:
+    """What is saved here loads where this package is not installed."""
+    _save(model, save_directory, **options)
+    save_configuration(model.config, Path(save_directory))
+
+
+PuzzleForCausalLM.save_pretrained = _save_with_code

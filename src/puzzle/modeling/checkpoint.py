@@ -63,12 +63,14 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
         model.generation_config = GenerationConfig()
     model.save_pretrained(path, max_shard_size=MAX_SHARD_BYTES)
     model.generation_config = generation_config
-    save_configuration(model.config, path)
     for file in extra_files:
         assert extra_files_from is not None
         target = path / file.relative_to(extra_files_from)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
+        if file.name == "tokenizer_config.json":  # older versions of transformers do not know the newest's name
+            text = file.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+            target.write_text(text, encoding="utf-8")
     for place in (*path.rglob("*"), path):  # on disk, so that a manifest written later is true
         descriptor = os.open(place, os.O_RDONLY)
         os.fsync(descriptor)

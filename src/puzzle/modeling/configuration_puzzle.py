@@ -11,7 +11,12 @@ read. Of a window with sinks they know nothing: to them it is full attention, wh
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:
+    raise ImportError(f"a Puzzle model requires transformers >= 5.19, found {transformers.__version__}") from None
 
 Block = dict[str, dict[str, Any]]
 """`{"attention": {"kind": "gqa", "num_key_value_heads": 2}, "ffn": {"kind": "gated", "intermediate_size": 512}}`.

@@ -7,8 +7,10 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from plotly.offline import get_plotlyjs
 
@@ -150,9 +152,23 @@ def frontier_page(frontier: Sequence[Solution], marked: Mapping[str, Solution], 
     return _page("frontier.html.j2", drawn, title=title, quantity=quantity, scenario=scenario)
 
 
-def model_card(data: ReportData) -> str:
-    """The README of an exported child, in Markdown: what it is, how it was made, what was measured, how to load it."""
-    return _rendered("card.md.j2", **_facts(data))
+def model_card(data: ReportData, license: str = "unknown") -> str:
+    """The README of an exported child, in Markdown: what it is, how it was made, what was measured, how to load it.
+
+    It names no folder of this machine.
+
+    Args:
+        license: the parent's, as its own card has it.
+    """
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict | list):
+            return {key: named(value[key]) for key in value} if isinstance(value, dict) else [*map(named, value)]
+        is_path = isinstance(value, str) and (value.startswith(("/", "~", ".")) or Path(value).exists())
+        return Path(value).name if is_path else value
+
+    recipe_yaml = yaml.safe_dump(named(yaml.safe_load(data.recipe_yaml)), sort_keys=False)
+    return _rendered("card.md.j2", **_facts(data), parent=named(data.parent), license=license, recipe_yaml=recipe_yaml)
 
 
 def _facts(data: ReportData) -> dict[str, Any]:

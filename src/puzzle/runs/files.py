@@ -54,7 +54,7 @@ def read_parsed(path: Path, parse: Callable[[str], _T]) -> _T:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise _lost(path, error) from None
+        raise lost(path, isinstance(error, FileNotFoundError)) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, flush: bool = True) -> None:
@@ -73,11 +73,12 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     try:
         return dict(load_file(path))
     except (FileNotFoundError, SafetensorError) as error:
-        raise _lost(path, error) from None
+        raise lost(path, isinstance(error, FileNotFoundError)) from None
 
 
-def _lost(path: Path, error: Exception) -> PuzzleError:
-    found = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+def lost(path: Path, missing: bool = False) -> PuzzleError:
+    """What is said of a file of a run folder that is missing or damaged."""
+    found = "is missing" if missing else "is damaged"
     stage = next((parent for parent in path.parents if parent.parent.name == "stages"), None)
     cure = f"delete {stage or path}, and only that" if stage or found == "is damaged" else "put it back"
     return PuzzleError(f"{path} {found}; {cure}, and run the same command again")
@@ -92,10 +93,12 @@ def digest(value: Any) -> str:
 def remembered(path: Path | None) -> Iterator[dict[str, str]]:
     """What is found out only once, such as hashes: read from `path` if it is there, written back if it grew."""
     known: dict[str, str] = read_json(path) if path is not None and path.exists() else {}
+    if path is not None and known and known.pop("digest", None) != digest(known):
+        raise lost(path)
     before = len(known)
     yield known
     if path is not None and len(known) > before:
-        write_json(path, known)
+        write_json(path, known | {"digest": digest(known)})
 
 
 def file_digest(path: Path, known: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ DIR/architecture.json, summary.json, report.html, log.txt
 """
 
 import fcntl
+import json
 import os
 import time
 from collections import defaultdict
@@ -24,13 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
-from puzzle.runs.files import digest, read_json, write_json, write_text
+from puzzle.runs.files import digest, file_digest, lost, read_json, remembered, write_json, write_text
 from puzzle.stages import Stage
 
 if TYPE_CHECKING:
     import torch
 
 _MARK, _LOCK = "puzzle.json", ".lock"
+_NOT_RESULTS = ("training", "work", "clock.json", "manifest.json", "warnings.txt")
+"""Of a stage's files: what only a start that goes on needs, and what is written later, too."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,30 @@ class StageFolder:
     def commit(self, **facts: Any) -> None:
         """Mark the stage as finished, with its seconds over all attempts; every file of it must be on disk."""
         clock = read_json(self.path / "clock.json")
+        with remembered(self.path.parents[1] / "digests.json") as known:
+            names = (file.relative_to(self.path).as_posix() for file, _ in files(self.path))
+            kept = sorted(name for name in names if not name.startswith(_NOT_RESULTS))
+            digests = {name: file_digest(self.path / name, known) for name in kept}
         manifest = {
             "stage": self.name,
             "address": self.address,
             "seconds": round(clock["spent_s"] + time.time() - clock["began"], 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "facts": facts,
+            "facts": json.loads(json.dumps(facts)),
+            "files": digests,
         }
-        write_json(self.path / "manifest.json", manifest)
+        write_json(self.path / "manifest.json", manifest | {"digest": digest(manifest)})
+
+    def check(self) -> None:
+        """Refuse a finished stage of which something is no longer what was written."""
+        file = self.path / "manifest.json"
+        manifest = read_json(file)
+        if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
+            raise lost(file)
+        with remembered(self.path.parents[1] / "digests.json") as known:
+            for name, written in manifest["files"].items():
+                if not (file := self.path / name).exists() or file_digest(file, known) != written:
+                    raise lost(file, missing=not file.exists())
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,8 @@ class Run:
             raise PuzzleError(f"{found}; run `puzzle refine {self.path}` first, without torchrun")
         if self.remeasure and stage.measures and folder not in self.used:
             (folder.path / "manifest.json").unlink(missing_ok=True)
+        if self.leads and folder.done and folder not in self.used:
+            folder.check()
         if self.leads:
             folder.path.mkdir(parents=True, exist_ok=True)
             if not (folder.path / "stage.json").exists():
@@ -207,7 +228,7 @@ def create_folder(path: Path, recipe: Recipe, text: str | None = None) -> None:
 
 def check_new(path: Path) -> None:
     """Refuse what is no run folder and cannot become one; a start that was cut off at once leaves only hidden files."""
-    if not path.exists() or is_run_folder(path):
+    if not path.exists() or is_run_folder(path) or (path / "stages").is_dir():
         return
     if not path.is_dir() or any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise PuzzleError(f"--out: {path} exists and is not a run folder of puzzle; name a new or empty folder")
