@@ -10,7 +10,7 @@ import datetime
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,11 +18,24 @@ from pathlib import Path
 import torch
 from tests.conftest import pico_puzzle
 from tests.engines import readers
-from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, greedy, kind_from_outside, logits_of, save
+from tests.engines.parity import (
+    MIXED,
+    ROUNDING,
+    TOKENS,
+    VOCAB,
+    difference,
+    greedy,
+    kind_from_outside,
+    logits_of,
+    save,
+    save_as_child,
+)
+from tests.modeling.test_families import SPARSE
 
 from puzzle.engines.capability import refusals
 from puzzle.export import export_deci, export_gguf
-from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
+from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM, puzzle_config, tiny_config
+from puzzle.variants import Architecture
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 ALTERNATIVES = {
@@ -51,20 +64,48 @@ BIASES = {
     "biases of attention and FFN": ("attention_bias", "mlp_bias"),
 }
 """Switches of the parent's configuration."""
+FAMILIES = {
+    **{name: (name, False) for name in ("mistral", "qwen2", "qwen3", "phi3", "seed_oss", "smollm3")},
+    **{f"{name}, tied": (name, True) for name in ("qwen3", "granite", "smollm3", "gemma2", "gemma3_text")},
+    **{name: (name, False) for name in ("olmo2", "exaone4", "glm4", "apertus", "qwen3_moe", "mixtral", "gpt_oss")},
+}
+"""Of children of other parents, by row: the family, and whether the head is tied."""
+KINDS = {
+    "widths and windows": ("none+w96 kv2+w32 kv1Q2win6+none none+none kv1+w96 kv2win6+w32",),
+    "widths": ("none+w96 kv2+w32 kv1+none none+none kv1Q2+w96 none+w32", "kv2Q2+none none+w96 kv1+w32 kv2+none"),
+    "windows": (
+        "none+w96 kv2win6+w96 kv1Q2win6+none none+none kv1+w96 none+none",
+        "kv2Q2win6+none none+w96 kv1+w96 kv1win6+none",
+    ),
+    "one width": ("none+w96 kv2+w96 kv1+none kv1Q2+w96 none+none none+w96", "kv2Q2+none none+w96 kv1+w96 kv2+none"),
+}
+"""Their blocks, without attention or FFN first, in the middle and last; what the first of them shows the others need
+not. Q2: two query heads of four, where the family can have them."""
 GREEDY = 32
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A child: its blocks, and the switches of `BIASES` that are on."""
+    """A child: its blocks, and the switches of `BIASES` that are on; or of another family, a row of `FAMILIES`."""
 
     blocks: tuple[str, ...]
     biases: tuple[str, ...] = ()
+    row: str = ""
+    kind: str = ""
 
     @property
     def settings(self) -> dict[str, int]:
         """A head size of 32 is the smallest for which vLLM has an attention on the CPU."""
         return {"head_dim": 32} | dict.fromkeys(self.biases, True)
+
+
+def of_family(row: str, kind: str, blocks: str) -> Stack:
+    """With the experts of a mixture in place of its FFNs."""
+    family, _ = FAMILIES[row]
+    blocks = blocks.replace("Q2", "" if family == "olmo2" else "q2")
+    if family in SPARSE:
+        blocks = re.sub(r"\+w\d+", "+experts", blocks)
+    return Stack(tuple(blocks.split()), (), row, kind)
 
 
 Found = Mapping[Stack, tuple[float, int]]
@@ -73,7 +114,14 @@ Found = Mapping[Stack, tuple[float, int]]
 
 @cache
 def _config(stack: Stack) -> PuzzleConfig:
-    return pico_puzzle(*stack.blocks, **stack.settings).config
+    if not stack.row:
+        return pico_puzzle(*stack.blocks, **stack.settings).config
+    family, tied = FAMILIES[stack.row]
+    tiny = tiny_config(family)
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "hidden_size": 128, "head_dim": 32}
+    for name, value in (sizes | {"sliding_window": None, "tie_word_embeddings": tied}).items():
+        setattr(tiny, name, value)
+    return Architecture.parse(stack.blocks).configure(puzzle_config(tiny))
 
 
 @dataclass(frozen=True)
@@ -101,6 +149,14 @@ class Column:
             for block in ALTERNATIVES.values():
                 blocks += (block,) if block != first and holds(Stack((*blocks, block))) else ()
             rotations += [Stack(blocks[index:] + blocks[:index]) for index in range(len(blocks))]
+        for row in FAMILIES:
+            of_row: list[Stack] = []
+            for kind, blocks_of in KINDS.items():
+                stacks = [of_family(row, kind, each) for each in blocks_of]
+                implied = kind == "one width" or any(stack.kind == "widths and windows" for stack in of_row)
+                if all(map(holds, stacks)) and not (of_row and implied):
+                    of_row += stacks
+            rotations += of_row
         biased = [Stack(each, biases) for biases in BIASES.values() for each in (rotations[0].blocks, MIXED[0])]
         return rotations + [stack for stack in (*map(Stack, STACKS), *biased) if holds(stack)]
 
@@ -118,7 +174,14 @@ def measure(folder: Path) -> dict[Column, Found]:
 
     @cache
     def saved(stack: Stack) -> tuple[PuzzleForCausalLM, Path]:
-        return save(Path(tempfile.mkdtemp(dir=folder), "parent"), *stack.blocks, **stack.settings)
+        place = Path(tempfile.mkdtemp(dir=folder), "parent")
+        if not stack.row:
+            return save(place, *stack.blocks, **stack.settings)
+        torch.manual_seed(0)
+        model = PuzzleForCausalLM(_config(stack)).eval()
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        return save_as_child(model, place)
 
     @cache
     def expected(stack: Stack) -> tuple[torch.Tensor, list[int]]:
@@ -149,17 +212,21 @@ def render(matrix: Mapping[Column, Found]) -> str:
     rows = [(f"{name}, `{each}`", lambda stack, each=each: each in stack.blocks) for name, each in ALTERNATIVES.items()]
     rows += [(f"`{' '.join(blocks)}`", partial(Stack.__eq__, Stack(blocks))) for blocks in STACKS]
     rows += [(name, lambda stack, biases=biases: stack.biases == biases) for name, biases in BIASES.items()]
+    rows += [(f"children of {row}", lambda stack, row=row: stack.row == row) for row in FAMILIES]
     lines = [["one layer's alternative", *(column.title for column in matrix)], ["---"] * (len(matrix) + 1)]
     for name, counts in rows:
-        found = ([result for stack, result in column.items() if counts(stack)] for column in matrix.values())
-        lines.append([name, *map(_verdict, found)])
+        cells = [{stack: result for stack, result in column.items() if counts(stack)} for column in matrix.values()]
+        lines.append([name, *map(_verdict, cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _verdict(results: Sequence[tuple[float, int]]) -> str:
+def _verdict(results: Found) -> str:
     if not results:
         return "refused"
-    return "equal" if all(error < ROUNDING and same == GREEDY for error, same in results) else "DIFFERENT"
+    if any(error >= ROUNDING or same < GREEDY for error, same in results.values()):
+        return "DIFFERENT"
+    kinds = dict.fromkeys(stack.kind for stack in results if stack.kind not in ("", "widths and windows"))
+    return "equal" + (f": {', '.join(kinds)}" if kinds else "")
 
 
 def block_of(page: str) -> re.Match[str]:

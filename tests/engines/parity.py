@@ -64,7 +64,11 @@ def kind_from_outside() -> Iterator[None]:
 
 def save(folder: Path, *blocks: str, **overrides: object) -> tuple[PuzzleForCausalLM, Path]:
     """A random child of these blocks, in memory and on disk."""
-    model = pico_puzzle(*blocks, **{"vocab_size": VOCAB, "hidden_size": 64, **overrides})
+    return save_as_child(pico_puzzle(*blocks, **{"vocab_size": VOCAB, "hidden_size": 64, **overrides}), folder)
+
+
+def save_as_child(model: PuzzleForCausalLM, folder: Path) -> tuple[PuzzleForCausalLM, Path]:
+    """The model, and where it is written with a tokenizer."""
     folder.mkdir(parents=True)
     save_byte_tokenizer(folder)
     save_checkpoint(model, folder / "child", extra_files_from=folder)

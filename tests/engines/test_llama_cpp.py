@@ -4,16 +4,13 @@ from itertools import product
 from pathlib import Path
 
 import gguf
-import pytest
 import torch
-from tests.conftest import EOS, save_byte_tokenizer
-from tests.engines.parity import MIXED, ROUNDING, TOKENS, VOCAB, difference, logits_of, save
+from tests.conftest import EOS
+from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, logits_of, save
 from tests.engines.readers import Ask
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from puzzle.export import GGUFType, export_gguf
-from puzzle.modeling import PuzzleForCausalLM, puzzle_config, save_checkpoint, tiny_config
-from puzzle.variants import Architecture
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -68,46 +65,6 @@ def test_scaled_rotary_embeddings_and_no_attention_at_all(llama_cpp: Ask, tmp_pa
     cases.append(save(tmp_path / "no attention", "none+w48", "linear+w16", "none+none"))
     answers = llama_cpp([export_gguf(child, child.with_name("gguf"), dtype="f32") for _, child in cases], TOKENS)
     for answer, (model, _) in zip(answers, cases, strict=True):
-        assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
-
-
-WIDTHS = ("none+w96 kv2+w32 kv1+none none+none kv1q2+w96 none+w32", "kv2q2+none none+w96 kv1+w32 kv2+none")
-ONE_WIDTH = ("none+w96 kv2+w96 kv1+none kv1q2+w96 none+none none+w96", "kv2q2+none none+w96 kv1+w96 kv2+none")
-WINDOWS = (
-    "none+w96 kv2win6+w96 kv1q2win6+none none+none kv1+w96 none+none",
-    "kv2q2win6+none none+w96 kv1+w96 kv1win6+none",
-)
-
-
-@pytest.mark.parametrize(
-    ("family", "tied", "stacks"),
-    [
-        *((family, False, WIDTHS) for family in ("mistral", "qwen2", "phi3", "seed_oss")),
-        *((family, True, WIDTHS) for family in ("qwen3", "granite")),
-        ("qwen3", False, ONE_WIDTH),
-        ("smollm3", True, ONE_WIDTH),
-        *((family, False, WINDOWS) for family in ("mistral", "llama", "phi3")),
-        *((family, True, WINDOWS) for family in ("qwen3", "granite")),
-    ],
-)
-def test_other_spellings_of_llama_and_qwen3(
-    llama_cpp: Ask, tmp_path: Path, family: str, tied: bool, stacks: tuple[str, ...]
-) -> None:
-    """Biases, norms of queries and keys, joint matrices, factors; layers without positions, windows; absent subblocks
-    first, in the middle and last.
-    """
-    tiny, cases = tiny_config(family), []
-    tiny.vocab_size, tiny.sliding_window, tiny.tie_word_embeddings = VOCAB, None, tied
-    config = puzzle_config(tiny)
-    for number, blocks in enumerate(stacks):
-        torch.manual_seed(number)
-        model = PuzzleForCausalLM(Architecture.parse(blocks.split()).configure(config)).eval()
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
-        save_byte_tokenizer(tmp_path)
-        save_checkpoint(model, tmp_path / str(number), extra_files_from=tmp_path)
-        cases.append((model, export_gguf(tmp_path / str(number), tmp_path / f"{number}.gguf", dtype="f32")))
-    for answer, (model, _) in zip(llama_cpp([file for _, file in cases], TOKENS), cases, strict=True):
         assert difference(answer.logits_TV, logits_of(model, TOKENS)) < ROUNDING
 
 
