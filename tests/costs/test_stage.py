@@ -1,7 +1,7 @@
 """The stage: a complete table, nothing measured twice, and what a person is told."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +9,10 @@ import pytest
 from tests.costs.conftest import FakeEngine, opened, planted_ms
 
 from puzzle.artefacts import CostTable
-from puzzle.costs import is_measured, measure_costs
+from puzzle.costs import Sample, is_measured, measure_costs
 from puzzle.parents import Parent
 from puzzle.runs import Run
-from puzzle.variants import Architecture, Space, derive_space
+from puzzle.variants import Architecture, BlockVariant, Space, derive_space
 
 Use = Callable[[FakeEngine], FakeEngine]
 Patch = pytest.MonkeyPatch
@@ -81,6 +81,20 @@ def test_what_scatters_is_measured_more_often_and_reported(run: Run, parent: Par
     measure_costs(run, parent, space)
     assert len(busy.calls) == 4 * BATCHES * ROUNDS * STACKS
     assert "warning: costs: times scatter, the typical stack's is known to" in log(run)
+
+
+def test_a_model_without_layers_that_is_lost_in_noise_is_said(run: Run, parent: Parent, space: Space, use: Use) -> None:
+    class Quick(FakeEngine):
+        """Two blocks take less than six of them promise."""
+
+        def times(self, stack: Sequence[BlockVariant], batch_size: int) -> Sample:
+            sample = super().times(stack, batch_size)
+            return sample if len(stack) > 2 else Sample(0.5 * sample.prefill_ms, 0.5 * sample.decode_ms)
+
+    use(Quick())
+    table = measure_costs(run, parent, space)
+    assert min(table.fixed(size).decode_ms for size in (2, 3)) > 0
+    assert "costs: at batch 2 a decode step without layers is lost in noise and taken as the head's share" in log(run)
 
 
 def test_what_slows_a_whole_round_is_no_cost(run: Run, parent: Parent, space: Space, use: Use) -> None:

@@ -78,7 +78,7 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     rows: list[CostRow] = []
     for size in batch_sizes:
         of_size = {name: samples[name, size] for name in stacks}
-        rows += cost_rows(parent.config, space, scenario, size, of_size, engine.beyond_window)
+        rows += cost_rows(parent.config, space, scenario, size, of_size, engine.beyond_window, run.log_warning)
     table = CostTable(scenario=scenario, batch_sizes=batch_sizes, rows=tuple(rows), environment=environment)
     write_text(file, table.to_json())
     stage.commit()

@@ -10,7 +10,7 @@ the last FFN in a prefill, as only the last token's output is used. So the pad's
 share of a middle one's time is taken for all FFNs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,6 +51,7 @@ def cost_rows(
     batch_size: int,
     samples: Mapping[str, Sequence[Sample]],
     beyond_window: int = 0,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Iterator[CostRow]:
     """The rows at one batch size: what is fixed, then every variant of every layer; from samples of each stack."""
     dtype, tokens = getattr(torch, scenario.dtype), scenario.total_tokens
@@ -64,6 +65,15 @@ def cost_rows(
         costs = vars(size) | {"prefill_ms": prefill_ms[timed_as], "decode_ms": decode_ms[timed_as]}
         return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **costs)
 
+    if not decode_ms["fixed"]:
+        own, head = (sizes[each] for each in _pad(space, config).subblocks), config.vocab_size * config.hidden_size
+        read = 2 * sum(each.weight_bytes + batch_size * each.kv_bytes_per_sequence for each in own)
+        share = head * dtype.itemsize / (head * dtype.itemsize + read)
+        decode_ms["fixed"] = share * typical([each.decode_ms for each in samples[PADS]])
+        found = (
+            f"costs: at batch {batch_size} a decode step without layers is lost in noise and taken as the head's share"
+        )
+        warn(f"{found}, {decode_ms['fixed']:.3g} ms; children of few layers may be slower than predicted")
     yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
     for index, layer in enumerate(space.layers):
         for variant in layer.variants:
