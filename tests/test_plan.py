@@ -161,6 +161,27 @@ def test_this_machines_plan_has_a_time_for_each_stage() -> None:
         ({"search": {"equal": ["2-9"]}}, "search.equal: 2-9 are no layers"),
         ({"target": {}}, "target: nothing is set"),
         ({"target": {"score": 0.1}}, "target.score: alone it is met best by the parent"),
+        *(
+            (
+                {"target": target},
+                "target: the parent itself meets it (" + ", ".join(f"{k} {v}" for k, v in target.items()),
+            )
+            for target in (
+                {"memory": "10GB"},
+                {"parameters": "10G"},
+                {"disk": "100%"},
+                {"throughput": "0.5x"},
+                {"latency": "1x"},
+                {"time_to_first_token": "2x", "memory": "100%"},
+            )
+        ),
+        (
+            {
+                "scenario": {"prompt_tokens": 500, "batch_sizes": [1, 9], "generated_tokens": 12},
+                "execution": {"memory": "9MB"},
+            },
+            "scenario.batch_sizes: found 9, at which the cache of 8 layers takes ",
+        ),
     ],
 )
 def test_what_a_late_stage_would_refuse(sections: dict[str, Any], line: str) -> None:
@@ -172,9 +193,13 @@ def test_what_a_late_stage_would_refuse(sections: dict[str, Any], line: str) -> 
     }
     config = deepcopy(CONFIG)
     config.max_position_embeddings = 512
-    check_recipe(Recipe.model_validate(defaults), config)
+    check_recipe(Recipe.model_validate(defaults), config, here=True)
+    for target in ({"memory": "1MB"}, {"latency": "5ms"}, {"throughput": "1.1x", "memory": "10GB"}):
+        check_recipe(Recipe.model_validate(defaults | {"target": target}), config)
+    fixed = {"target": {"memory": "10GB"}, "search": {"fix": {"0": "none"}}}
+    check_recipe(Recipe.model_validate(defaults | fixed), config)
     with pytest.raises(PuzzleError, match=f"^{re.escape(line)}"):
-        check_recipe(Recipe.model_validate(defaults | sections), config)
+        check_recipe(Recipe.model_validate(defaults | sections), config, here=True)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 import torch
 
-from puzzle.device import fast_dtype, is_gpu
+from puzzle.artefacts import Totals
+from puzzle.costs import COPIES, parent_totals
+from puzzle.device import choose_device, fast_dtype, is_gpu, memory_bytes
 from puzzle.engines.environments import MODULES, python_of
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig
-from puzzle.recipe import Recipe
+from puzzle.quantities import SETTINGS, Quantity
+from puzzle.recipe import Recipe, ScenarioSettings, TargetSettings
 from puzzle.search import check_asked, check_spans
+from puzzle.units import Amount, format_bytes
 
 
 def slow_precision(recipe: Recipe, device: torch.device) -> str | None:
@@ -20,11 +24,14 @@ def slow_precision(recipe: Recipe, device: torch.device) -> str | None:
     )
 
 
-def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True, timed: bool = False) -> None:
+def check_recipe(
+    recipe: Recipe, config: PuzzleConfig, *, searched: bool = True, timed: bool = False, here: bool = False
+) -> None:
     """Refuse a recipe that contradicts the parent, itself, or what is installed here.
 
     Args:
-        searched: whether the search is to be reached. timed: whether engines are to measure something.
+        searched: whether the search is to be reached. timed: whether engines are to measure something;
+        here: whether they would do so on this machine.
     """
     longest = config.max_position_embeddings
     if recipe.data.sequence_length > longest:
@@ -42,5 +49,30 @@ def check_recipe(recipe: Recipe, config: PuzzleConfig, *, searched: bool = True,
     check_spans(recipe.search, config.num_layers)
     if searched:
         check_asked([target for *_, target in recipe.served], recipe.search)
+        free = not (recipe.search.fix or recipe.search.forbid or recipe.search.equal)
+        if recipe.search.objective == "score" and free and all(_met(config, *each[1:]) for each in recipe.served):
+            bounds = ", ".join(f"{name} {bound.text}" for name, bound in recipe.target if bound is not None)
+            raise PuzzleError(f"target: the parent itself meets it ({bounds}); ask for more than it gives, such as 2x")
+    for path, scenario, _ in recipe.served if here else ():
+        totals = parent_totals(config, scenario, max(scenario.batch_sizes))
+        cache = totals.batch_size * totals.cost.kv_bytes_per_sequence * (2 + COPIES) / config.num_layers
+        memory = memory_bytes(choose_device(recipe.execution.device), recipe.execution.memory)
+        if scenario.engine == "torch" and cache > memory:
+            found = f"{totals.batch_size}, at which the cache of {2 + COPIES} layers takes {format_bytes(cache)}"
+            more = f"lower it or the scenario's tokens; execution.memory is {format_bytes(memory)}"
+            raise PuzzleError(f"{path}scenario.batch_sizes: found {found}; {more}")
     for engine in {scenario.engine for _, scenario, _ in recipe.served if timed} & MODULES.keys():
         python_of(engine)
+
+
+def _met(config: PuzzleConfig, scenario: ScenarioSettings, target: TargetSettings) -> bool:
+    """Whether the parent meets the target, as far as that is known before anything is measured."""
+
+    def met(quantity: Quantity, bound: Amount, totals: Totals) -> bool:
+        if bound.relative:
+            return bound.value <= 1 if quantity.at_least else bound.value >= 1
+        return quantity.exact and quantity.value(totals) <= bound.value
+
+    every = [parent_totals(config, scenario, size) for size in scenario.batch_sizes]
+    asked = [(SETTINGS[name], bound) for name, bound in target if bound is not None and name != "score"]
+    return any(all(met(*each, totals) for each in asked) for totals in every)

@@ -296,7 +296,7 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
     """
     config, device = read_config(recipe.parent), choose_device("cpu" if devices else recipe.execution.device)
     recipe = recipe.resolved("bfloat16" if devices else fast_dtype(device))
-    check_recipe(recipe, config)
+    check_recipe(recipe, config, here=devices is None)
     check_tasks(recipe.evaluate.tasks)
     return plan_work(recipe, config, _space(recipe, config), device, devices)
 
@@ -317,7 +317,7 @@ def run_stage(run: Run, name: str) -> Pipeline:
     by_name = {stage.name: stage for stage in COMMANDS}
     reached = list(by_name)[: list(by_name).index(name) + 1]
     timed = "cost" in reached and not is_measured(run, pipeline.parent, pipeline.space)
-    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed=timed)
+    check_recipe(run.recipe, pipeline.parent.config, searched="search" in reached, timed=timed, here=timed)
     if "tasks" in reached:
         check_tasks(run.recipe.evaluate.tasks)
     if warning := slow_precision(run.recipe, run.device):

@@ -8,6 +8,8 @@ from puzzle.costs.roofline import read_machine as read_machine
 from puzzle.costs.stage import is_measured as is_measured
 from puzzle.costs.stage import measure_costs as measure_costs
 from puzzle.costs.stage import scenario_of as scenario_of
+from puzzle.costs.table import COPIES as COPIES
+from puzzle.costs.table import parent_totals as parent_totals
 from puzzle.costs.timing import ENGINES as ENGINES
 from puzzle.costs.timing import relative_standard_error as relative_standard_error
 from puzzle.costs.timing import requests_ms as requests_ms

@@ -15,11 +15,12 @@ from dataclasses import replace
 
 import torch
 
-from puzzle.artefacts import Cost, CostRow, Part, Scenario
+from puzzle.artefacts import Cost, CostRow, Part, Scenario, Totals
 from puzzle.costs.engine import Sample
 from puzzle.costs.timing import typical, without_drift
 from puzzle.modeling import PuzzleConfig, empty_model
-from puzzle.variants import BlockVariant, Space, Variant
+from puzzle.recipe import ScenarioSettings
+from puzzle.variants import Architecture, BlockVariant, Space, Variant
 
 COPIES = 6
 """Of the measured subblock: the stack is as deep as a small model, and the copies take most of its time."""
@@ -113,6 +114,16 @@ def subblock_memory(
         weight_bytes=variant.weight_bytes(config, dtype),
         kv_bytes_per_sequence=variant.kv_bytes(config, tokens, dtype, beyond_window),
     )
+
+
+def parent_totals(config: PuzzleConfig, settings: ScenarioSettings, batch_size: int) -> Totals:
+    """What is known of the parent itself from its shapes: all but times. For `auto` its own dtype is taken."""
+    dtype = settings.dtype if settings.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    tokens, own = settings.prompt_tokens + settings.generated_tokens, Architecture.of(config).blocks
+    variants = (variant for block in own for variant in block.subblocks)
+    sizes = (subblock_memory(variant, config, getattr(torch, dtype), tokens) for variant in variants)
+    cost = sum(sizes, fixed_memory(config, getattr(torch, dtype)))
+    return Totals(batch_size=batch_size, generated_tokens=settings.generated_tokens, cost=cost)
 
 
 def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _MARK, _LOCK = "puzzle.json", ".lock"
-_NOT_RESULTS = ("training", "work", "clock.json", "manifest.json", "warnings.txt")
+_NOT_RESULTS = ("training0", "work/", "clock.json", "manifest.json", "warnings.txt")
 """Of a stage's files: what only a start that goes on needs, and what is written later, too."""
 
 
