@@ -13,17 +13,20 @@ from puzzle.modeling import PuzzleConfig, plain_shape, rotates
 from puzzle.variants import Architecture, Space, Variant
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Reader:
-    """What one engine can run of one format."""
+    """What one engine can run of one format.
+
+    Attributes:
+        runs: of every `Variant.cell`; docs/engines.md says where something else is written, with the same result.
+        limits: of the whole model, by what `_facts` says of it: the values that can run.
+        one_size: the cells of whose sizes, of windows or FFNs, it runs one in a model.
+    """
 
     engine: str
     runs: frozenset[str]
-    """Of every `Variant.cell`; docs/engines.md says where something else is written, with the same result."""
     limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of the whole model, by what `_facts` says of it: the values that can run."""
     one_size: frozenset[str] = frozenset()
-    """The cells of whose sizes, of windows or FFNs, it runs one in a model."""
 
     def refused_sizes(self, variants: Collection[Variant]) -> list[str]:
         """Why windows or FFNs of these sizes cannot run together."""
@@ -40,6 +43,8 @@ class Reader:
 _DECI = frozenset({"fewer KV heads", "narrower FFN", "no attention", "no FFN"})
 # What runs wherever the code in the checkpoint does.
 _OWN_CODE = _DECI | {"fewer query heads", "linear attention", "low-rank FFN", "linear FFN", "window", "other kinds"}
+_QUERIES = _DECI | {"fewer query heads"}
+_WIDTH = frozenset({"narrower FFN"})
 _LLAMA_CPP: dict[str, tuple[str, ...]] = {
     "plain_shape": ("llama", "qwen3"),
     "hidden_act": ("silu",),
@@ -47,45 +52,19 @@ _LLAMA_CPP: dict[str, tuple[str, ...]] = {
     "biases": ("none",),
     "positions": ("in all layers",),
 }
+_LLAMA = {"plain_shape": ("llama",), "rope_type": ("default", "linear", "llama3"), "biases": ("none", "some")}
+_QWEN3 = {"plain_shape": ("qwen3",), "head": ("tied",)}
+_SOME_POSITIONS = {"positions": ("in all layers", "not in all layers")}
 
 READERS: Mapping[str, tuple[Reader, ...]] = {
-    "hf": (Reader(engine="transformers, with the code in the checkpoint", runs=_OWN_CODE | {"window with sinks"}),),
-    "vllm": (
-        Reader(
-            engine="vLLM's Transformers backend, with the hf checkpoint",
-            runs=_OWN_CODE,
-            one_size=frozenset({"window"}),
-        ),
-    ),
-    "deci": (
-        Reader(
-            engine="vLLM's own DeciLMForCausalLM", runs=_DECI, limits={"family": ("llama",), "hidden_act": ("silu",)}
-        ),
-    ),
+    "hf": (Reader("transformers, with the code in the checkpoint", _OWN_CODE | {"window with sinks"}),),
+    "vllm": (Reader("vLLM's Transformers backend, with the hf checkpoint", _OWN_CODE, one_size=frozenset({"window"})),),
+    "deci": (Reader("vLLM's own DeciLMForCausalLM", _DECI, {"family": ("llama",), "hidden_act": ("silu",)}),),
     "gguf": (
-        Reader(
-            engine="llama.cpp, architecture openelm",
-            runs=_DECI | {"fewer query heads"},
-            limits=_LLAMA_CPP | {"plain_shape": ("qwen3",), "head": ("tied",)},
-        ),
-        Reader(
-            engine="llama.cpp, architecture deci",
-            runs=_DECI | {"fewer query heads", "linear attention"},
-            limits=_LLAMA_CPP
-            | {"plain_shape": ("llama",), "rope_type": ("default", "linear", "llama3"), "biases": ("none", "some")},
-        ),
-        Reader(
-            engine="llama.cpp, architecture step35",
-            runs=_DECI | {"fewer query heads", "window"},
-            limits=_LLAMA_CPP,
-            one_size=frozenset({"narrower FFN", "window"}),
-        ),
-        Reader(
-            engine="llama.cpp, architecture step35",
-            runs=_DECI | {"fewer query heads"},
-            limits=_LLAMA_CPP | {"positions": ("in all layers", "not in all layers")},
-            one_size=frozenset({"narrower FFN"}),
-        ),
+        Reader("llama.cpp, architecture openelm", _QUERIES, _LLAMA_CPP | _QWEN3),
+        Reader("llama.cpp, architecture deci", _QUERIES | {"linear attention"}, _LLAMA_CPP | _LLAMA),
+        Reader("llama.cpp, architecture step35", _QUERIES | {"window"}, _LLAMA_CPP, _WIDTH | {"window"}),
+        Reader("llama.cpp, architecture step35", _QUERIES, _LLAMA_CPP | _SOME_POSITIONS, _WIDTH),
     ),
 }
 """By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`. Of

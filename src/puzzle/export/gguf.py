@@ -46,25 +46,6 @@ _NOISE_BLOCKS = 2**15
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: the smallest that every quantised type can hold."""
 _NO_ROTATION = 1e30
-_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.qkv": "attn_qkv",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.linear_attn": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.router": "ffn_gate_inp",
-    **{f"mlp.{part}_experts": f"ffn_{part}_exps" for part in ("gate", "up", "down")},
-    **{f"mlp.{part}_shared": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
-}
-"""Of a layer's modules, in the file."""
 
 
 class _Row(NamedTuple):
@@ -194,26 +175,22 @@ def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
 
 def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> dict[str, list[Source]]:
     """Embeddings, last norm, the head unless it is tied, rotary factors where frequencies are scaled, and all rows."""
-    config, plain = model.config, plain_tensors(model)
-    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    tensors: dict[str, list[Source]] = {
-        f"{name}.weight": [plain[f"{own}.weight"]] for name, own in outer.items() if f"{own}.weight" in plain
-    }
-    rope = config.rope_parameters or {}
+    config, rope, head_dim = model.config, model.config.rope_parameters or {}, model.config.head_dim or 0
+    outer = {name: each for name, each in plain_tensors(model).items() if not name.startswith("model.layers.")}
     if architecture == "step35":
-        tensors.setdefault("output.weight", tensors["token_embd.weight"])
-        if not all(rotates(config, layer) for layer in range(config.num_layers)):
-            tensors["rope_freqs.weight"] = [torch.full(((config.head_dim or 0) // 2,), _NO_ROTATION)]
-    if rope.get("rope_type", "default") != "default":
-        assert config.head_dim is not None
-        # By what each rotary frequency is divided, [head_dim / 2].
-        rotary = type(empty_model(config).model.rotary_emb)(config=family_config(config))
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-        tensors["rope_freqs.weight"] = [(rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()]
+        outer.setdefault("lm_head.weight", outer["model.embed_tokens.weight"])
+    tensors: dict[str, list[Source]] = {name: [each] for name, each in outer.items()}
     for index, row in enumerate(rows):
-        for name, sources in row.tensors.items():
-            module, _, tensor = name.rpartition(".")
-            tensors[f"blk.{index}.{_NAMES[module]}.{tensor}"] = sources
+        tensors |= {f"model.layers.{index}.{name}": sources for name, sources in row.tensors.items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(rows))
+    tensors = {names.get_name(name, (".weight", ".bias")) or name: sources for name, sources in tensors.items()}
+    if architecture == "step35" and not all(rotates(config, layer) for layer in range(config.num_layers)):
+        tensors["rope_freqs.weight"] = [torch.full((head_dim // 2,), _NO_ROTATION)]
+    elif rope.get("rope_type", "default") != "default":
+        # By what each rotary frequency is divided, [head_dim / 2].
+        rotary = type(model.model.rotary_emb)(config=family_config(config))
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        tensors["rope_freqs.weight"] = [(rope["rope_theta"] ** -exponents / rotary.inv_freq.double()).float()]
     return tensors
 
 
@@ -272,7 +249,7 @@ def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
                 attention |= {f"self_attn.{name}_norm.weight": [torch.ones(head_dim)] for name in "qk"}
         if not one_width:
             parts = (attention.pop(f"self_attn.{name}_proj.weight") for name in "qkv")
-            attention["self_attn.qkv.weight"] = [source for part in parts for source in part]
+            attention["self_attn.qkv_proj.weight"] = [source for part in parts for source in part]
         slides = "window" in layer.block.attention.entry() if windows else rotates(config, layer.index)
         slides |= layer.block.attention.absent  # which caches less, of what is multiplied by zeros
         its_width = width if one_width else layer.ffn.get("intermediate_size", _ZERO_WIDTH)
@@ -293,9 +270,8 @@ def _zeros(norm: str, hidden: int, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 def _zero_ffn(hidden: int, *, of_experts: bool = False) -> dict[str, list[Source]]:
     """An FFN of width 32; or a mixture of one expert, and of one that is shared, of this width."""
-    shapes = {"gate": (_ZERO_WIDTH, hidden), "up": (_ZERO_WIDTH, hidden), "down": (hidden, _ZERO_WIDTH)}
-    matrices: dict[str, tuple[int, ...]] = {"mlp.router": (1, hidden)} if of_experts else {}
-    for part, shape in shapes.items():
-        experts = {f"mlp.{part}_experts": (1, *shape), f"mlp.{part}_shared": shape}
-        matrices |= experts if of_experts else {f"mlp.{part}_proj": shape}
-    return _zeros("post_attention_layernorm", hidden, matrices)
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate": (1, hidden)} if of_experts else {}  # the router
+    for sort, number in (("experts.", (1,)), ("shared_expert.", ())) if of_experts else (("", ()),):
+        shapes |= dict.fromkeys((f"mlp.{sort}gate_proj", f"mlp.{sort}up_proj"), (*number, _ZERO_WIDTH, hidden))
+        shapes[f"mlp.{sort}down_proj"] = (*number, hidden, _ZERO_WIDTH)
+    return _zeros("post_attention_layernorm", hidden, shapes)
