@@ -119,6 +119,7 @@ def test_more_heads_contain_fewer() -> None:
         ("kv1q4", "kv2"),
         ("kv2q4", "kv2"),
         ("kv1q2", "kv2q4"),
+        ("kv1q1", "kv2q2"),
         ("kv1q4", "kv2q4"),
         ("kv1q4", "kv2q8"),
     ],

@@ -20,7 +20,7 @@ from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, family_config, own_blocks, puzzle_config
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import write_json
-from puzzle.variants import Architecture, BlockVariant, Subblock, parse_variant
+from puzzle.variants import Architecture, BlockVariant, parse_variant
 
 _NO_OP = {"no_op": True}
 _NOT_COPIED = ("config.json", "*.safetensors*", "*.py", "README.md", ".*")
@@ -54,12 +54,6 @@ def layers_of(config: PuzzleConfig) -> list[Layer]:
     return [layer for layer in layers if (layer.attention, layer.ffn) != (_NO_OP, _NO_OP)]
 
 
-def silent(subblock: Subblock, name: str, config: PuzzleConfig) -> dict[str, Tensor]:
-    """The weights of a variant that adds nothing, by their names in the layer: zeros, and norms of ones; float32."""
-    shapes = parse_variant(subblock, name).shapes(config)
-    return {tensor: torch.full(shape, 1.0 if "norm" in tensor else 0.0) for tensor, shape in shapes.items()}
-
-
 def export_deci(source: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
     """Write the child at `source` as a DeciLM checkpoint, without its empty layers; a `PuzzleError` if that cannot be.
 
@@ -74,8 +68,8 @@ def export_deci(source: Path, target: Path, dtype: torch.dtype | None = None) ->
     blocks = [{"attention": _DECI_DEFAULTS | each.attention, "ffn": _DECI_DEFAULTS | each.ffn} for each in layers]
     if layers[0].attention == _NO_OP:
         blocks[0]["attention"] = _DECI_DEFAULTS | {"n_heads_in_group": child.config.num_attention_heads}
-        one_head = silent("attention", "kv1", child.config)
-        added = {f"model.layers.0.{name}": tensor.to(child.config.dtype) for name, tensor in one_head.items()}
+        for name, shape in parse_variant("attention", "kv1").shapes(child.config).items():
+            added[f"model.layers.0.{name}"] = torch.full(shape, float("norm" in name), dtype=child.config.dtype)
     fields = {name: value for name, value in child.config.to_dict().items() if name not in _NOT_LLAMAS}
     config = LlamaConfig(**fields | {"num_hidden_layers": len(layers)}).to_dict() | {
         "architectures": ["DeciLMForCausalLM"],

@@ -219,21 +219,19 @@ class Axis(NamedTuple):
 
 
 def axes(
-    one: Variant, other: Variant, config: PuzzleConfig, sizes: tuple[int, int], entries: int = 1, *, first: bool = False
+    variant: Variant, doubled: Variant, config: PuzzleConfig, units: int, entries: int = 1, *, first: bool = False
 ) -> dict[str, Axis]:
-    """The tensors of `one` that have another shape in `other`, whose sizes these are; with `entries` in a row a unit.
+    """The tensors that have a part for each of a variant's units, of which `doubled` has twice as many.
 
     Args:
-        first: whether units come before what is of none, not after it.
+        entries: in a row a unit. first: whether units come before what is of none, not after it.
     """
-    found, others = {}, other.shapes(config)
-    for name, shape in one.shapes(config).items():
+    found, others = {}, doubled.shapes(config)
+    for name, shape in variant.shapes(config).items():
         for dim, (length, its) in enumerate(zip(shape, others[name], strict=True)):
-            if length != its:
-                per_unit = (length - its) // (sizes[0] - sizes[1])
-                of_units = per_unit * sizes[0]
+            if of_units := its - length:
                 start = 0 if first else length - of_units
-                found[name] = Axis(dim, start, of_units, max(1, per_unit // entries), sizes[0])
+                found[name] = Axis(dim, start, of_units, max(1, of_units // units // entries), units)
     return found
 
 

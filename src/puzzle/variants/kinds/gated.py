@@ -87,5 +87,4 @@ class GatedFFN(Variant):
         return down_DI @ state[up][-width:].double(), bias
 
     def _axes(self, config: PuzzleConfig) -> dict[str, Axis]:
-        width = self.intermediate_size
-        return axes(self, GatedFFN(2 * width), config, (width, 2 * width))
+        return axes(self, GatedFFN(2 * self.intermediate_size), config, self.intermediate_size)

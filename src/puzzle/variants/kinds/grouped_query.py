@@ -181,17 +181,16 @@ class GroupedQuery(Variant):
 
     def _axes(self, config: PuzzleConfig) -> dict[str, Axis]:
         """Tensors that have a part for each KV head."""
-        own = self.num_key_value_heads
-        other = self._heads(config) if own == 1 else 1
-        return axes(self, replace(self, num_key_value_heads=other), config, (own, other), config.head_dim or 1)
+        count = self.num_key_value_heads
+        return axes(self, replace(self, num_key_value_heads=2 * count), config, count, config.head_dim or 1)
 
     def _query_axes(self, config: PuzzleConfig) -> dict[str, Axis]:
         """Tensors that have a part for each query head; none where the output projection has not, where heads are
         normed together, and in latent attention.
         """
         heads = self._heads(config)
-        other = replace(self, num_attention_heads=2 * heads)
-        found = axes(self, other, config, (heads, 2 * heads), config.head_dim or 1, first=True)
+        doubled = replace(self, num_attention_heads=2 * heads)
+        found = axes(self, doubled, config, heads, config.head_dim or 1, first=True)
         apart = f"{self.output_projection(config)}.weight" in found and not any("norm" in name for name in found)
         return found if apart and self._axes(config) else {}
 
