@@ -301,8 +301,8 @@ def test_every_stage_with_a_command_has_a_property_of_the_pipeline() -> None:
         (["search", "recipe.yaml"], "recipe.yaml is not JSON"),
         (["search", "none.json"], "none.json: No such file"),
         (["status", "nowhere"], "nowhere is not a run folder"),
-        (["demo", "--minutes", "0"], "--minutes: found 0; must be a number above 0"),
-        (["demo", "--minutes", "soon"], "--minutes: found soon; must be"),
+        (["search", "table.json", "--frontier", "2", "--to", "1"], "--to: found 1; must be a number above 1"),
+        (["search", "table.json", "--frontier", "2", "--to", "far"], "--to: found far; must be"),
         (["init", "nowhere/at/all"], "nowhere/at/all is not a folder"),
         (["init", ".", "--out", "recipe.yaml"], "--out: recipe.yaml exists"),
         (["help", "serch"], "serch is no topic; use recipe, `recipe SECTION` or a command"),
@@ -451,13 +451,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[tuple[Path | None, float]] = []
+    asked: list[Path | None] = []
     module = ModuleType("puzzle.demo")
-    vars(module).update(demo=lambda out, minutes: asked.append((out, minutes)))
+    vars(module).update(demo=asked.append)
     monkeypatch.setitem(sys.modules, "puzzle.demo", module)
-    assert main(["demo", "--out", str(tmp_path), "--minutes", "2.5"]) == 0
+    assert main(["demo", "--out", str(tmp_path)]) == 0
     assert main(["demo"]) == 0
-    assert asked == [(tmp_path, 2.5), (None, 6.0)]
+    assert asked == [tmp_path, None]
     assert not is_run_folder(tmp_path)
 
 

@@ -137,11 +137,11 @@ def test_this_machines_plan_has_a_time_for_each_stage() -> None:
         "space: 16 variants to build, 36 blocks to score, 10^4 architectures",
     ]
     assert re.search(
-        r"^time, a guess .*: calibrate .*, library .*, score .*, cost .*, distil .*; .* in all$", lines[-1]
+        r"^time, a guess .*: calibrate .*, library .*, score .*, cost .*, distil .*; .* in all; --devices", lines[-1]
     )
     of_years = shapes(distil={"tokens": 10**15}).recipe
     *_, last = plan(of_years, CONFIG, shapes().space, torch.device("cpu"))
-    assert re.search(r" years in all, too long for this machine; --devices tells what others take$", last)
+    assert re.search(r" years in all; --devices tells what other machines take$", last)
 
 
 @pytest.mark.parametrize(

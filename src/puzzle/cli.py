@@ -121,14 +121,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @_command(
-    _argument("--out", type=Path, help="the run folder"),
-    _argument("--minutes", type=_number(float, 0), default=6.0, help="of training, default: 6; measuring comes on top"),
+    _argument("--out", type=Path, help="the run folder; default: runs/demo"),
 )
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny parent here and now, and make it cheaper: the whole method in minutes, on a laptop, offline."""
     from puzzle.demo import demo
 
-    demo(arguments.out, arguments.minutes)
+    demo(arguments.out)
 
 
 @_command(

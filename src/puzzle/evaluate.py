@@ -24,8 +24,6 @@ from puzzle.streams import Stream
 from puzzle.units import format_ratio
 
 _BATCH_SIZE = 8
-_SCATTERED = 0.1
-"""Relative standard error of a ratio of speeds that says little."""
 _QUALITIES = {"test_loss": "lm_loss", "top1": "top1", "kl": "kl", "top1_agreement": "top1_agreement"}
 """By their names in the result table, those in `TokenMetrics`, which says what they are."""
 
@@ -107,9 +105,8 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
             if samples is not measured[0]:
                 # Round by round: what slows the machine slows all of them.
                 ratios = [first / its for first, its in zip(first_ms, its_ms, strict=True)]
-                error = relative_standard_error(ratios)
-                line += f"; {format_ratio(statistics.median(ratios))} the first's throughput (+- {error:.1%})"
-                line += ", too scattered to compare; close other programs" if error > _SCATTERED else ""
+                line += f"; {format_ratio(statistics.median(ratios))} the first's throughput "
+                line += f"(+- {relative_standard_error(ratios):.1%})"
             yield line
 
 

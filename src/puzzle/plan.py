@@ -23,8 +23,6 @@ _EFFICIENCY = 0.5
 _TRAINING_SHARE = 0.4
 """Share of a data sheet's peak rate that training reaches; a forward pass reaches the sheet's `compute_share`."""
 
-_TOO_LONG_S = 30 * 86400.0
-
 
 class Shapes:
     """Counts that follow from the recipe, the parent's configuration and the space; by layer in lists.
@@ -99,9 +97,7 @@ def plan(
     flops = _EFFICIENCY * flops_per_second(device, getattr(torch, recipe.precision))
     seconds = {name: (sum(each.operations) + each.forward) / flops + each.seconds for name, each in work.items()}
     by_stage = ", ".join(f"{name} {format_seconds(value)}" for name, value in seconds.items() if value)
-    whole = f"{format_seconds(sum(seconds.values()))} in all"
-    if sum(seconds.values()) > _TOO_LONG_S:
-        whole += ", too long for this machine; --devices tells what others take"
+    whole = f"{format_seconds(sum(seconds.values()))} in all; --devices tells what other machines take"
     guess = "time, a guess from operations, several times too low for models of a few million parameters"
     return [*lines, disk, f"{guess}: {by_stage}; {whole}"]
 

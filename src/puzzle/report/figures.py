@@ -152,15 +152,14 @@ def _points(solutions: Sequence[Solution], quantity: str) -> dict[str, Any]:
     return {"x": x, "y": [solution.score for solution in solutions], "hovertext": hover, "hoverinfo": "text"}
 
 
-def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure | None:
-    """Validation KL during GKD against the tokens seen, a line a model; None without GKD."""
+def training(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
+    """Validation KL during GKD against the tokens seen, a line a model."""
     traces = []
     for model, curve in curves.items():
         points = [(point["tokens"], point["validation_kl"]) for point in curve if "validation_kl" in point]
-        if points:
-            x, y = zip(*points, strict=True)
-            colour, symbol = _MODELS[model]
-            looks = {"mode": "lines+markers", "line_color": colour, "marker": {"symbol": symbol, "size": 8}}
-            traces.append(go.Scatter(x=x, y=y, name=model, hovertemplate="%{x:.4s} tokens, KL %{y:.4g}", **looks))
+        x, y = zip(*points, strict=True)
+        colour, symbol = _MODELS[model]
+        looks = {"mode": "lines+markers", "line_color": colour, "marker": {"symbol": symbol, "size": 8}}
+        traces.append(go.Scatter(x=x, y=y, name=model, hovertemplate="%{x:.4s} tokens, KL %{y:.4g}", **looks))
     axes = {"xaxis_title_text": "tokens", "yaxis_title_text": "validation KL, nats per token"}
-    return _figure(280, traces, showlegend=True, yaxis_rangemode="tozero", **axes) if traces else None
+    return _figure(280, traces, showlegend=True, yaxis_rangemode="tozero", **axes)

@@ -120,14 +120,13 @@ def render(data: ReportData) -> str:
     """The page as HTML."""
     parent = data.scores.parent_blocks
     marked = {"child": data.solution} | ({"uniform": data.uniform} if data.uniform else {})
-    training = figures.training(data.curves)
     return _page(
         "page.html.j2",
         {
             "architecture": figures.architecture(data.solution, parent),
             "scores": figures.scores(data.scores, data.solution),
             "frontier": figures.frontier_figure(data.frontier, marked),
-            **({"training": training} if training else {}),
+            "training": figures.training(data.curves),
         },
         **_facts(data),
         title=data.title,

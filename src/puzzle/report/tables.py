@@ -34,11 +34,6 @@ def ratio(rows: Rows, key: str, over: str = "parent") -> str:
     return format_ratio(value(rows, "child", key) / (value(rows, over, key) or math.nan))
 
 
-def _difference(rows: Rows, key: str) -> str:
-    difference = value(rows, "child", key) - value(rows, "parent", key)
-    return f"{difference:+.3f}" if math.isfinite(difference) else "-"
-
-
 class Metric(NamedTuple):
     """One line of the result table. `meaning` is its definition, as in docs/numbers.md."""
 
@@ -53,7 +48,7 @@ class Metric(NamedTuple):
 
 def _metrics() -> Iterable[Metric]:
     quality, speed, loss = "quality on test text", "speed", "negative log-likelihood of the next token, nats per token"
-    yield Metric("test_loss", quality, "loss", _plain, loss, _difference)
+    yield Metric("test_loss", quality, "loss", _plain, loss, lambda rows, key: "-")  # a ratio of nats says nothing
     yield Metric("perplexity", quality, "perplexity", format_number, "exponential of the loss")
     yield Metric("top1", quality, "top-1 accuracy", format_percent, "share of next tokens that the model ranks first")
     yield Metric("kl", quality, "KL to the parent", format_number, "KL(parent || model), nats per token")

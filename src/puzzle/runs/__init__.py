@@ -1,42 +1,12 @@
 """Run folders: stages addressed by what they depend on, atomic files, one process at a time, progress."""
 
-from puzzle.runs.files import (
-    digest,
-    file_digest,
-    lost,
-    read_json,
-    read_parsed,
-    read_tensors,
-    remembered,
-    write_atomically,
-    write_json,
-    write_tensors,
-    write_text,
-)
-from puzzle.runs.progress import Progress, progress
-from puzzle.runs.run import (
-    Run,
-    StageFolder,
-    check_folder,
-    check_new,
-    create_folder,
-    is_run_folder,
-    open_run,
-    read_recipe,
-    used_folders,
-)
-from puzzle.runs.status import status
-
-__all__ = ["Progress", "Run", "StageFolder", "check_folder", "check_new", "create_folder", "digest", "file_digest"]
-__all__ += [
-    "is_run_folder",
-    "lost",
-    "open_run",
-    "progress",
-    "read_json",
-    "read_parsed",
-    "read_tensors",
-    "remembered",
-    "status",
-]
-__all__ += ["read_recipe", "used_folders", "write_atomically", "write_json", "write_tensors", "write_text"]
+# isort: off
+from puzzle.runs.files import digest as digest, file_digest as file_digest, lost as lost, read_json as read_json
+from puzzle.runs.files import read_parsed as read_parsed, read_tensors as read_tensors, remembered as remembered
+from puzzle.runs.files import write_atomically as write_atomically, write_json as write_json
+from puzzle.runs.files import write_tensors as write_tensors, write_text as write_text
+from puzzle.runs.progress import Progress as Progress, progress as progress
+from puzzle.runs.run import Run as Run, StageFolder as StageFolder, check_folder as check_folder, check_new as check_new
+from puzzle.runs.run import create_folder as create_folder, is_run_folder as is_run_folder, open_run as open_run
+from puzzle.runs.run import read_recipe as read_recipe, used_folders as used_folders
+from puzzle.runs.status import status as status

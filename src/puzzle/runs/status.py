@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from puzzle.runs.files import read_json
 from puzzle.runs.run import check_folder, files, identity, last_written, process_in, read_recipe, used_folders
@@ -31,11 +30,11 @@ def status(path: Path) -> list[str]:
         folders = [folder for folder, name in zip(used, names, strict=True) if name == stage.name]
         own = [folder for folder in folders if folder not in uniform]
         if not own and stage.result:
-            wanted = identity(stage, recipe)
-            kept = [folder for folder in others if _done(folder) and _is(folder, wanted)]
-            lines.append(
-                f"  {stage.name:<12} " + ("kept from an earlier command, if its inputs are the same" if kept else "-")
-            )
+            wanted = identity(stage, recipe).items()
+            done = [read_json(folder / "stage.json") for folder in others if _done(folder)]
+            kept = any(all(found[key] == value for key, value in wanted) for found in done)
+            told = "kept from an earlier command, if its inputs are the same" if kept else "-"
+            lines.append(f"  {stage.name:<12} {told}")
         lines += [_line(stage.name, own)] if own else []
         if stage is UNIFORM:
             by_name = {folder.name.rpartition("-")[0]: folder for folder in uniform}
@@ -54,13 +53,6 @@ def status(path: Path) -> list[str]:
 
 def _done(folder: Path) -> bool:
     return (folder / "manifest.json").exists()
-
-
-def _is(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether a folder is a stage of these settings, whatever its inputs."""
-    file = folder / "stage.json"
-    found = read_json(file) if file.exists() else {}
-    return all(found.get(key) == value for key, value in wanted.items())
 
 
 def _line(name: str, folders: Sequence[Path]) -> str:
