@@ -15,7 +15,7 @@ from puzzle.variants import SUBBLOCKS, Architecture, BlockVariant, Variant
 COLOURS = {"attention": "#6fc7b7", "ffn": "#93abef", "other": "#f2c14e"}
 _MODELS = {"parent": ("#6b7280", "circle"), "child": ("#1d6fc4", "diamond"), "uniform": ("#d9660f", "triangle-up")}
 _LABELS = {"attention": "attention", "ffn": "FFN"}
-_INK, _SOFT, _RULE, _GHOST, _CLEAR = "#1b212a", "#58616e", "#e3e6ea", "#e6e9ed", "rgba(0, 0, 0, 0)"
+_INK, _SOFT, _RULE, _GHOST, _CLEAR = "#1b212a", "#58616e", "#e3e6ea", "#dde1e6", "rgba(0, 0, 0, 0)"
 _HEAT = [[0, "#f4f8fd"], [0.25, "#c3dcf1"], [0.5, "#74add8"], [0.75, "#2a6fb0"], [1, "#08264f"]]
 _SLAB = 0.15
 """Height of a variant that is something else than a smaller form of the parent's."""

@@ -184,7 +184,8 @@ def _page(template: str, drawn: Mapping[str, Any], **values: Any) -> str:
     """A page with figures by name; plotting library and figures are compressed, and the page unpacks them."""
     together = ", ".join(f'"{name}": {figure.to_json()}' for name, figure in drawn.items())
     scripts = [("plotly", get_plotlyjs()), ("figures", f"{{{together}}}")]
-    packed = {name: base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode() for name, text in scripts}
+    zipped = {name: gzip.compress(text.encode(), mtime=0) for name, text in scripts}
+    packed = {name: (len(content), base64.b85encode(content, pad=True).decode()) for name, content in zipped.items()}
     heights = {name: figure.layout.height for name, figure in drawn.items()}
     return _rendered(template, packed=packed, heights=heights, **values)
 
