@@ -52,7 +52,9 @@ def check_recipe(
         free = not (recipe.search.fix or recipe.search.forbid or recipe.search.equal)
         if recipe.search.objective == "score" and free and all(_met(config, *each[1:]) for each in recipe.served):
             bounds = ", ".join(f"{name} {bound.text}" for name, bound in recipe.target if bound is not None)
-            raise PuzzleError(f"target: the parent itself meets it ({bounds}); ask for more than it gives, such as 2x")
+            raise PuzzleError(
+                f"target: the parent itself meets it ({bounds}); ask for more, such as `throughput: 2x` or `memory: 70%`"
+            )
     for path, scenario, _ in recipe.served if here else ():
         totals = parent_totals(config, scenario, max(scenario.batch_sizes))
         cache = totals.batch_size * totals.cost.kv_bytes_per_sequence * (2 + COPIES) / config.num_layers

@@ -423,7 +423,8 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
         # Of a model that also sees, other parts lie beside its text part.
         ours = "model.layers." if text_model else ""
         more = [name for name in others if not known.search(name) and name.startswith(ours)]
-        found = f"stores {len(more)} tensors that its config.json does not ask for, such as {[*more, ''][0]}"
+        stored = checkpoint.entries[more[0]].stored if more else ""
+        found = f"stores {len(more)} tensors that its config.json does not ask for, such as {stored}"
         try:
             for name, tensor in tensors.items():
                 checkpoint.check(name, tensor.shape)
