@@ -53,7 +53,7 @@ def check_recipe(
         if recipe.search.objective == "score" and free and all(_met(config, *each[1:]) for each in recipe.served):
             bounds = ", ".join(f"{name} {bound.text}" for name, bound in recipe.target if bound is not None)
             raise PuzzleError(
-                f"target: the parent itself meets it ({bounds}); ask for more, such as `throughput: 2x` or `memory: 70%`"
+                f"target: the parent itself meets it ({bounds}); ask for more, such as `throughput: 2x`, `memory: 70%`"
             )
     for path, scenario, _ in recipe.served if here else ():
         totals = parent_totals(config, scenario, max(scenario.batch_sizes))

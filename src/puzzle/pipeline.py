@@ -27,6 +27,7 @@ from puzzle.data import TokenData, prepare_data, sample_text
 from puzzle.device import choose_device, fast_dtype
 from puzzle.distill import distil, distillation_curve
 from puzzle.engines.capability import TIMED_AS, deployable
+from puzzle.errors import PuzzleError
 from puzzle.evaluate import evaluate, measure_speed
 from puzzle.export import export_hf
 from puzzle.library import Library, Statistics, build_library, calibrate
@@ -180,7 +181,11 @@ class Pipeline:
             return None
         run, parent, data = self.run, self.parent, self.data
         tables = replace(self.met.tables, scores=self.subblock_scores)
-        solution = uniform_solution(run, parent, self.space, tables, self.solution)
+        try:
+            solution = uniform_solution(run, parent, self.space, tables, self.solution)
+        except PuzzleError as error:  # a baseline ends no run
+            run.log_warning(f"without uniform child: {error}")
+            return None
         library = build_library(run, parent, data, self.statistics, space_of(parent, solution.blocks))
         refined = refine(run, parent, realise(run, parent, library, solution.blocks), data)
         return Uniform(solution, distil(run, parent, refined, data, label="uniform child"))
