@@ -105,7 +105,7 @@ def answer(tables: Tables, question: Question) -> Iterator[RenderableType]:
     for file, text in written.items():
         if file is not None:
             write_text(file, text)
-            yield f"wrote {file}"
+            yield f"wrote {file}" + (", which is searched with a margin of 0" if file == question.table else "")
 
 
 def _changed(section: SectionT, assignments: list[str], name: str) -> SectionT:

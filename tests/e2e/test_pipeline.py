@@ -1,6 +1,8 @@
 """The whole method on a pico parent, by the command line and from Python."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from puzzle.cli import main
 from puzzle.pipeline import Pipeline
+from puzzle.quantities import QUANTITIES
 from puzzle.recipe import Recipe
 from puzzle.runs import open_run
+from puzzle.search import frontier
 from puzzle.stages import COMMANDS
 
 
@@ -96,6 +100,18 @@ def test_an_impossible_target_names_the_reachable_range(finished: Path, capsys: 
     assert error.count("\n") == 1
     assert "target.parameters" in error
     assert "reachable" in error
+
+
+def test_questions_to_the_tables_of_a_run_need_no_lock_and_no_torch(finished: Path) -> None:
+    code = "import sys; from puzzle.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "search", str(finished), "--frontier", "4", "--over", "parameters"]
+    assert main(["score", str(finished)]) == 0  # the last command of this recipe
+    with open_run(finished) as run:  # at work meanwhile
+        done = subprocess.run(command, capture_output=True, text=True)
+        points = frontier(Pipeline(run).tables, "params", 4)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0 False", "")
+    assert len(done.stdout.splitlines()) == 1 + len(points) + 1
+    assert QUANTITIES["params"].text(points[-1].predicted["params"]) in done.stdout
 
 
 def _manifests(folder: Path) -> dict[Path, float]:

@@ -12,6 +12,7 @@ import numpy as np
 from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
 from puzzle.quantities import QUANTITIES, Quantity, plain_digits
+from puzzle.runs import progress
 from puzzle.search.constraints import check_asked
 from puzzle.search.exact import best
 from puzzle.search.tables import Demand, Objective, Tables
@@ -49,9 +50,10 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     found, find = [solve(tables)], partial(best, objective=objective, differing=differing)
     gap = max(tables.settings.gap, _DIVERSE_GAP if differing > 1 else 0.0)
     tables = replace(tables, settings=tables.settings.model_copy(update={"gap": gap}))
-    with suppress(PuzzleError):  # time was over
+    with suppress(PuzzleError), progress("pool", count) as bar:  # an error: time was over
         while len(found) < count and (other := find(tables, others=[each.blocks for each in found])):
             found.append(other)
+            bar.advance()
     return sorted(found, key=objective.minimised)
 
 
