@@ -105,7 +105,7 @@ def test_an_impossible_target_names_the_reachable_range(finished: Path, capsys: 
 def test_questions_to_the_tables_of_a_run_need_no_lock_and_no_torch(finished: Path) -> None:
     code = "import sys; from puzzle.cli import main\ncode = main(sys.argv[1:])\nprint(code, 'torch' in sys.modules)"
     command = [sys.executable, "-c", code, "search", str(finished), "--frontier", "4", "--over", "parameters"]
-    assert main(["score", str(finished)]) == 0  # the last command of this recipe
+    assert main(["search", str(finished)]) == 0  # the last command of this recipe
     with open_run(finished) as run:  # at work meanwhile
         done = subprocess.run(command, capture_output=True, text=True)
         points = frontier(Pipeline(run).tables, "params", 4)
