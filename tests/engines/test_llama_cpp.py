@@ -4,12 +4,15 @@ from itertools import product
 from pathlib import Path
 
 import gguf
+import pytest
 import torch
 from tests.conftest import EOS
 from tests.engines.parity import MIXED, ROUNDING, TOKENS, difference, logits_of, save
 from tests.engines.readers import Ask
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
+from puzzle.costs.process_engines import check_llama_cpp
+from puzzle.errors import PuzzleError
 from puzzle.export import GGUFType, export_gguf
 
 LLAMA3 = (
@@ -112,3 +115,14 @@ def test_logits_are_sensitive_to_every_layer(tmp_path: Path) -> None:
         assert difference(logits_of(model, TOKENS), expected) > 100 * ROUNDING
         with torch.no_grad():
             parameter.copy_(kept)
+
+
+def test_the_check_of_a_fresh_installation(llama_cpp: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that dies in its first product of quantised weights is found."""
+    check_llama_cpp()
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\nread line; kill -ILL $$\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr("puzzle.costs.process_engines.python_of", lambda engine: dying)
+    with pytest.raises(PuzzleError, match=r"llama.cpp's process ended with -4"):
+        check_llama_cpp()

@@ -100,6 +100,16 @@ class LlamaCppEngine(ProcessEngine):
             return self._ask(file, batch_sizes, rounds, **options)
 
 
+def check_llama_cpp() -> None:
+    """Decode with a tiny file of q8_0; a `PuzzleError` if llama.cpp dies of it, as it may where f16 files run."""
+    scenario = Scenario(engine="llama.cpp", device="cpu", dtype="float16", prompt_tokens=8, generated_tokens=8)
+    engine, sizes = LlamaCppEngine(scenario), {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    config = PuzzleConfig(vocab_size=256, num_hidden_layers=2, **sizes)
+    with tempfile.TemporaryDirectory() as folder, engine.conditions():
+        file = write_random(config, Path(folder) / "tiny.gguf", dtype="q8_0")
+        engine._ask(file, [1], 1, cache_type=1, warm_up_steps=1, steps=1)
+
+
 class VLLMEngine(ProcessEngine):
     """vLLM, in which every model has an engine of its own, for all batch sizes and rounds; its start is not counted.
 

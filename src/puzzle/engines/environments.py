@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from puzzle.errors import PuzzleError
 
 MODULES = {"vllm": "vllm", "llama.cpp": "llama_cpp"}
 """By the engine that scenarios name: what can be imported in its environment."""
+_TILES_OFF = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""GCC 12 may drop the table of AMX tiles: llama.cpp then dies of SIGILL in its first product of quantised weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +98,9 @@ def install(name: str) -> None:
         # Compiled anew: pip takes an installed version as it is, however it was built.
         settings = (f"--config-settings=cmake.define.{setting}" for setting in environment.build.split())
         options = ["--no-cache-dir", "--force-reinstall", *settings]
+    variables = {name: f"{os.environ.get(name, '')} {_TILES_OFF}" for name in ("CFLAGS", "CXXFLAGS") if _has_tiles()}
     for package in environment.requirements:
-        _call([str(python), "-m", "pip", "install", *options, package])
+        _call([str(python), "-m", "pip", "install", *options, package], **(variables if environment.build else {}))
     if environment.unwanted:
         _call([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *environment.unwanted])
     _call([str(python), "-c", f"import {MODULES[environment.engine]}"])
@@ -117,7 +121,15 @@ def _folder() -> Path:
     return Path(os.environ.get("PUZZLE_ENGINES") or cache_folder() / "engines")
 
 
-def _call(command: list[str]) -> None:
-    code = subprocess.run(command, check=False).returncode
+def _has_tiles() -> bool:
+    """Whether the C compiler builds for AMX on this machine."""
+    macros = [os.environ.get("CC", "cc"), "-march=native", "-dM", "-E", "-xc", os.devnull]
+    with suppress(OSError):  # no compiler
+        return "__AMX_TILE__" in subprocess.run(macros, capture_output=True, text=True, check=False).stdout
+    return False
+
+
+def _call(command: list[str], **variables: str) -> None:
+    code = subprocess.run(command, check=False, env={**os.environ, **variables}).returncode
     if code != 0:
         raise PuzzleError(f"engines: `{' '.join(command)}` ended with {code}; see its output above")
