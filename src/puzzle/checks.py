@@ -7,7 +7,7 @@ from puzzle.costs import COPIES, parent_totals
 from puzzle.device import choose_device, fast_dtype, is_gpu, memory_bytes
 from puzzle.engines.environments import MODULES, python_of
 from puzzle.errors import PuzzleError
-from puzzle.modeling import PuzzleConfig
+from puzzle.modeling import PuzzleConfig, empty_model, plain_tensors
 from puzzle.quantities import SETTINGS, Quantity
 from puzzle.recipe import Recipe, ScenarioSettings, TargetSettings
 from puzzle.search import check_asked, check_spans
@@ -44,6 +44,16 @@ def check_recipe(
                 f"{path}scenario: found {tokens} prompt_tokens and generated_tokens together; the parent reads at most "
                 f"{longest} tokens"
             )
+    if recipe.space.types or recipe.space.outer:
+        if others := {scenario.engine for _, scenario, _ in recipe.served} - {"llama.cpp"}:
+            raise PuzzleError(
+                f"space.types: found engine {min(others)}, which has none; set scenario.engine: llama.cpp"
+            )
+        if recipe.library.coupled:
+            raise PuzzleError("library.coupled: found with space.types, whose twins are of subblocks; leave one out")
+        if any(plain.factor != 1 for plain in plain_tensors(empty_model(config)).values()):
+            family = config.base_model_type
+            raise PuzzleError(f"space.types: {family} has factors, which a GGUF file has in its matrices; leave it out")
     if recipe.search.score == "task" and recipe.score.task is None:
         raise PuzzleError("search.score: found task, and score.task is not set; give its function as `module:function`")
     check_spans(recipe.search, config.num_layers)

@@ -20,13 +20,25 @@ from torch import Tensor
 
 from puzzle.data import TokenData
 from puzzle.device import autocast
-from puzzle.library import Library, Student, final_states, fit, held_out, student_texts
+from puzzle.library import (
+    ROUNDED,
+    Library,
+    Statistics,
+    Student,
+    decode,
+    encode,
+    encode_state,
+    final_states,
+    fit,
+    held_out,
+    student_texts,
+)
 from puzzle.modeling import PuzzleForCausalLM, empty_model, finish, save_checkpoint
 from puzzle.parents import Parent, open_parent
 from puzzle.runs import Progress, Run, progress, read_json, read_tensors, write_json, write_tensors, write_text
-from puzzle.stages import BLD_BYTES, REALISE, REFINE
+from puzzle.stages import BLD_BYTES, REALISE, REFINE, ROUND
 from puzzle.streams import LayerPass, Stream, read_ahead
-from puzzle.variants import Architecture, State
+from puzzle.variants import Architecture, State, split_state
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,12 @@ def realise(run: Run, parent: Parent, library: Library, blocks: tuple[str, ...])
     child = Child(stage.path / "checkpoint", stage.address, architecture)
     if stage.done:
         return child
-    _save(parent, child, lambda layer: library.block_state(layer, architecture.blocks[layer]))
+    blocks_of = [block.untyped for block in architecture.blocks]  # which are rounded when all training is over
+    _save(parent, child, lambda layer: library.block_state(layer, blocks_of[layer]))
     tokens_BT = torch.arange(16, device=run.device).remainder(parent.config.vocab_size).unsqueeze(0)
     model = parent.load(device=run.device, layers=())
-    ((expected_BTD,),) = final_states(library, model, [architecture.names], [tokens_BT])
+    names = tuple(block.name for block in blocks_of)
+    ((expected_BTD,),) = final_states(library, model, [names], [tokens_BT])
     stream = Stream(run, child.source(), stage.path / "activations", dtype=torch.float32)
     (found_BTD,) = stream.finals("check", lambda: [tokens_BT])
     stream.close()
@@ -96,6 +110,43 @@ def refine(run: Run, parent: Parent, child: Child, data: TokenData) -> Child:
     stage.commit(layers=len(rows), improved=improved)
     shutil.rmtree(stage.path / "work")
     return refined
+
+
+def rounded(run: Run, child: Child, statistics: Statistics) -> Child:
+    """The child with its matrices rounded to the types of its blocks, and of `space.outer`, as float32.
+
+    Their bytes are beside, so that a GGUF file has the same. A child without types is itself.
+    """
+    outer_type = run.recipe.space.outer
+    if not (outer_type or any(each.type for block in child.architecture.blocks for each in block.subblocks)):
+        return child
+    stage = run.open(ROUND, child=child, statistics=statistics)
+    found = Child(stage.path / "checkpoint", stage.address, child.architecture)
+    if stage.done:
+        return found
+    source, encoded = child.source(), State()
+
+    def layer_state(layer: int) -> State:
+        state = source.layer_state(layer)
+        for variant in child.architecture.blocks[layer].subblocks:
+            if variant.type:
+                own = split_state(state, variant.subblock, source.config)
+                moments = statistics.moments(layer, variant.subblock) if run.recipe.space.importance else {}
+                for name, value in encode_state(variant, own, moments, source.config).items():
+                    encoded[f"model.layers.{layer}.{name}"] = value
+                    state = state | {name: decode(value, variant.type)}
+        return state
+
+    outer = source.embeddings_and_head()
+    if outer_type:
+        for name, value in outer.items():
+            if value.ndim > 1:
+                encoded[name] = encode(value, outer_type)
+                outer = outer | {name: decode(encoded[name], outer_type)}
+    _save(source, found, layer_state, outer)
+    write_tensors(found.path / ROUNDED, encoded)
+    stage.commit()
+    return found
 
 
 class _Refinement:
@@ -176,20 +227,21 @@ class _Refinement:
             yield [replace(seen, inputs_BTD={"attention": hidden_BTD})]
 
 
-def _save(parent: Parent, child: Child, layer_state: Callable[[int], State]) -> None:
+def _save(parent: Parent, child: Child, layer_state: Callable[[int], State], outer: State | None = None) -> None:
     """Write a child's checkpoint, and beside it `architecture.json`.
 
     One layer is in memory at a time: each is written to a file of its own first, and files are mapped, not read.
 
     Args:
-        layer_state: a layer's weights by their names in the layer, float32.
+        layer_state: a layer's weights by their names in the layer, float32. outer: in place of the parent's embeddings,
+            final norm and head.
     """
     write_text(child.path.with_name("architecture.json"), child.architecture.to_json())
     parts = child.path.with_name("parts")
     for folder in (parts, child.path):
         shutil.rmtree(folder, ignore_errors=True)
     parts.mkdir()
-    write_tensors(parts / "outer.safetensors", parent.embeddings_and_head())
+    write_tensors(parts / "outer.safetensors", outer or parent.embeddings_and_head())
     for layer in range(parent.num_layers):
         named = {f"model.layers.{layer}.{name}": tensor for name, tensor in layer_state(layer).items()}
         write_tensors(parts / f"layer{layer:03d}.safetensors", named)

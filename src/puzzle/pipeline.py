@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from puzzle.artefacts import CostTable, ScoreTable, Solution, TaskScore, mean_kept
 from puzzle.checks import check_recipe, slow_precision
-from puzzle.child import Child, realise, refine
+from puzzle.child import Child, realise, refine, rounded
 from puzzle.costs import is_measured, measure_costs
 from puzzle.data import TokenData, prepare_data, sample_text
 from puzzle.device import choose_device, fast_dtype
@@ -64,6 +64,8 @@ class Pipeline:
     def parent(self) -> Parent:
         """The model we start from, found and checked."""
         parent = open_parent(self.run.recipe.parent, digests=self.run.path / "digests.json")
+        if self.run.recipe.space.outer:
+            parent.config.outer_type = self.run.recipe.space.outer  # of every child's configuration
         if (note := parent.path / "gguf.txt").exists():
             self.run.log(note.read_text(encoding="utf-8"))
         raw = read_json(parent.path / "config.json")
@@ -95,7 +97,7 @@ class Pipeline:
     @cached_property
     def subblock_library(self) -> Library:
         """Every variant of every layer, initialised and trained for its own subblock (decoupled BLD)."""
-        return build_library(self.run, self.parent, self.data, self.statistics, self.space)
+        return build_library(self.run, self.parent, self.data, self.statistics, self.space.untyped)
 
     @cached_property
     def subblock_scores(self) -> ScoreTable:
@@ -170,9 +172,14 @@ class Pipeline:
         return refine(self.run, self.parent, self.child_before, self.data)
 
     @cached_property
-    def child(self) -> Child:
-        """The child after global distillation (GKD)."""
+    def child_distilled(self) -> Child:
+        """The child after global distillation (GKD), if `distil.tokens` says so."""
         return distil(self.run, self.parent, self.child_refined, self.data)
+
+    @cached_property
+    def child(self) -> Child:
+        """That child with its matrices rounded to their types, if it has any."""
+        return rounded(self.run, self.child_distilled, self.statistics)
 
     @cached_property
     def uniform(self) -> Uniform | None:
@@ -266,7 +273,7 @@ class Pipeline:
         )
 
     def _report_data(self) -> ReportData:
-        curves = {"child": distillation_curve(self.child)}
+        curves = {"child": distillation_curve(self.child_distilled)}
         if self.uniform is not None:
             curves["uniform"] = distillation_curve(self.uniform.child)
         return ReportData(
@@ -307,7 +314,7 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
 
 
 def _space(recipe: Recipe, config: PuzzleConfig) -> Space:
-    space = derive_space(config, **recipe.space.model_dump())
+    space = derive_space(config, **recipe.space.model_dump(exclude={"outer", "importance"}))
     timed = [TIMED_AS[scenario.engine] for _, scenario, _ in recipe.served if scenario.engine in TIMED_AS]
     return deployable(space, config, [*recipe.deploy, *timed])
 

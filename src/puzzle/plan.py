@@ -29,8 +29,9 @@ class Shapes:
 
     Attributes:
         num_params: of the parent, tied ones counted once. layer_params: of its own blocks.
+        built: number of variants beside the parent's.
         trained_params: of the variants that BLD trains. library_params: of all variants beside the parent's.
-        alternatives: numbers of attention and of FFN variants beside the parent's.
+        scored: numbers of blocks whose scores are measured: with one subblock replaced, and with both.
         num_stacks: distinct variants, each of which is measured once.
         children: how many are made: the child, and the uniform one beside it.
         moments: values that calibration sums up: four D x D a subblock, and what its parent variant records.
@@ -50,12 +51,15 @@ class Shapes:
         self.recipe, self.config, self.space = recipe, config, space
         length, hidden = recipe.data.sequence_length, config.hidden_size
         parents = [each.parent for each in space.layers]
-        others = [[*layer.attention[1:], *layer.ffn[1:]] for layer in space.layers]
+        others = [[*layer.attention[1:], *layer.ffn[1:]] for layer in space.untyped.layers]
         self.num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
         self.layer_params = [parent.num_params(config) for parent in parents]
         self.trained_params = [sum(v.num_params(config) for v in some if not v.closed_form) for some in others]
         self.library_params = sum(variant.num_params(config) for some in others for variant in some)
-        self.alternatives = [(len(layer.attention) - 1, len(layer.ffn) - 1) for layer in space.layers]
+        self.built = sum(map(len, others))
+        every = [(layer.parent, layer.scored()[1:]) for layer in space.layers]
+        singles = [sum(own.attention == b.attention or own.ffn == b.ffn for b in blocks) for own, blocks in every]
+        self.scored = [(single, len(blocks) - single) for single, (_, blocks) in zip(singles, every, strict=True)]
         self.num_stacks = len({variant for layer in space.layers for variant in (*layer.attention, *layer.ffn)})
         self.children = 2 if recipe.evaluate.uniform_baseline else 1
         self.moments = [sum(4 * hidden**2 + own.recorded_values(config) for own in each.subblocks) for each in parents]
@@ -83,12 +87,12 @@ def plan(
     """Lines for a person: for this machine, or a table of the stages on `devices`, such as `8xh100-sxm`."""
     shapes = Shapes(recipe, config, space)
     work = {stage.name: stage.work(shapes) for stage in STAGES if stage.wanted(recipe)}
-    blocks = sum(len(layer.blocks()) for layer in space.layers)
+    blocks = sum(1 + single + composed for single, composed in shapes.scored)
     idle = Architecture.of(config).idle_params(config)
     active = f" ({(shapes.num_params - idle) / 1e6:,.1f}M active)" if idle else ""
     lines = [
         f"parent: {recipe.parent}, {shapes.num_params / 1e6:,.1f}M parameters{active}, {len(space.layers)} layers",
-        f"space: {sum(map(sum, shapes.alternatives))} variants to build, {blocks} blocks to score, "
+        f"space: {shapes.built} variants to build, {blocks} blocks to score, "
         f"10^{math.log10(space.num_architectures):.0f} architectures",
     ]
     disk = f"disk: about {format_bytes(sum(each.disk_bytes for each in work.values()))}"

@@ -32,6 +32,8 @@ PositiveCount = Annotated[Count, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[Fraction, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+GGMLType = Literal["q8_0", "q6_K", "q5_K", "q5_1", "q5_0", "q4_K", "iq4_nl", "iq4_xs", "q4_1", "q4_0", "q3_K"]
+"""Types of matrices in a GGUF file, as llama.cpp names them."""
 
 
 def _check_layers(text: str) -> str:
@@ -114,6 +116,12 @@ class SpaceSettings(Section):
     """Other attention variants by name: `linear`, `none`, `kv2q8` (8 query heads), `kv2win1024s4` (window, 4 sinks)."""
     ffn: list[Text] = ["linear", "none"]
     """Other FFN variants by name: `linear`, `none`, `rank64`."""
+    types: list[GGMLType] = []
+    """Types of a GGUF file, such as `q8_0`, `q5_0`, `q4_0`: every variant also with its matrices rounded to each."""
+    outer: GGMLType | None = None
+    """Type of embeddings and head; null: the scenario's dtype."""
+    importance: bool = True
+    """Weigh errors of rounding by inputs' mean squares in the calibration text (llama.cpp's importance matrix)."""
 
 
 class CalibrationSettings(Section):
@@ -254,8 +262,8 @@ class RefineSettings(Section):
 class DistilSettings(Section):
     """Global knowledge distillation (GKD) of the child."""
 
-    tokens: PositiveCount = 10_000_000
-    """Training tokens."""
+    tokens: Count = 10_000_000
+    """Training tokens; 0: no training."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     batch_size: PositiveInt = 8

@@ -96,8 +96,8 @@ def _score_work(shapes: "Shapes") -> Work:
     """Of each layer, what comes after it, for every block's share of the text."""
     settings = shapes.recipe.score
     tokens = [
-        settings.tokens * (1 + attention + ffn + attention * ffn * (settings.composed_share or 1.0))
-        for attention, ffn in shapes.alternatives
+        settings.tokens * (1 + single + composed * (settings.composed_share or 1.0))
+        for single, composed in shapes.scored
     ]
     return Work(
         operations=tuple(count * after for count, after in zip(tokens, shapes.suffixes[1:], strict=True)),
@@ -244,10 +244,19 @@ TEACHER = Stage(
 DISTIL = Stage(
     name="distil",
     help="Train the child as a whole (GKD).",
-    result="child",
+    result="child_distilled",
     reads=("distil", "precision", "seed"),
     inputs=("parent", "child", "data"),
     work=_distil_work,
+    wanted=lambda recipe: recipe.distil.tokens > 0,
+)
+ROUND = Stage(
+    name="round",
+    help="Round the child's matrices to their types.",
+    result="child",
+    reads=("space.importance",),
+    inputs=("child", "statistics"),
+    wanted=lambda recipe: bool(recipe.space.types or recipe.space.outer),
 )
 EVALUATE = Stage(
     name="evaluate",
@@ -288,7 +297,7 @@ EXPORT = Stage(
 REPORT = Stage(name="report", help="Write the report.", result="report")
 
 STAGES = (
-    *(SAMPLE, DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL),
+    *(SAMPLE, DATA, CALIBRATE, LIBRARY, SCORE, COST, SEARCH, TIMING, CORRECT, REALISE, REFINE, TEACHER, DISTIL, ROUND),
     *(EVALUATE, TASKS, UNIFORM, SPEED, EXPORT, REPORT),
 )
 """In the order of the method."""

@@ -95,6 +95,8 @@ def _inputs(parent: Parent, space: Space, settings: ScenarioSettings) -> dict[st
     shapes = read_json(parent.path / "config.json")  # what transformers makes of it differs from version to version
     scenario = scenario_of(settings, torch.device("cpu"))
     sheet = ENGINES["roofline"](scenario).environment["data sheet"] if settings.engine == "roofline" else ""
+    if outer := getattr(parent.config, "outer_type", ""):
+        shapes["outer_type"] = outer
     return {
         "shapes": {name: shapes[name] for name in shapes if name not in ("_name_or_path", "transformers_version")},
         "space": [[[v.name for v in layer.attention], [v.name for v in layer.ffn]] for layer in space.layers],

@@ -20,7 +20,7 @@ from puzzle.costs.engine import Sample
 from puzzle.costs.timing import typical, without_drift
 from puzzle.modeling import PuzzleConfig, empty_model
 from puzzle.recipe import ScenarioSettings
-from puzzle.variants import Architecture, BlockVariant, Space, Variant
+from puzzle.variants import Architecture, BlockVariant, Space, Variant, type_bytes
 
 COPIES = 6
 """Of the measured subblock: the stack is as deep as a small model, and the copies take most of its time."""
@@ -129,8 +129,10 @@ def parent_totals(config: PuzzleConfig, settings: ScenarioSettings, batch_size: 
 def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
     """What every child has: embeddings, final norm and head, a tied head counted once."""
     parameters = empty_model(config).named_parameters()
-    params = sum(parameter.numel() for name, parameter in parameters if not name.startswith("model.layers."))
-    return Cost(params=params, weight_bytes=params * dtype.itemsize)
+    shapes = [parameter.shape for name, parameter in parameters if not name.startswith("model.layers.")]
+    params, outer = sum(shape.numel() for shape in shapes), getattr(config, "outer_type", "")
+    sizes = (type_bytes(shape, outer) if outer else shape.numel() * dtype.itemsize for shape in shapes)
+    return Cost(params=params, weight_bytes=sum(sizes))
 
 
 def _pad(space: Space, config: PuzzleConfig) -> BlockVariant:

@@ -34,9 +34,13 @@ from puzzle.training import Part, Point, adamw, best_point, train
 def distil(run: Run, parent: Parent, child: Child, data: TokenData, label: str = "child") -> Child:
     """Train the child; the held-out curve is kept in `curve.json`, the weights of its best point in `checkpoint/`.
 
+    With `distil.tokens` 0 it is the child itself.
+
     Raises:
         PuzzleError: the training diverged.
     """
+    if not run.recipe.distil.tokens:
+        return child
     folder = run.open(DISTIL, parent=parent, child=child, data=data)
     distilled = Child(folder.path / "checkpoint", folder.address, child.architecture)
     if folder.done:
@@ -130,9 +134,9 @@ class Batches:
 
 
 def distillation_curve(child: Child) -> list[Point]:
-    """Steps, tokens, and the KL on validation text along the way."""
-    curve: list[Point] = read_json(child.path.with_name("curve.json"))
-    return curve
+    """Steps, tokens, and the KL on validation text along the way; nothing of a child that was not trained."""
+    file = child.path.with_name("curve.json")
+    return read_json(file) if file.exists() else []
 
 
 def _gradients(run: Run, model: Distillation, batches: Batches, step: int) -> Mapping[str, Tensor]:

@@ -21,12 +21,17 @@ class Reader:
         runs: of every `Variant.cell`; docs/engines.md says where something else is written, with the same result.
         limits: of the whole model, by what `_facts` says of it: the values that can run.
         one_size: the cells of whose sizes, of windows or FFNs, it runs one in a model.
+        types: whether matrices may be of the types of a GGUF file, which `hf` holds read back.
     """
 
     engine: str
     runs: frozenset[str]
     limits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     one_size: frozenset[str] = frozenset()
+    types: bool = False
+
+    def can_run(self, variant: Variant) -> bool:
+        return variant.cell in self.runs and (self.types or not variant.type)
 
     def refused_sizes(self, variants: Collection[Variant]) -> list[str]:
         """Why windows or FFNs of these sizes cannot run together."""
@@ -57,14 +62,14 @@ _QWEN3 = {"plain_shape": ("qwen3",), "head": ("tied",)}
 _SOME_POSITIONS = {"positions": ("in all layers", "not in all layers")}
 
 READERS: Mapping[str, tuple[Reader, ...]] = {
-    "hf": (Reader("transformers, with the code in the checkpoint", _OWN_CODE | {"window with sinks"}),),
+    "hf": (Reader("transformers, with the code in the checkpoint", _OWN_CODE | {"window with sinks"}, types=True),),
     "vllm": (Reader("vLLM's Transformers backend, with the hf checkpoint", _OWN_CODE, one_size=frozenset({"window"})),),
     "deci": (Reader("vLLM's own DeciLMForCausalLM", _DECI, {"family": ("llama",), "hidden_act": ("silu",)}),),
     "gguf": (
-        Reader("llama.cpp, architecture openelm", _QUERIES, _LLAMA_CPP | _QWEN3),
-        Reader("llama.cpp, architecture deci", _QUERIES | {"linear attention"}, _LLAMA_CPP | _LLAMA),
-        Reader("llama.cpp, architecture step35", _QUERIES | {"window"}, _LLAMA_CPP, _WIDTH | {"window"}),
-        Reader("llama.cpp, architecture step35", _QUERIES, _LLAMA_CPP | _SOME_POSITIONS, _WIDTH),
+        Reader("llama.cpp, architecture openelm", _QUERIES, _LLAMA_CPP | _QWEN3, types=True),
+        Reader("llama.cpp, architecture deci", _QUERIES | {"linear attention"}, _LLAMA_CPP | _LLAMA, types=True),
+        Reader("llama.cpp, architecture step35", _QUERIES | {"window"}, _LLAMA_CPP, _WIDTH | {"window"}, types=True),
+        Reader("llama.cpp, architecture step35", _QUERIES, _LLAMA_CPP | _SOME_POSITIONS, _WIDTH, types=True),
     ),
 }
 """By the names that `deploy` in a recipe takes: formats of `puzzle export --to`, and `vllm`, which reads `hf`. Of
@@ -103,7 +108,7 @@ def _refusals(config: PuzzleConfig, reader: Reader) -> tuple[list[str], list[str
         f"layer {layer}: {variant.subblock} {variant} ({variant.cell}): {reader.engine} cannot run it"
         for layer, block in enumerate(blocks)
         for variant in block.subblocks
-        if variant.cell not in reader.runs
+        if not reader.can_run(variant)
     ]
 
 
@@ -135,7 +140,7 @@ def deployable(space: Space, config: PuzzleConfig, names: Sequence[str]) -> Spac
 
     def runs(variant: Variant) -> bool:
         of_widths = {variant.cell} - {"window"}
-        return all(variant.cell in reader.runs and not of_widths & reader.one_size for reader in readers)
+        return all(reader.can_run(variant) and not of_widths & reader.one_size for reader in readers)
 
     space = space.restricted(lambda _, variant: runs(variant))
     for reader in readers:

@@ -44,6 +44,11 @@ class Layer:
     """Empty, like `ffn`, where these cannot express it."""
     ffn: dict[str, Any]
 
+    @property
+    def types(self) -> tuple[str, str]:
+        """Of the matrices of both subblocks in a GGUF file, where they are twins."""
+        return self.block.attention.type, self.block.ffn.type
+
 
 def layers_of(config: PuzzleConfig) -> list[Layer]:
     """The layers but for empty ones, which are the identity: formats other than `hf` leave them out."""

@@ -21,6 +21,7 @@ sorts, of which the first must occur:
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,15 +35,16 @@ from torch import Tensor
 from puzzle.engines.capability import reader_of, require
 from puzzle.export.checkpoint import Layer, layers_of
 from puzzle.export.gguf_tokenizer import add_tokenizer
+from puzzle.library import ROUNDED, encode
 from puzzle.modeling import Plain, PuzzleConfig, PuzzleForCausalLM, empty_model, family_config, plain_tensors, rotates
 from puzzle.parents import open_parent
-from puzzle.runs import write_atomically
+from puzzle.runs import read_tensors, write_atomically
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 Source = Plain | Tensor
 """How a tensor follows from one of the checkpoint, or its values."""
-_NOISE_BLOCKS = 2**15
-"""Blocks of 32 random weights, which are repeated in a model that is only timed."""
+_NOISE_BLOCKS = 2**12
+"""Blocks of 256 random weights, which are repeated in a model that is only timed."""
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: the smallest that every quantised type can hold."""
 _NO_ROTATION = 1e30
@@ -60,6 +62,8 @@ class _Row(NamedTuple):
     width: int
     slides: bool = False
     """Whether it is of the sort that has a window."""
+    types: tuple[str, str] = ("", "")
+    """Of the matrices of attention and FFN, where they are twins."""
 
 
 def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
@@ -73,9 +77,13 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     head_dim, rotates_neighbours = child.config.head_dim, _architecture(child.config) == "deci"
     assert head_dim is not None
 
+    rounded = read_tensors(source / ROUNDED) if (source / ROUNDED).exists() else {}
+
     def values_of(source: Source) -> Tensor:
         if isinstance(source, Tensor):
             return source
+        if source.source in rounded:
+            return source.of(rounded[source.source])
         ((_, stored),) = child.checkpoint.read([source.source])
         return source.of(stored)
 
@@ -83,8 +91,8 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
         values = torch.cat([values_of(source) for source in sources])
         if rotates_neighbours and ("attn_q." in name or "attn_k." in name):
             # Here llama.cpp rotates neighbouring channels, Hugging Face the two halves of a head.
-            values = values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(shape)
-        return _quantised(values, kind)
+            values = values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(values.shape)
+        return values.numpy() if values.dtype == torch.uint8 else _quantised(values, kind)
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, _architecture(child.config))
@@ -99,14 +107,17 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
 def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path:
     """Write a model of these shapes as the file `target`, to be timed: random weights, and no tokenizer."""
     require(config, "gguf")
-    noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 32)))
-    noise_bytes = {kind: _quantised(noise, kind).view(np.uint8) for kind in (Type.F16, Type[dtype.upper()])}
+    noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 256)))
+
+    @cache
+    def noise_bytes(kind: Type) -> NDArray[Any]:
+        return _quantised(noise, kind).view(np.uint8)
 
     def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
         """Of matrices bytes that repeat; vectors are ones."""
         if len(shape) == 1:
             return _quantised(torch.ones(shape), kind)
-        return np.resize(noise_bytes[kind], int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
+        return np.resize(noise_bytes(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
 
     writer = gguf.GGUFWriter(target, _architecture(config))
     writer.add_name("random")
@@ -158,6 +169,10 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
         parts = [each if isinstance(each, Tensor) else each.of(parameters[each.source]).to("meta") for each in sources]
         shape = torch.cat([part.to("meta") for part in parts]).shape
         kind = Type.F32 if len(shape) == 1 else Type.F16 if dtype == "q8_0" and shape[-1] % 32 else Type[dtype.upper()]
+        block, index, local = (*name.split("."), "")[:3]
+        types = rows[int(index)].types if block == "blk" else (getattr(config, "outer_type", ""), "")
+        if len(shape) > 1 and (type := types[local.startswith("ffn")]):
+            kind = Type[type.upper()]
         byte_shape = gguf.quant_shape_to_byte_shape(shape, kind)
         writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=kind)
         tensors.append((name, sources, shape, kind))
@@ -170,7 +185,7 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
 
 
 def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
-    return gguf.quantize(values.float().contiguous().numpy(), kind)
+    return encode(values, kind.name).numpy()
 
 
 def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> dict[str, list[Source]]:
@@ -214,7 +229,8 @@ def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
     for layer, attention, ffn in _subblocks(model):
         bias = attention.pop("self_attn.linear_attn.bias", None)
         if bias is not None:
-            rows.append(_Row({**attention, **zero_ffn, "mlp.down_proj.bias": bias}, heads, 0, _ZERO_WIDTH))
+            zeros = {**zero_ffn, "mlp.down_proj.bias": bias}
+            rows.append(_Row({**attention, **zeros}, heads, 0, _ZERO_WIDTH, types=(layer.types[0], "")))
             if not ffn:
                 continue
             attention = {}
@@ -222,8 +238,9 @@ def _deci_rows(model: PuzzleForCausalLM) -> list[_Row]:
             attention = _zeros("input_layernorm", hidden, {"self_attn.linear_attn": (hidden, hidden)})
         kv_heads = layer.block.attention.size or 0
         width = layer.ffn.get("intermediate_size", _ZERO_WIDTH)
+        types = layer.types if attention else ("", layer.types[1])
         its_heads = _heads(layer, model.config) if attention else 0
-        rows.append(_Row({**attention, **(ffn or zero_ffn)}, its_heads, kv_heads, width))
+        rows.append(_Row({**attention, **(ffn or zero_ffn)}, its_heads, kv_heads, width, types=types))
     if not any(row.kv_heads for row in rows):
         one_head = {f"self_attn.{name}_proj": (queries // heads, hidden) for name in "kv"}
         one_head |= {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
@@ -253,7 +270,7 @@ def _rows(model: PuzzleForCausalLM, architecture: str) -> list[_Row]:
         slides = "window" in layer.block.attention.entry() if windows else rotates(config, layer.index)
         slides |= layer.block.attention.absent  # which caches less, of what is multiplied by zeros
         its_width = width if one_width else layer.ffn.get("intermediate_size", _ZERO_WIDTH)
-        rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads, kv_heads, its_width, slides))
+        rows.append(_Row({**attention, **(ffn or zero_ffn)}, heads, kv_heads, its_width, slides, layer.types))
     return rows
 
 

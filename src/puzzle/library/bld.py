@@ -86,7 +86,8 @@ def build_library(
         rows = nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
         write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
         stage.commit()
-    return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json))
+    known = statistics if run.recipe.space.importance else None
+    return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json), known)
 
 
 def _are_whole(run: Run, index: LibraryIndex) -> bool:

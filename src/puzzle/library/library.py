@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
+from puzzle.library.rounding import decode, encode_state
+from puzzle.library.statistics import Statistics
 from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.parents import Parent
 from puzzle.runs import read_tensors
@@ -33,10 +35,17 @@ class Library:
     address: str
     parent: Parent
     index: LibraryIndex
+    statistics: Statistics | None = None
+    """By which errors of rounding are weighed, if they are."""
 
     def state(self, layer: int, variant: Variant) -> State:
-        """The weights of a variant of a layer, the parent's own included, in float32."""
+        """The weights of a variant of a layer, the parent's own included, in float32; a twin's are rounded."""
         subblock = variant.subblock
+        if variant.type:
+            state = self.state(layer, variant.untyped)
+            moments = {} if self.statistics is None else self.statistics.moments(layer, subblock)
+            encoded = encode_state(variant, state, moments, self.parent.config)
+            return state | {name: decode(each, variant.type) for name, each in encoded.items()}
         if variant == self.parent.architecture.blocks[layer].subblock(subblock):
             return split_state(self.parent.layer_state(layer), subblock, self.parent.config)
         row = self.index.by_key[layer, subblock, variant.name]

@@ -287,7 +287,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
         sizes: dict[str, Any] = {} if self.window is None else {"sliding_window": self.window}
         for which, entry in block.items():
             if (which, entry["kind"]) not in MODULES:
-                sizes |= {name: size for name, size in entry.items() if name not in ("kind", "window", "sinks")}
+                sizes |= {name: size for name, size in entry.items() if name not in ("kind", "type", "window", "sinks")}
         if "num_attention_heads" in sizes:  # by which families divide, where they say no size of heads
             sizes["head_dim"] = config.head_dim
         own = family_layer(config, index, **sizes)

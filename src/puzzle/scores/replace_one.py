@@ -9,6 +9,7 @@ Shapes: A candidate blocks, B sequences a batch, T tokens, D hidden size, N = B 
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -32,7 +33,7 @@ from puzzle.scores.task import Task, load_task, task_name, task_score, with_bloc
 from puzzle.stages import SCORE
 from puzzle.streams import Stream, read_ahead
 from puzzle.units import format_bytes
-from puzzle.variants import BlockVariant, Space
+from puzzle.variants import BlockVariant, LayerSpace, Space
 
 METRICS = ("kl", "lm_loss", "top1_agreement", "cosine")
 """Per-sequence means, the columns of [n, M]."""
@@ -55,7 +56,8 @@ def score(
     if task is None and settings.task is not None:
         task = load_task(settings.task)
     name = None if task is None else task_name(task)
-    stage = run.open(SCORE, library=library, data=data, space=space.names, task=name)
+    named = space.names if run.recipe.space.importance else [*space.names, ["without importance"]]
+    stage = run.open(SCORE, library=library, data=data, space=named, task=name)
     table_file = stage.path / "scores.json"
     if not stage.done:
         for_layers(run, stage, partial(_score_layers, run, data, library, space, task, stage.path), _costs(space))
@@ -78,7 +80,7 @@ def score(
 
 def _costs(space: Space) -> list[float]:
     """Of each layer: blocks times the layers after them, roughly."""
-    return [len(layer.blocks()) * (len(space.layers) - index) for index, layer in enumerate(space.layers)]
+    return [len(layer.scored()) * (len(space.layers) - index) for index, layer in enumerate(space.layers)]
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def _score_layers(
     batch_tokens = max(_BATCH_TOKENS, tokens_at_once(run.device, parent.config.hidden_size) // 4)
     state_bytes = max(batch_tokens, data.sequence_length) * parent.config.hidden_size * dtype.itemsize
     weights = [sum(each.weight_bytes(parent.config, dtype) for each in choices.variants) for choices in space.layers]
-    states = [state_bytes * len(choices.blocks()) for choices in space.layers]
+    states = [state_bytes * len(choices.scored()) for choices in space.layers]
     reserved_bytes = max(map(sum, zip(weights, states, strict=True)))
     stream = Stream(run, parent, folder / "activations", reserved_bytes)
     if task is not None and not stream.resident:
@@ -109,7 +111,7 @@ def _score_layers(
     with progress("score", sum(costs[layer] for layer in missing)) as bar:
         for layer in missing:
             stream.prepare(layer, {scorer.scoring: scorer.inputs})
-            own, *blocks = space.layers[layer].blocks()
+            own, *blocks = space.layers[layer].scored()
             modules = LayerBlocks(library, layer, blocks, stream.model)
             if layer == 0 and dtype == torch.bfloat16:
                 disturbed = _Disturbed(library, layer, [own], stream.model)
@@ -134,9 +136,32 @@ def _score_layers(
                     label = "parent" if block == own else f"layer {layer} {block.name}"
                     row["task"] = task_score(run, task, folder / "task.json", label, model)
                 rows.append(row)
-            write_json(files[layer], rows)
+            write_json(files[layer], rows + summed(space.layers[layer], rows))
             bar.advance(costs[layer])
     stream.close()
+
+
+def summed(choices: LayerSpace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of blocks with types that were not measured: what their shapes add, and the types of their subblocks alone.
+
+    What types add hardly depends on the shape, and adds up better than what shapes do (benchmarks/bits.md).
+    """
+    known, own = {row["block"]: row for row in rows}, choices.parent
+    found = []
+    for block in choices.blocks():
+        twins = [each for each in block.subblocks if each.type]
+        alone = [
+            replace(own, **{twin.subblock: replace(own.subblock(twin.subblock), type=twin.type)}) for twin in twins
+        ]
+        names = [block.untyped.name, *(each.name for each in alone)]
+        if block.name in known or not all(name in known for name in names):
+            continue
+        parts = [known[name] for name in names]
+        sums = {name: sum(part[name] for part in parts) - len(twins) * known[own.name][name] for name in METRICS}
+        error = math.sqrt(sum(part["kl_se"] ** 2 for part in parts))
+        row = {"layer": parts[0]["layer"], "block": block.name, "sequences": parts[0]["sequences"]}
+        found.append({**row, **sums, "kl_se": error})
+    return found
 
 
 class _Disturbed(LayerBlocks):

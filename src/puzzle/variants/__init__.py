@@ -14,6 +14,7 @@ from puzzle.variants.base import add_sum as add_sum
 from puzzle.variants.base import parse_variant as parse_variant
 from puzzle.variants.base import register as register
 from puzzle.variants.base import split_state as split_state
+from puzzle.variants.base import type_bytes as type_bytes
 from puzzle.variants.base import variant_from_entry as variant_from_entry
 from puzzle.variants.least_squares import damping as damping
 from puzzle.variants.space import Architecture as Architecture

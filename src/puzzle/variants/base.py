@@ -11,11 +11,12 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 
 from puzzle.errors import PuzzleError
@@ -80,6 +81,8 @@ class Variant(ABC):
     """Whether it is a subblock left out."""
     setting: ClassVar[str | None] = None
     """The setting of the recipe's section `space` that lists its sizes; None: there is none."""
+    type: str = field(default="", kw_only=True)
+    """Of its matrices in a GGUF file, such as `q4_0`: a twin of the variant without; empty: the scenario's dtype."""
 
     @property
     def name(self) -> str:
@@ -89,7 +92,13 @@ class Variant(ABC):
         def part(match: re.Match[str]) -> str:
             return f"{match[1]}{sizes[match[2]]}" if match[2] in sizes else ""
 
-        return re.sub(r"\[?([^][{}]+)\{(\w+)\}\]?", part, self.grammar)
+        name = re.sub(r"\[?([^][{}]+)\{(\w+)\}\]?", part, self.grammar)
+        return f"{name}@{self.type}" if self.type else name
+
+    @property
+    def untyped(self) -> Self:
+        """The same before its matrices are rounded to a type."""
+        return replace(self, type="")
 
     def entry(self) -> dict[str, Any]:
         """Its entry in `PuzzleConfig.blocks`: its kind, and its sizes but for those at their defaults."""
@@ -99,7 +108,7 @@ class Variant(ABC):
     @property
     def size(self) -> int | None:
         """Its main size: KV heads, width, rank; None for a kind without sizes."""
-        return next((getattr(self, field.name) for field in fields(self)), None)
+        return next((getattr(self, field.name) for field in fields(self) if field.name != "type"), None)
 
     # Sizes and work, all of one subblock with its norm and biases.
 
@@ -127,8 +136,17 @@ class Variant(ABC):
         return sum(shape.numel() for shape in self.shapes(config).values())
 
     def weight_bytes(self, config: PuzzleConfig, dtype: torch.dtype) -> int:
-        """Bytes of its parameters when the model is held in `dtype`."""
-        return self.num_params(config) * dtype.itemsize
+        """Bytes of its parameters when the model is held in `dtype`; of a twin exactly those of its GGUF tensors."""
+        if not self.type:
+            return self.num_params(config) * dtype.itemsize
+        return sum(type_bytes(shape, self.type) for shape in self.shapes(config).values())
+
+    def typed(self, config: PuzzleConfig, type: str) -> Self | None:
+        """Its twin of a type; None where rows of a matrix are no whole blocks of it, or there is none to round."""
+        matrices = [shape for shape in self.shapes(config).values() if len(shape) > 1]
+        block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[type.upper()]]
+        fits = matrices and all(len(shape) == 2 and shape[1] % block == 0 for shape in matrices)
+        return replace(self, type=type) if fits else None
 
     def idle_params(self, config: PuzzleConfig) -> int:
         """How many of its parameters a token does not use: those of experts that it is not sent to."""
@@ -190,6 +208,12 @@ class Variant(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+def type_bytes(shape: torch.Size, type: str) -> int:
+    """Of a tensor in a GGUF file: rows of blocks if it is a matrix, else float32."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type.upper()]]
+    return shape.numel() // block * size if len(shape) > 1 else 4 * shape.numel()
 
 
 def add_sum(sums: State, name: str, value: Tensor) -> None:
@@ -265,14 +289,16 @@ def register(variant: type[V]) -> type[V]:
 
 
 def parse_variant(subblock: Subblock, name: str) -> Variant:
-    """`kv2` or `w512`, or a kind without sizes: `linear`, `none`; a `PuzzleError` for anything else."""
-    for kind in REGISTRY[subblock].values():
+    """`kv2` or `w512`, or a kind without sizes: `linear`, `none`; `w512@q4_0`; a `PuzzleError` for anything else."""
+    whole, (name, _, type) = name, name.partition("@")
+    for kind in REGISTRY[subblock].values() if not type or type.upper() in GGMLQuantizationType.__members__ else ():
         pattern = kind.grammar.replace("[", "(?:").replace("]", ")?")
         if match := re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[1-9][0-9]*)", pattern), name):
             with suppress(ValueError):  # sizes that no variant of this kind has
-                return kind(**{field: int(value) for field, value in match.groupdict().items() if value})
+                sizes: dict[str, Any] = {field: int(size) for field, size in match.groupdict().items() if size}
+                return kind(**sizes, type=type)
     forms = ", ".join(re.sub(r"\{\w+\}", "<number>", kind.grammar) for kind in REGISTRY[subblock].values())
-    raise PuzzleError(f"{subblock} variant {name!r} is unknown; use {forms}")
+    raise PuzzleError(f"{subblock} variant {whole!r} is unknown; use {forms}")
 
 
 def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:

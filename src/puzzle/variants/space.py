@@ -29,6 +29,10 @@ class BlockVariant:
     def subblock(self, subblock: Subblock) -> Variant:
         return self.attention if subblock == "attention" else self.ffn
 
+    @property
+    def untyped(self) -> "BlockVariant":
+        return BlockVariant(self.attention.untyped, self.ffn.untyped)
+
     def num_params(self, config: PuzzleConfig) -> int:
         return self.attention.num_params(config) + self.ffn.num_params(config)
 
@@ -104,6 +108,15 @@ class LayerSpace:
         """Every composed block, the parent's first."""
         return [BlockVariant(attention, ffn) for attention in self.attention for ffn in self.ffn]
 
+    def scored(self) -> list[BlockVariant]:
+        """The blocks whose scores are measured: those without types, and the parent's with a twin of one subblock."""
+
+        def is_measured(block: BlockVariant) -> bool:
+            types = [each.type for each in block.subblocks if each.type]
+            return not types or (block.untyped == self.parent and len(types) == 1)
+
+        return list(filter(is_measured, self.blocks()))
+
 
 @dataclass(frozen=True)
 class Space:
@@ -120,6 +133,11 @@ class Space:
     def variants(self) -> list[Variant]:
         """The distinct ones of all layers."""
         return list(dict.fromkeys(variant for layer in self.layers for variant in layer.variants))
+
+    @property
+    def untyped(self) -> "Space":
+        """Without twins, which follow from their variants."""
+        return self.restricted(lambda _, variant: not variant.type)
 
     @property
     def num_architectures(self) -> int:
@@ -139,6 +157,7 @@ def derive_space(
     *,
     attention: Sequence[str] = ("linear", "none"),
     ffn: Sequence[str] = ("linear", "none"),
+    types: Sequence[str] = (),
     **sizes: Sequence[int] | None,
 ) -> Space:
     """The space of a model: its kinds in smaller sizes, derived unless given, then variants by name.
@@ -148,6 +167,7 @@ def derive_space(
 
     Args:
         attention: further variants, such as `linear`, `none`, `kv2win1024s4`. ffn: such as `linear`, `none`, `rank64`.
+        types: of matrices; every variant has a twin of each that its rows allow.
         sizes: by a kind's `Variant.setting`: `kv_heads` and `ffn_widths`.
     """
     named: dict[str, list[Variant]] = {}
@@ -159,7 +179,8 @@ def derive_space(
 
     def alternatives(own: Variant) -> tuple[Variant, ...]:
         candidates = own.alternatives(config, sizes.get(own.setting or "")) + named[own.subblock]
-        return tuple(dict.fromkeys((own, *(variant for variant in candidates if variant.fits(own, config)))))
+        every = dict.fromkeys((own, *(variant for variant in candidates if variant.fits(own, config))))
+        return *every, *filter(None, (variant.typed(config, type) for variant in every for type in types))
 
     blocks = Architecture.of(config).blocks
     space = Space(tuple(LayerSpace(alternatives(block.attention), alternatives(block.ffn)) for block in blocks))
