@@ -147,6 +147,7 @@ def plan(arguments: argparse.Namespace) -> None:
 @_command(
     _argument("model", help="folder of a Hugging Face checkpoint, or a hub name"),
     _argument("--data", help="its text: a file, a folder or a dataset; default: to be filled in"),
+    _argument("--quick", action="store_true", help="types of matrices for llama.cpp alone: minutes, no training"),
     _argument("--out", type=Path, help="the file to write; default: print it"),
 )
 def init(arguments: argparse.Namespace) -> None:
@@ -156,7 +157,7 @@ def init(arguments: argparse.Namespace) -> None:
     out: Path | None = arguments.out
     if out is not None and out.exists():
         raise PuzzleError(f"--out: {out} exists; name a new file")
-    text = init_recipe(*filter(None, (arguments.model, arguments.data)))
+    text = init_recipe(*filter(None, (arguments.model, arguments.data)), quick=arguments.quick)
     if out is None:
         print(text, end="")
         return

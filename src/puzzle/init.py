@@ -14,10 +14,34 @@ _LARGE_PARAMS = 500_000_000
 """From here on: a GPU's batch sizes, and smaller learning rates."""
 
 
-def init_recipe(model: str, source: str = EXAMPLE_SOURCE) -> str:
-    """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read."""
+_NO_SHAPES: dict[str, Any] = {"kv_heads": [], "ffn_widths": [], "attention": [], "ffn": []}
+_QUICK: dict[str, Any] = {
+    **{f"space.{setting}": none for setting, none in _NO_SHAPES.items()},
+    "space.types": ["q8_0", "q6_K", "q5_0", "q4_K", "iq4_nl", "q4_0"],
+    "space.outer": "q8_0",
+    "calibration.tokens": "32k",
+    "library.tokens": 0,
+    "score.tokens": "4k",
+    "scenario.engine": "llama.cpp",
+    "scenario.dtype": "float16",
+    "scenario.batch_sizes": [1],
+    "scenario.prompt_tokens": 128,
+    "scenario.generated_tokens": 128,
+    "correct.tokens": 0,
+    "distil.tokens": 0,
+    "evaluate.uniform_baseline": False,
+}
+"""Types alone, for llama.cpp: nothing is trained."""
+
+
+def init_recipe(model: str, source: str = EXAMPLE_SOURCE, *, quick: bool = False) -> str:
+    """A commented recipe for the checkpoint in folder `model`, or of that name on the hub; its weights are not read.
+
+    Args:
+        quick: choose types of matrices alone.
+    """
     config = read_config(model)
-    space = derive_space(config)
+    space = derive_space(config, **({"types": _QUICK["space.types"], **_NO_SHAPES} if quick else {}))
     num_params = sum(parameter.numel() for parameter in empty_model(config).parameters())
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     sizes: dict[str, Any] = defaultdict(list)
@@ -56,4 +80,6 @@ def init_recipe(model: str, source: str = EXAMPLE_SOURCE) -> str:
         "distil.tokens": "100M" if large else "10M",
         "distil.learning_rate": 5e-5 if large else 3e-4,
     }
+    if quick:
+        values = {name: value for name, value in values.items() if not name.endswith("learning_rate")} | _QUICK
     return "\n".join(title) + "\n\n" + describe(Recipe, values)

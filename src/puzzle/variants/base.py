@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import MODULE_NAMES, MODULES, OWN_NORMS, PuzzleConfig, PuzzleDecoderLayer, family_form, first_layer
-from puzzle.recipe import LibrarySettings
+from puzzle.recipe import GGMLType, LibrarySettings
 from puzzle.variants.least_squares import rank_channels
 
 Subblock = Literal["attention", "ffn"]
@@ -290,8 +290,8 @@ def register(variant: type[V]) -> type[V]:
 
 def parse_variant(subblock: Subblock, name: str) -> Variant:
     """`kv2` or `w512`, or a kind without sizes: `linear`, `none`; `w512@q4_0`; a `PuzzleError` for anything else."""
-    whole, (name, _, type) = name, name.partition("@")
-    for kind in REGISTRY[subblock].values() if not type or type.upper() in GGMLQuantizationType.__members__ else ():
+    whole, (name, rounded, type) = name, name.partition("@")
+    for kind in REGISTRY[subblock].values() if not rounded or type in get_args(GGMLType) else ():
         pattern = kind.grammar.replace("[", "(?:").replace("]", ")?")
         if match := re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[1-9][0-9]*)", pattern), name):
             with suppress(ValueError):  # sizes that no variant of this kind has
