@@ -82,7 +82,8 @@ def test_no_stage_reads_a_setting_that_its_address_lacks(
         run_stage(run, "report")
     assert run.undeclared == set()
     done = {folder.name for folder in run.used if folder.done}
-    assert {stage.name for stage in COMMANDS if stage.name != "report"} <= done
+    others = ("report", "round")  # which needs types, and with them llama.cpp
+    assert {stage.name for stage in COMMANDS if stage.name not in others} <= done
 
 
 def test_declarations_name_settings_that_there_are(pico_recipe: Recipe) -> None:
