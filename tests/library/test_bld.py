@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
+from puzzle.errors import PuzzleError
 from puzzle.library import Library, Statistics, build_library
 from puzzle.library.library import nested
 from puzzle.library.students import Stack
@@ -95,6 +96,23 @@ def test_a_streamed_parent_gives_the_same_library(build: Build, pico_library: Li
     assert len(streamed.index.rows) == 4 * 3
     assert_same(streamed, pico_library)
     assert not list(streamed.root.rglob("activations"))
+
+
+def test_weights_that_are_damaged_or_gone_are_made_again(build: Build) -> None:
+    """Those alone, and the same."""
+    library = build("kv2 w16", layers=range(2), tokens=1024)
+    files = sorted({library.root / row.file for row in library.index.rows if row.file})
+    whole, times = [file.read_bytes() for file in files], [file.stat().st_mtime_ns for file in files]
+    files[1].write_bytes(bytes([*whole[1][:-1], whole[1][-1] ^ 1]))
+    with pytest.raises(PuzzleError) as caught:
+        build("kv2 w16", layers=range(2), tokens=1024)
+    assert (
+        str(caught.value) == f"{files[1]} is damaged; delete {files[1]}, and only that, and run the same command again"
+    )
+    files[1].unlink()
+    assert build("kv2 w16", layers=range(2), tokens=1024).index == library.index
+    assert [file.read_bytes() for file in files] == whole
+    assert [file.stat().st_mtime_ns == time for file, time in zip(files, times, strict=True)].count(False) == 1
 
 
 @pytest.mark.parametrize("together", [2, 3])

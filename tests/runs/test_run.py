@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 from puzzle import device
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe, ScenarioSettings, ScoreSettings
-from puzzle.runs import Run, create_folder, digest, open_run
+from puzzle.runs import Run, StageFolder, create_folder, digest, open_run
 from puzzle.runs.run import read_recipe
 from puzzle.stages import Stage
 
@@ -135,6 +136,40 @@ def test_facts_are_kept_and_finish_a_stage(folder: Path, recipe: Recipe) -> None
     (again.path / "manifest.json").write_text("{")
     with pytest.raises(PuzzleError, match=r"manifest\.json is damaged; delete .*/plain-[0-9a-f]{12}, and"):
         _ = again.facts
+
+
+@pytest.mark.parametrize("name", ["result.json", "training.bin", "checkpoint/model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["a byte", "half", "all"])
+def test_what_is_damaged_is_noticed_and_the_advice_works(
+    folder: Path, recipe: Recipe, name: str, damage: str, tmp_path: Path
+) -> None:
+    def open_stage(run: Run) -> StageFolder:
+        stage = run.open(Stage(name="made", help=""))
+        if not stage.done:
+            (stage.path / "checkpoint").mkdir(exist_ok=True)
+            for file in ("result.json", "training.bin", "checkpoint/model.safetensors"):
+                (stage.path / file).write_text(f"[1, 2, 3] {file}")
+            stage.commit(loss=1.5)
+        return stage
+
+    path = open_stage(Run(folder, recipe)).path
+    file, whole = path / name, (path / name).read_bytes()
+    changed = bytes([*whole[:-5], whole[-5] ^ 1, *whole[-4:]])
+    file.write_bytes({"a byte": changed, "half": whole[: len(whole) // 2], "all": b""}[damage])
+    with pytest.raises(PuzzleError) as caught:
+        open_stage(Run(folder, recipe))
+    assert str(caught.value) == f"{file} is damaged; delete {path}, and only that, and run the same command again"
+    shutil.rmtree(path)
+    assert open_stage(Run(folder, recipe)).facts == {"loss": 1.5}
+    shutil.copytree(folder, tmp_path / "copy")
+    assert open_stage(Run(tmp_path / "copy", recipe)).facts == {"loss": 1.5}
+
+
+def test_a_folder_without_its_mark_is_made_again(folder: Path, recipe: Recipe) -> None:
+    Run(folder, recipe).open(Stage(name="made", help="")).commit()
+    (folder / "puzzle.json").unlink()
+    create_folder(folder, recipe)
+    assert Run(folder, recipe).open(Stage(name="made", help="")).done
 
 
 def test_seconds_add_up_over_attempts_until_the_last_file_of_each(folder: Path, recipe: Recipe) -> None:

@@ -4,37 +4,23 @@ Importing this package registers the model with transformers, so that `AutoModel
 child without `trust_remote_code`.
 """
 
+# isort: off
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from puzzle.modeling.checkpoint import TOKENIZER_FILES as TOKENIZER_FILES
-from puzzle.modeling.checkpoint import empty_model as empty_model
-from puzzle.modeling.checkpoint import finish as finish
-from puzzle.modeling.checkpoint import save_checkpoint as save_checkpoint
-from puzzle.modeling.checkpoint import save_configuration as save_configuration
-from puzzle.modeling.configuration_puzzle import Block as Block
-from puzzle.modeling.configuration_puzzle import PuzzleConfig as PuzzleConfig
-from puzzle.modeling.family import first_layer as first_layer
-from puzzle.modeling.family import own_blocks as own_blocks
-from puzzle.modeling.family import puzzle_config as puzzle_config
-from puzzle.modeling.family import refusal as refusal
-from puzzle.modeling.family import rotates as rotates
-from puzzle.modeling.family import tiny_config as tiny_config
-from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES
-from puzzle.modeling.modeling_puzzle import MODULES as MODULES
-from puzzle.modeling.modeling_puzzle import OWN_NORMS as OWN_NORMS
+from puzzle.modeling.checkpoint import TOKENIZER_FILES as TOKENIZER_FILES, empty_model as empty_model, finish as finish
+from puzzle.modeling.checkpoint import save_checkpoint as save_checkpoint, save_configuration as save_configuration
+from puzzle.modeling.configuration_puzzle import Block as Block, PuzzleConfig as PuzzleConfig
+from puzzle.modeling.family import first_layer as first_layer, own_blocks as own_blocks, puzzle_config as puzzle_config
+from puzzle.modeling.family import refusal as refusal, rotates as rotates, tiny_config as tiny_config
+from puzzle.modeling.modeling_puzzle import MODULE_NAMES as MODULE_NAMES, MODULES as MODULES, OWN_NORMS as OWN_NORMS
 from puzzle.modeling.modeling_puzzle import PuzzleDecoderLayer as PuzzleDecoderLayer
-from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM
-from puzzle.modeling.modeling_puzzle import PuzzleMasks as PuzzleMasks
-from puzzle.modeling.modeling_puzzle import PuzzleModel as _PuzzleModel
-from puzzle.modeling.modeling_puzzle import capped as capped
-from puzzle.modeling.modeling_puzzle import family_config as family_config
-from puzzle.modeling.modeling_puzzle import family_form as family_form
-from puzzle.modeling.plain import Plain as Plain
-from puzzle.modeling.plain import plain_shape as plain_shape
-from puzzle.modeling.plain import plain_tensors as plain_tensors
+from puzzle.modeling.modeling_puzzle import PuzzleForCausalLM as PuzzleForCausalLM, PuzzleMasks as PuzzleMasks
+from puzzle.modeling.modeling_puzzle import PuzzleModel as _PuzzleModel, capped as capped
+from puzzle.modeling.modeling_puzzle import family_config as family_config, family_form as family_form
+from puzzle.modeling.plain import Plain as Plain, plain_shape as plain_shape, plain_tensors as plain_tensors
 
 AutoConfig.register("puzzle", PuzzleConfig, exist_ok=True)
 AutoModel.register(PuzzleConfig, _PuzzleModel, exist_ok=True)
