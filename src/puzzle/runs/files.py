@@ -93,7 +93,9 @@ def digest(value: Any) -> str:
 def remembered(path: Path | None) -> Iterator[dict[str, str]]:
     """What is found out only once, such as hashes: read from `path` if it is there, written back if it grew."""
     known: dict[str, str] = read_json(path) if path is not None and path.exists() else {}
-    if path is not None and known and known.pop("digest", None) != digest(known):
+    if (
+        path is not None and (given := known.pop("digest", None)) and given != digest(known)
+    ):  # earlier versions gave none
         raise lost(path)
     before = len(known)
     yield known
