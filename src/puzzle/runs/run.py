@@ -207,7 +207,9 @@ def used_folders(path: Path, recipe: Recipe) -> list[str]:
 
 
 def _meaning(recipe: Recipe) -> str:
-    return digest(recipe.model_dump(mode="json", exclude={"execution"}))
+    return digest(
+        recipe.model_dump(mode="json", exclude={"execution"}, exclude_unset=True)
+    )  # whatever later versions add
 
 
 def is_run_folder(path: Path) -> bool:
