@@ -1,4 +1,4 @@
-"""Types chosen layer by layer against llama-quantize's presets: bytes, and KL to the f16 file by llama.cpp's own logits.
+"""Types chosen layer by layer against llama-quantize's presets: bytes, and KL to f16 by llama.cpp's own logits.
 
     python benchmarks/bits.py RUN TEXT [CHUNKS]
 
