@@ -121,7 +121,7 @@ def plan(asked: argparse.Namespace) -> list[str]:
     """What every stage takes on this machine, reckoned from operations as `puzzle plan` does, and the sum."""
     device, config = choose_device("auto"), read_config(asked.parent)
     chosen = recipe(asked, "2x", 0).resolved(fast_dtype(device))
-    shapes = Shapes(chosen, config, derive_space(config, **chosen.space.model_dump()))
+    shapes = Shapes(chosen, config, derive_space(config))
     flops = 0.5 * flops_per_second(device, getattr(torch, chosen.precision))
     # A seed has a text, a library and one of untrained blocks; a stage of `distil` is two children.
     children, seeds = FORMS[asked.form]["children"], len({seed for _, seed in FORMS[asked.form]["children"]})
