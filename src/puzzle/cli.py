@@ -311,7 +311,7 @@ def engines(arguments: argparse.Namespace) -> None:
     if arguments.action == "install":
         install(arguments.name)
         if arguments.name == "llama-cpp":
-            from puzzle.costs.process_engines import check_llama_cpp
+            from puzzle.costs import check_llama_cpp
 
             check_llama_cpp()
         return

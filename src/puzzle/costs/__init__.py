@@ -3,6 +3,7 @@
 from puzzle.costs.engine import Engine as Engine
 from puzzle.costs.engine import Model as Model
 from puzzle.costs.engine import Sample as Sample
+from puzzle.costs.process_engines import check_llama_cpp as check_llama_cpp
 from puzzle.costs.roofline import Machine as Machine
 from puzzle.costs.roofline import read_machine as read_machine
 from puzzle.costs.stage import is_measured as is_measured
