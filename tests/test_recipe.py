@@ -151,3 +151,9 @@ def test_auto_is_the_precision_and_of_a_scenario_what_its_engine_is_fast_in(prec
         assert served == [precision, "bfloat16", "float16", precision, "float16"]
         assert recipe.resolved("auto") == recipe
     assert "scenarios" not in Recipe.model_validate(MINIMAL).resolved(precision).to_yaml()
+
+
+def test_several_gpus_are_for_vllm(tmp_path: Path) -> None:
+    shared = "parent: m\ndata: {source: t}\nscenario: {tensor_parallel: 2, engine: "
+    assert "tensor_parallel: engine torch has none" in complaint(tmp_path, shared + "torch}")
+    assert read(tmp_path, shared + "vllm}").scenario.tensor_parallel == 2

@@ -99,6 +99,8 @@ class Scenario:
     dtype: str
     prompt_tokens: int
     generated_tokens: int
+    tensor_parallel: int = 1
+    gpu_memory: float = 0.9
 
     @property
     def total_tokens(self) -> int:
@@ -106,6 +108,7 @@ class Scenario:
 
     def __str__(self) -> str:
         where = f"{self.engine}, {self.device}, {self.dtype}"
+        where += f", shared by {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
         return f"{where}, prompt {self.prompt_tokens}, generate {self.generated_tokens}"
 
 

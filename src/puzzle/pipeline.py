@@ -316,7 +316,13 @@ def plan(recipe: Recipe, devices: str | None = None) -> list[str]:
 def _space(recipe: Recipe, config: PuzzleConfig) -> Space:
     space = derive_space(config, **recipe.space.model_dump(exclude={"outer", "importance"}))
     timed = [TIMED_AS[scenario.engine] for _, scenario, _ in recipe.served if scenario.engine in TIMED_AS]
-    return deployable(space, config, [*recipe.deploy, *timed])
+    space = deployable(space, config, [*recipe.deploy, *timed])
+    for path, scenario, _ in recipe.served:
+        if config.num_attention_heads % (ranks := scenario.tensor_parallel):
+            heads = f"the parent's {config.num_attention_heads} heads cannot be shared"
+            raise PuzzleError(f"{path}scenario.tensor_parallel: found {ranks}, by which {heads}; take a divisor")
+        space = space.restricted(lambda _, variant: variant.shared_by(scenario.tensor_parallel))  # noqa: B023
+    return space
 
 
 def run_stage(run: Run, name: str) -> Pipeline:

@@ -181,6 +181,18 @@ class ScenarioSettings(Section):
     """Prompt tokens per request."""
     generated_tokens: PositiveCount = 256
     """Generated tokens per request."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs of one machine among which vLLM shares the matrices."""
+    gpu_memory: Share = 0.9
+    """Share of a GPU's memory that vLLM may take."""
+
+    @model_validator(mode="after")
+    def _is_of_vllm(self) -> Self:
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel: engine {self.engine} has none; take vllm (roofline: machine 8xh100-sxm)"
+            )
+        return self
 
     def resolved(self, precision: str) -> Self:
         """With the data type that `auto` stands for where the recipe's precision is this."""

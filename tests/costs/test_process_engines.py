@@ -1,6 +1,8 @@
 """The engines `llama.cpp` and `vllm`: what their processes are asked, beside a stand-in, and errors; the real ones."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from tests.conftest import pico_puzzle
 from tests.engines.readers import required
 
 from puzzle.artefacts import Scenario
-from puzzle.costs import ENGINES, Sample
+from puzzle.costs import ENGINES, Sample, process_engines
 from puzzle.costs.engine import Engine
 from puzzle.costs.torch_engine import keeps_memory
 from puzzle.engines.environments import MODULES, python_of
@@ -108,6 +110,43 @@ def test_vllm_runs_shapes_in_our_code_and_a_checkpoint_in_what_it_chooses(folder
     assert "modeling_puzzle.PuzzleForCausalLM" in config["auto_map"].values()
     assert checkpoint["settings"] == chosen
     assert checkpoint["model"] == str(folder / "child")
+
+
+def test_vllm_is_asked_for_what_serves_on_gpus(tmp_path: Path) -> None:
+    """One engine for all batch sizes and rounds, compiled, of a share of the memory, over several GPUs."""
+    (tmp_path / "vllm" / "distributed").mkdir(parents=True)
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
+    (tmp_path / "vllm" / "distributed" / "__init__.py").write_text("")
+    (tmp_path / "vllm" / "distributed" / "parallel_state.py").write_text("cleanup_dist_env_and_memory = lambda: None\n")
+    (tmp_path / "vllm" / "__init__.py").write_text(
+        """
+import json, types
+class SamplingParams:
+    def __init__(self, **given): self.given = given
+class LLM:
+    def __init__(self, **given):
+        with open("engines", "a") as file: file.write(json.dumps(given) + "\\n")
+        self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(get_vocab_size=lambda: 100))
+    def generate(self, prompts, parameters, use_tqdm):
+        with open("answers", "a") as file: file.write(f"{len(prompts)} {parameters.given['max_tokens']}\\n")
+"""
+    )
+    settings = {"dtype": "bfloat16", "gpu_memory_utilization": 0.5, "tensor_parallel_size": 4}
+    request = {"model": "m", "batch_sizes": [1, 3], "rounds": 2, "prompt_tokens": 16, "generated_tokens": 8}
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(process_engines.__file__).with_name("worker.py")), "vllm"],
+        input=json.dumps(request | {"threads": 1, "cache_gib": 1, "settings": settings}) + "\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+    )
+    assert [len(each) for each in json.loads(done.stdout)["samples"]] == [2, 2]
+    (engine,) = map(json.loads, (tmp_path / "engines").read_text().splitlines())
+    assert settings.items() <= engine.items()
+    assert (engine["enforce_eager"], engine["max_num_seqs"], engine["max_model_len"]) == (False, 3, 24)
+    assert (tmp_path / "answers").read_text().split("\n")[:5] == ["1 4", "1 1", "1 8", "1 1", "1 8"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ from tests.conftest import pico_puzzle, random_tokens
 
 from puzzle.errors import PuzzleError
 from puzzle.modeling import PuzzleConfig, PuzzleForCausalLM
-from puzzle.variants import Architecture, derive_space
+from puzzle.variants import Architecture, derive_space, parse_variant
 
 BLOCKS = ("none+w16", "kv1+none", "linear+linear", "kv4+w48", "none+none")
 OTHER = Architecture.parse(["kv2+w16", "none+w48"])
@@ -141,3 +141,12 @@ def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
     PuzzleForCausalLM(config)(random_tokens(2, 5))
     back = Architecture.parse(BLOCKS).configure(config)
     assert back.to_dict() == before
+
+
+def test_what_several_gpus_can_share() -> None:
+    """Widths that they divide; KV heads too, or as many of them to each head."""
+    names = {"attention": ("kv4", "kv2", "kv6", "kv3", "none", "linear"), "ffn": ("w48", "w50", "none")}
+    shared = [
+        [name for name in names[which] if parse_variant(which, name).shared_by(4)] for which in ("attention", "ffn")
+    ]
+    assert shared == [["kv4", "kv2", "none", "linear"], ["w48", "none"]]

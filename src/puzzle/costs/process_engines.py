@@ -31,8 +31,6 @@ _TYPES: Mapping[str, tuple[GGUFType, int]] = {"float32": ("f32", 0), "float16": 
 """By the scenario's dtype: the type of a GGUF file's matrices, and the same as ggml numbers it, for the cache."""
 _CACHE_GIB = 1
 """Beside what a full batch takes: vLLM allots its cache in blocks of equal size over layers that differ."""
-_MEMORY_SHARE = 0.9
-"""vLLM's own default; here of what is free once this process has released what it no longer uses."""
 
 
 class ProcessEngine(Engine):
@@ -132,7 +130,10 @@ class VLLMEngine(ProcessEngine):
         cache_bytes = sum(variant.kv_bytes(config, tokens, dtype) for variant in variants)
         cache_gib = _CACHE_GIB + math.ceil(cache_bytes / 2**30)
         release_memory()
-        settings = {"dtype": self.scenario.dtype, "gpu_memory_utilization": _MEMORY_SHARE * free_share(self.device)}
+        settings: dict[str, Any] = {"dtype": self.scenario.dtype}
+        settings["gpu_memory_utilization"] = self.scenario.gpu_memory * free_share(self.device)
+        if self.scenario.tensor_parallel > 1:
+            settings["tensor_parallel_size"] = self.scenario.tensor_parallel
         with tempfile.TemporaryDirectory(prefix="puzzle-vllm-") as folder:
             if isinstance(model, PuzzleConfig):
                 save_configuration(model, Path(folder))

@@ -118,7 +118,8 @@ def to_table_file(scores: ScoreTable, costs: CostTable, score: ScoreName = "kl")
             parts.append({"layer": row.layer, row.part: row.variant} | values)
     head = {
         "format": "puzzle-table-1",
-        "scenario": vars(costs.scenario) | {"batch_sizes": list(costs.batch_sizes)},
+        "scenario": {name: vars(costs.scenario)[name] for name in _Scenario.model_fields if name != "batch_sizes"}
+        | {"batch_sizes": list(costs.batch_sizes)},
         "parent": scores.parent_blocks,
         "fixed": fixed,
     }

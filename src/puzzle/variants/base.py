@@ -95,6 +95,11 @@ class Variant(ABC):
         name = re.sub(r"\[?([^][{}]+)\{(\w+)\}\]?", part, self.grammar)
         return f"{name}@{self.type}" if self.type else name
 
+    def shared_by(self, ranks: int) -> bool:
+        """Whether vLLM can share it equally among so many GPUs; it repeats KV heads that are fewer."""
+        size = self.size or ranks
+        return size % ranks == 0 or (self.subblock == "attention" and ranks % size == 0)
+
     @property
     def untyped(self) -> Self:
         """The same before its matrices are rounded to a type."""
