@@ -90,8 +90,12 @@ def test_the_stage_depends_on_contents_alone_and_is_only_opened_again(
     (tmp_path / "elsewhere").mkdir()
     second = prepare(shutil.copy(corpus, tmp_path / "elsewhere"), run="second")
     assert (first.address, contents(first)) == (second.address, contents(second))
-    (first.path / "training.bin").unlink()
+    written = (first.path / "training.bin").stat().st_mtime_ns
     assert prepare(corpus) == first
+    assert (first.path / "training.bin").stat().st_mtime_ns == written
+    (first.path / "training.bin").unlink()
+    with pytest.raises(PuzzleError, match=r"training.bin is missing; delete .*stages/data-\w+, and only that"):
+        prepare(corpus)
     with pytest.raises(PuzzleError, match=r"training.bin is not of \d+ bytes; delete the folder"):
         first.sequences("training", [0])
 
