@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,7 +33,6 @@ _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings"
 """Not the library, not always installed, or, as the tables of encodings, no text that anyone wrote."""
 _VOCAB_SIZE = 2048
 _BATCH_SIZE = 4
-_SEQUENCE_LENGTH = 256
 _STEPS = 1450
 """A sixth of the corpus; with what the recipe asks for, some ten minutes on two cores."""
 
@@ -74,7 +73,7 @@ def _trained_parent() -> tuple[Path, DataSettings]:
         _save_start(start, corpus)
     # The parent trains on the same training range that the child is distilled on.
     shares = {"calibration": 0.05, "validation": 0.04, "scoring": 0.04, "test": 0.05}
-    settings = DataSettings(source=str(corpus), sequence_length=_SEQUENCE_LENGTH, **shares)
+    settings = DataSettings(source=str(corpus), sequence_length=256, **shares)
     precision = fast_dtype(torch.device("cpu"))
     create_folder(folder / "pretraining", Recipe(parent=str(start), data=settings, precision=precision))
     with open_run(folder / "pretraining") as run:
@@ -93,15 +92,10 @@ def _save_start(folder: Path, corpus: Path) -> None:
     files = [file for file in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(file.relative_to(root).parts)]
     texts = [text for file in files if (text := file.read_text(encoding="utf-8", errors="ignore")).strip()]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB_SIZE, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts[::4], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts[::4], _VOCAB_SIZE, 0, special_tokens=["<eos>"], show_progress=False)
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": _VOCAB_SIZE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}

@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from puzzle.errors import PuzzleError
 from puzzle.explain import explain
@@ -52,11 +43,14 @@ Blocks = Text | Annotated[list[Text], Field(min_length=1)]
 """A block, `kv2+w512`, or one half of it, `kv2`, `*+none`; `parent` for the parent's own; a list for any of them."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
+class Section(
+    BaseModel,
+    frozen=True,
+    extra="forbid",
+    arbitrary_types_allowed=True,
+    allow_inf_nan=False,
+    use_attribute_docstrings=True,
+):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_default(cls, values: Any) -> Any:

@@ -251,13 +251,11 @@ class Stream:
 
     def finals(self, text: str, batches: Callable[[], Iterable[Tensor]]) -> Iterator[Tensor]:
         """The outputs of the last layer, batch by batch; on disk only if the model is streamed. [B, T, D]"""
-        if not self.resident:
-            self.prepare(self.num_layers, {text: batches})
-        for numbered_BT in enumerate(batches()):
-            if self.resident:
-                yield self.forward(range(self.num_layers), self.embed(numbered_BT[1]))
-            else:
-                yield self.inputs(self.num_layers, text, numbered_BT)
+        last = self.num_layers
+        if self.resident:
+            return (self.forward(range(last), self.embed(tokens_BT)) for tokens_BT in batches())
+        self.prepare(last, {text: batches})
+        return (self.inputs(last, text, numbered_BT) for numbered_BT in enumerate(batches()))
 
     def close(self) -> None:
         """Delete what was kept on disk."""

@@ -25,12 +25,8 @@ from puzzle.distributed.group import Group
 from puzzle.distributed.state import TrainingState
 from puzzle.runs import Progress, read_json, write_json
 
-_BETAS = (0.9, 0.95)
-"""Of AdamW, as usual for language models (paper gives none; Puzzletron's default)."""
 _MAX_SKIPS = 10
 """Steps in a row without a finite gradient, after which a part counts as diverged."""
-_NUM_POINTS = 10
-"""Held-out points of a training, after that of the start."""
 
 Point = dict[str, float]
 """Figures on held-out text after a step: `step`, `validation_kl`, which is to be low, and others."""
@@ -95,7 +91,7 @@ def train(
 
     def hold_out(done: int) -> None:
         """A point of the curve; the weights are kept if it is the best."""
-        if validate is None or (done % math.ceil(steps / _NUM_POINTS) and done != steps):
+        if validate is None or (done % math.ceil(steps / 10) and done != steps):
             return
         curve.append(validate(done))
         if best_point(curve) is curve[-1]:
@@ -143,13 +139,13 @@ def schedule(step: int, *, steps: int, warmup: float) -> float:
 
 
 def adamw(parameters: Iterable[Tensor], learning_rate: float, *, weight_decay: float = 0.0) -> Optimizer:
-    """AdamW; matrices decay, vectors do not."""
+    """AdamW; matrices decay, vectors do not. Betas are those usual for language models: the paper gives none."""
     every = list(parameters)
     # Each group is launched alone: without decay there is one.
     decaying = [value for value in every if value.ndim > 1 and weight_decay]
     others = [value for value in every if value.ndim <= 1 or not weight_decay]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, _BETAS, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, (0.9, 0.95), fused=True)
 
 
 def _step(parts: Sequence[Part], rate: float, max_grad_norm: float) -> Tensor:

@@ -23,7 +23,6 @@ from puzzle.errors import PuzzleError
 
 T = TypeVar("T")
 
-_POLL_S = 0.05
 TIMEOUT = timedelta(hours=2)
 """Of a collective: the others wait while rank 0 writes a whole model. torchrun notices lost processes by itself."""
 
@@ -105,7 +104,7 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         store.set(f"{first}/{rank}", token)
         if store.check([f"{first}/all"]) and token in store.get(f"{first}/all").decode().split():
             return PrefixStore(first, store)
-        time.sleep(_POLL_S)
+        time.sleep(0.05)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.state import remove_states, saved_names
 from puzzle.distributed.tasks import for_layers
-from puzzle.library.library import Library, nested
+from puzzle.library.library import Library, are_whole, nested
 from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student, fit, held_out, student_texts, update_projections
 from puzzle.parents import Parent
@@ -27,11 +27,9 @@ from puzzle.runs import (
     Run,
     digest,
     file_digest,
-    lost,
     progress,
     read_json,
     read_parsed,
-    remembered,
     write_json,
     write_tensors,
     write_text,
@@ -74,7 +72,7 @@ def build_library(
     subblocks = build_library(run, parent, data, statistics, space) if coupled else None
     stage = run.open(LIBRARY, parent=parent, data=data, statistics=statistics, space=space.names, coupled=coupled)
     index_file = stage.path / "index.json"
-    if not (stage.done and _are_whole(run, read_parsed(index_file, LibraryIndex.from_json))):
+    if not (stage.done and are_whole(run, read_parsed(index_file, LibraryIndex.from_json))):
         identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
         for name in ("space", "coupled"):
             del identity["inputs"][name]
@@ -88,16 +86,6 @@ def build_library(
         stage.commit()
     known = statistics if run.recipe.space.importance else None
     return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json), known)
-
-
-def _are_whole(run: Run, index: LibraryIndex) -> bool:
-    """Whether all weights are there; a `PuzzleError` if some are not what was written."""
-    files = sorted({run.path / row.file for row in index.rows if row.file})
-    with remembered(run.path / "digests.json") as known:
-        for file in filter(Path.exists, files if run.leads else []):
-            if file_digest(file, known) != read_json(file.with_suffix(".json"))["weights"]:
-                raise lost(file)
-    return all(file.exists() for file in files)
 
 
 def student_plans(parent: Parent, space: Space, subblocks: Library | None, identity: Any) -> list[StudentPlan]:

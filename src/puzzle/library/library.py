@@ -19,7 +19,7 @@ from puzzle.library.rounding import decode, encode_state
 from puzzle.library.statistics import Statistics
 from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.parents import Parent
-from puzzle.runs import read_tensors
+from puzzle.runs import Run, file_digest, lost, read_json, read_tensors, remembered
 from puzzle.variants import BlockVariant, State, Subblock, Variant, parse_variant, split_state
 
 Names = tuple[str, ...]
@@ -121,6 +121,16 @@ def final_states(
             outputs = [modules.outputs(some, state_BTD).chunk(len(some)) for state_BTD in states.pop(begin)]
             states |= zip(ends, map(list, zip(*outputs, strict=True)), strict=True)
     return [states[names] for names in architectures]
+
+
+def are_whole(run: Run, index: LibraryIndex) -> bool:
+    """Whether all weights are there; a `PuzzleError` if some are not what was written."""
+    files = sorted({run.path / row.file for row in index.rows if row.file})
+    with remembered(run.path / "digests.json") as known:
+        for file in filter(Path.exists, files if run.leads else []):
+            if file_digest(file, known) != read_json(file.with_suffix(".json"))["weights"]:
+                raise lost(file)
+    return all(file.exists() for file in files)
 
 
 def nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:

@@ -348,13 +348,9 @@ def update_projections(
             moments = sums.pop(stack)
             each = zip(stack.students, moments["second_II"], moments["cross_DI"], moments["tokens"], strict=True)
             for student, second_II, cross_DI, tokens in each:
-                _set_optimum(projections[student], second_II / tokens, cross_DI / tokens)
-
-
-def _set_optimum(projection: nn.Linear, second_II: Tensor, cross_DI: Tensor) -> None:
-    weight_DI = projection.weight.double()
-    left_DI = cross_DI - weight_DI @ second_II
-    second_II.diagonal().add_(damping(second_II))
-    solved_DI = weight_DI + torch.linalg.solve(second_II, left_DI.T).T
-    if solved_DI.isfinite().all():
-        projection.weight.copy_(solved_DI)
+                weight_DI, mean_II = projections[student].weight.double(), second_II / tokens
+                left_DI = cross_DI / tokens - weight_DI @ mean_II
+                mean_II.diagonal().add_(damping(mean_II))
+                solved_DI = weight_DI + torch.linalg.solve(mean_II, left_DI.T).T
+                if solved_DI.isfinite().all():
+                    projections[student].weight.copy_(solved_DI)

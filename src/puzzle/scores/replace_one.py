@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,7 @@ def score(
             noise=read_json(stage.path / _NOISE) if (stage.path / _NOISE).exists() else 0.0,
         )
         if table.noise:
-            run.log(
-                f"score: a KL is known to {table.noise:.1e} nats, that of the parent to itself; less counts as equal"
-            )
+            run.log(f"score: a KL is known to {table.noise:.1e} nats, the parent's to itself; less counts as equal")
         write_text(table_file, table.to_json())
         stage.commit()
     return read_parsed(table_file, ScoreTable.from_json)
@@ -239,13 +237,14 @@ class SuffixScorer:
         batch_bytes = len(blocks) * self._batches[0].numel() * config.hidden_size * itemsize
         # Every layer is in memory, or is read again for each round of batches.
         at_once = 1 if stream.resident else max(1, states_room // batch_bytes)
+        sequences = max(1, tokens_at_once(self._model.device, config.hidden_size) // (self._batches[0].shape[1] - 1))
         ends = (self.scoring, modules.layer), (self.final, stream.num_layers)
         read = read_ahead(batches, lambda batch: [self._hidden(text, layer, batch) for text, layer in ends])
         while together := [*islice(read, at_once)]:
             states = [modules.outputs(blocks, hidden_BTD) for _, (hidden_BTD, _) in together]
             for layers in stream.walk(range(modules.layer + 1, stream.num_layers), states_room):
-                for state_BTD in states:
-                    self._through(layers, state_BTD)
+                for part_BTD in chain.from_iterable(state_BTD.split(sequences) for state_BTD in states):
+                    part_BTD.copy_(stream.forward(layers, part_BTD))
             parts += [
                 self._metrics(batch, final_BTD, state_BTD)
                 for (batch, (_, final_BTD)), state_BTD in zip(together, states, strict=True)
@@ -255,13 +254,6 @@ class SuffixScorer:
     def _hidden(self, text: str, layer: int, batch: int) -> Tensor:
         """What enters a layer, [B, T, D]."""
         return self._stream.inputs(layer, text, (batch, self._batches[batch][:, :-1]))
-
-    def _through(self, layers: range, hidden_BTD: Tensor) -> None:
-        """Overwrite the states by the outputs of the last of these layers, as many tokens at once as suit it."""
-        _, length, size = hidden_BTD.shape
-        sequences = max(1, tokens_at_once(hidden_BTD.device, size) // length)
-        for part_BTD in hidden_BTD.split(sequences):
-            part_BTD.copy_(self._stream.forward(layers, part_BTD))
 
     def _metrics(self, batch: int, final_BTD: Tensor, states_BTD: Tensor) -> Tensor:
         """Of candidates whose final states follow one another in [A * B, T, D], beside the parent's. [A, B, M]"""

@@ -23,9 +23,6 @@ from puzzle.parents import Parent
 from puzzle.runs import Run, digest, progress, read_json, write_json
 from puzzle.scores.replace_one import METRICS, per_sequence, variance_of_kl
 
-_AT_ONCE = 64
-"""Architectures between two writes of what is known."""
-
 
 @torch.no_grad()
 def true_scores(
@@ -52,7 +49,7 @@ def true_scores(
     # Half of the memory holds their states, entering a layer and leaving it.
     state_bytes = 2 * sequences[:, 1:].numel() * model.config.hidden_size * model.dtype.itemsize
     half_bytes = memory_bytes(run.device, run.recipe.execution.memory) // 2
-    at_once = min(_AT_ONCE, max(1, half_bytes // state_bytes))
+    at_once = min(64, max(1, half_bytes // state_bytes))  # after so many, what is known is written
     with progress("whole architectures", len(missing)) as bar:
         for start in range(0, len(missing), at_once):
             some = missing[start : start + at_once]

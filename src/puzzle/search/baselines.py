@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from puzzle.artefacts import Bounds, ScoreRow, Solution
+from puzzle.artefacts import Bounds, Solution
 from puzzle.errors import PuzzleError
 from puzzle.search.exact import beats, best, broken, evaluated
 from puzzle.search.tables import Tables
@@ -136,13 +136,10 @@ def _best_of(tables: Tables, architectures: Iterable[Sequence[str]]) -> Solution
 
 def _most(tables: Tables, worth: Sequence[float]) -> Solution | None:
     """The highest sum over layers of what each row of the score table is worth, within the same bounds on costs."""
-
-    def is_parents(row: ScoreRow) -> bool:
-        return row.block == tables.scores.parent_blocks[row.layer]
-
+    parents, every = tables.scores.parent_blocks, [*zip(tables.known_scores.rows, worth, strict=True)]
+    own = {row.layer: value for row, value in every if row.block == parents[row.layer]}
     # The parent's rows come first: its block is the first of its layer with a score of 0.
-    rows = sorted(zip(tables.known_scores.rows, worth, strict=True), key=lambda each: not is_parents(each[0]))
-    own = {row.layer: value for row, value in rows if is_parents(row)}
+    rows = sorted(every, key=lambda each: each[0].block != parents[each[0].layer])
     worths = tuple(replace(row, kl=own[row.layer] - value) for row, value in rows)
     scores = replace(tables.known_scores, rows=worths, noise=0.0)
     settings = tables.settings.model_copy(update={"score": "kl"})

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from decimal import ROUND_CEILING, ROUND_FLOOR
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from puzzle.search.constraints import check_asked
 from puzzle.search.exact import best
 from puzzle.search.tables import Demand, Objective, Tables
 from puzzle.units import Amount
-
-_DIVERSE_GAP = 1e-3
-"""Relative gap of diverse solutions: finer than the scores' own noise, and many times faster than a tighter one."""
 
 
 def solve(tables: Tables) -> Solution:
@@ -48,7 +45,8 @@ def pool(tables: Tables, count: int, differing: int) -> list[Solution]:
     if not 1 <= differing <= num_layers:
         raise PuzzleError(f"pool: found differing {differing}; it must be from 1 to the {num_layers} layers")
     found, find = [solve(tables)], partial(best, objective=objective, differing=differing)
-    gap = max(tables.settings.gap, _DIVERSE_GAP if differing > 1 else 0.0)
+    # Finer than the scores' own noise, and many times faster than a tighter gap.
+    gap = max(tables.settings.gap, 1e-3 if differing > 1 else 0.0)
     tables = replace(tables, settings=tables.settings.model_copy(update={"gap": gap}))
     with suppress(PuzzleError), progress("pool", count) as bar:  # an error: time was over
         while len(found) < count and (other := find(tables, others=[each.blocks for each in found])):
@@ -104,8 +102,7 @@ class _Ask(NamedTuple):
 
     @property
     def amount(self) -> Amount:
-        amount: Amount = getattr(self.demand.target, self.quantity.setting)
-        return amount
+        return cast(Amount, getattr(self.demand.target, self.quantity.setting))
 
     def __str__(self) -> str:
         absolute = self.quantity.setting_text(self.demand.asked[self.quantity.key])

@@ -28,9 +28,6 @@ MIN_IMPROVEMENT = 0.03
 """Share by which another architecture must be better than the search's own to take its place: documents differ by more
 than what is less, so that it is gone on other text (benchmarks/search_quality.md).
 """
-_SEARCHES = 4
-_CANDIDATES = 2
-"""Better architectures of the pool that are timed before the search's own is taken."""
 _RIGHT = 0.02
 """A prediction that is off by less counts as right."""
 
@@ -87,11 +84,9 @@ def correct(
     better = sorted((place for place, value in enumerate(values) if value < enough), key=lambda place: values[place])
     ranked = tuple(solutions[place] for place in [*better, 0])
     correction = Correction(evaluated=tuple(wholes), ranked=ranked)
-    told = (
-        f"correct: as a whole the search's architecture has a {tables.settings.score} of {values[0]:.4g}, the best of "
-    )
-    told += f"{len(values)} {min(values):.4g}"
-    run.log(told + ("" if better else f"; none is better by {MIN_IMPROVEMENT:.0%}, so it stays"))
+    told = f"correct: as a whole the search's architecture has a {tables.settings.score} of {values[0]:.4g}"
+    stays = "" if better else f"; none is better by {MIN_IMPROVEMENT:.0%}, so it stays"
+    run.log(f"{told}, the best of {len(values)} {min(values):.4g}{stays}")
     write_text(file, correction.to_json())
     folder.commit()
     return correction
@@ -115,15 +110,14 @@ class Met(NamedTuple):
 def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
     """Search, and again until the solution meets the target as far as can be measured, in all scenarios.
 
-    If no search gets there, the last solution stands, with a warning.
+    If four searches do not get there, the last solution stands, with a warning.
     """
     first, solution, met = tables, search(run, tables), None
     history: list[Timing] = []
-    for left in reversed(range(_SEARCHES)):
+    for left in reversed(range(4)):
         timings = _timings(run, parent, tables, solution)
         known = list(timings.values())
         history += [timings[0]] if 0 in timings else []
-        missing = max((timing.missing for timing in known), default=0.0)
         over = max((timing.utilisation - 1 for timing in known), default=0.0)
         short = any(timing.short for timing in known)
         errors = [(time.error, time.uncertainty) for timing in known for time in timing.times]
@@ -137,7 +131,8 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
         if left == 0 or (not short and (right or tight or tables is not first)):
             break
         # What a fit does not mend, more room does.
-        margin += missing if right or tables.costs is not first.costs else 0.0
+        if right or tables.costs is not first.costs:
+            margin += max(timing.missing for timing in known)
         changed = replace(tables, settings=tables.settings.model_copy(update={"margin": margin}))
         why = f"with a margin of {margin:.1%}"
         if not right:
@@ -163,8 +158,11 @@ def until_met(run: Run, parent: Parent, tables: Tables) -> Met:
 
 
 def first_met(run: Run, parent: Parent, tables: Tables, solutions: Sequence[Solution]) -> Solution:
-    """The first of the solutions that is not short of the target; the last one, timed before, if no other is not."""
-    for solution in solutions[:-1][:_CANDIDATES]:
+    """The first of the solutions that is not short of the target; the last one, timed before, if no other is not.
+
+    Two others are timed at most.
+    """
+    for solution in solutions[:-1][:2]:
         timings = _timings(run, parent, tables, solution)
         if not any(timing.short for timing in timings.values()):
             return solution

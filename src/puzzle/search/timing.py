@@ -90,18 +90,14 @@ class Timing:
     @property
     def times(self) -> list[Timed]:
         """Of the child, and of the reference if that has the same batch size."""
-        return [
-            Timed(
-                model,
-                quantity,
-                getattr(self.predicted[place].cost, quantity),
-                getattr(summarise(self.samples[place]), quantity),
-                2 * relative_standard_error([getattr(each, quantity) for each in self.samples[place]]),
-            )
-            for model, place in (("child", 1), ("parent", 0))
-            for quantity in TIMES
-            if self.predicted[place].batch_size == self.predicted[1].batch_size
-        ]
+        found = []
+        reference, child = zip(("parent", "child"), self.predicted, self.samples, strict=True)
+        for model, totals, samples in (child, reference):
+            for name in TIMES if totals.batch_size == self.predicted[1].batch_size else ():
+                predicted, measured = getattr(totals.cost, name), getattr(summarise(samples), name)
+                uncertainty = 2 * relative_standard_error([getattr(each, name) for each in samples])
+                found.append(Timed(model, name, predicted, measured, uncertainty))
+        return found
 
 
 def time_beside(
