@@ -33,22 +33,17 @@ def check_recipe(
         searched: whether the search is to be reached. timed: whether engines are to measure something;
         here: whether they would do so on this machine.
     """
-    longest = config.max_position_embeddings
-    if recipe.data.sequence_length > longest:
-        raise PuzzleError(
-            f"data.sequence_length: found {recipe.data.sequence_length}; the parent reads at most {longest} tokens"
-        )
+    longest, length = config.max_position_embeddings, recipe.data.sequence_length
+    most = f"the parent reads at most {longest} tokens"
+    if length > longest:
+        raise PuzzleError(f"data.sequence_length: found {length}; {most}")
     for path, scenario, _ in recipe.served:
         if (tokens := scenario.prompt_tokens + scenario.generated_tokens) > longest:
-            raise PuzzleError(
-                f"{path}scenario: found {tokens} prompt_tokens and generated_tokens together; the parent reads at most "
-                f"{longest} tokens"
-            )
+            raise PuzzleError(f"{path}scenario: found {tokens} prompt_tokens and generated_tokens together; {most}")
     if recipe.space.types or recipe.space.outer:
         if others := {scenario.engine for _, scenario, _ in recipe.served} - {"llama.cpp"}:
-            raise PuzzleError(
-                f"space.types: found engine {min(others)}, which has none; set scenario.engine: llama.cpp"
-            )
+            found = f"found engine {min(others)}, which has none"
+            raise PuzzleError(f"space.types: {found}; set scenario.engine: llama.cpp")
         if recipe.library.coupled:
             raise PuzzleError("library.coupled: found with space.types, whose twins are of subblocks; leave one out")
         if any(plain.factor != 1 for plain in plain_tensors(empty_model(config)).values()):
@@ -62,9 +57,8 @@ def check_recipe(
         free = not (recipe.search.fix or recipe.search.forbid or recipe.search.equal)
         if recipe.search.objective == "score" and free and all(_met(config, *each[1:]) for each in recipe.served):
             bounds = ", ".join(f"{name} {bound.text}" for name, bound in recipe.target if bound is not None)
-            raise PuzzleError(
-                f"target: the parent itself meets it ({bounds}); ask for more, such as `throughput: 2x`, `memory: 70%`"
-            )
+            more = "ask for more, such as `throughput: 2x`, `memory: 70%`"
+            raise PuzzleError(f"target: the parent itself meets it ({bounds}); {more}")
     for path, scenario, _ in recipe.served if here else ():
         totals = parent_totals(config, scenario, max(scenario.batch_sizes))
         cache = totals.batch_size * totals.cost.kv_bytes_per_sequence * (2 + COPIES) / config.num_layers

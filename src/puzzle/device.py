@@ -8,6 +8,7 @@ import functools
 import gc
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -21,18 +22,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from puzzle.errors import PuzzleError
+from puzzle.errors import PuzzleError, one_line
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.staging import DefaultStager
-
-_GPU_SHARE, _CPU_SHARE = 0.8, 0.5
-"""Of free memory, for weights and training states. A GPU is ours alone: what is left over holds a batch's activations
-(5 GB for 16k tokens in an FFN of 14336 channels) and fragments. A computer runs other programs and caches files."""
-_CAPTURE_WARM_UPS = 3
-_MAX_STEPS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS = 16, 10.0
-"""A training asks the device for numbers this rarely, as each time the device runs out of work; but often enough that
-being asked to stop is noticed."""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -47,8 +40,8 @@ def choose_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PuzzleError(f"execution.device: found {wanted!r}, which torch cannot use here ({reason})") from None
+        found = f"{wanted!r}, which torch cannot use here ({one_line(error)})"
+        raise PuzzleError(f"execution.device: found {found}") from None
     return device
 
 
@@ -62,13 +55,12 @@ def device_name(device: torch.device) -> str:
     if is_gpu(device):
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"^model name\s*:\s*(.*\S)", cpu_info.read_text("utf-8"), re.M) if cpu_info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Matrix products in bfloat16 if that is the precision asked for; weights and moments stay float32."""
+    """Matrix products in bfloat16 if that is the precision; else, also inside another `autocast`, as factors are."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
@@ -91,11 +83,6 @@ def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
         return (fused() if is_gpu(tensors[0].device) else function)(*tensors)
 
     return call
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """Products in the dtype of what is multiplied, inside `autocast`."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def float32_operand(weight_VD: torch.Tensor) -> torch.Tensor:
@@ -162,7 +149,11 @@ def claim_gpu(device: torch.device, number: int) -> None:
 
 
 def memory_bytes(device: torch.device, allowed: int | None = None) -> int:
-    """`allowed`, which is `execution.memory`; else 80 % of a GPU's free memory, or half of the computer's."""
+    """For weights and training states: `execution.memory`; else 80 % of a GPU's free memory, or half of the computer's.
+
+    A GPU is ours alone: what is left over holds a batch's activations (5 GB for 16k tokens in an FFN of 14336 channels)
+    and fragments. A computer runs other programs and caches files.
+    """
     if allowed is not None:
         return allowed
     if not is_gpu(device):
@@ -171,9 +162,9 @@ def memory_bytes(device: torch.device, allowed: int | None = None) -> int:
             available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
         except (OSError, StopIteration):  # on other systems all there is
             available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(_CPU_SHARE * available)
+        return int(0.5 * available)
     kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(_GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + kept_by_torch))
+    return int(0.8 * (torch.cuda.mem_get_info(device)[0] + kept_by_torch))
 
 
 def disk_bytes(folder: Path, allowed: int | None = None) -> int:
@@ -232,7 +223,7 @@ def replays_ms(device: torch.device, work: Callable[[], object], repeats: int) -
     main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(main)
     with torch.cuda.stream(side):  # libraries make their workspaces, and choose their kernels
-        for _ in range(_CAPTURE_WARM_UPS):
+        for _ in range(3):
             work()
     main.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -272,5 +263,8 @@ def logits_at_once(device: torch.device) -> int:
 
 
 def steps_between_looks(step_seconds: float) -> int:
-    """Training steps until the next look at losses and at whether to save or stop, which waits for the device."""
-    return max(1, min(_MAX_STEPS_BETWEEN_LOOKS, int(_SECONDS_BETWEEN_LOOKS / max(step_seconds, 1e-9))))
+    """Training steps, for 10 seconds and at most 16, until the next look at losses and at whether to save or stop.
+
+    Each makes the device run out of work.
+    """
+    return max(1, min(16, int(10.0 / max(step_seconds, 1e-9))))

@@ -87,9 +87,8 @@ def bench(checkpoints: Sequence[Path], assignments: Sequence[str]) -> Iterator[s
     """How fast checkpoints are in a scenario of these settings (`engine=vllm`), a line for each and batch size."""
     given = parse_overrides(list(assignments), example="engine=vllm")
     settings = validate(ScenarioSettings, {key.removeprefix("scenario."): given[key] for key in given}, "scenario")
-    for path in checkpoints:
-        if is_run_folder(path):
-            raise PuzzleError(f"{path} is a run folder; give its child, {path / 'child'}")
+    if runs := [path for path in checkpoints if is_run_folder(path)]:
+        raise PuzzleError(f"{runs[0]} is a run folder; give its child, {runs[0] / 'child'}")
     device = choose_device("auto")
     scenario = scenario_of(settings.resolved(fast_dtype(device)), device)
     models = {path: open_parent(str(path)).path for path in checkpoints}

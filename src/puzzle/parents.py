@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, dot_natural_key
+from transformers.modeling_utils import local_torch_dtype
 
 from puzzle.engines.environments import cache_folder
 from puzzle.errors import PuzzleError, one_line
@@ -34,27 +35,18 @@ if TYPE_CHECKING:
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "LICENSE*", "NOTICE*", "README.md"]
 _NO_REASON = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"\.masked_bias$", r"attn\.bias$")
 """Buffers that old versions stored, and that say nothing of the model."""
-_ELSE_THERE = (
-    (r"adapter_(config|model).*", "an adapter without its model ({}); merge it into that, and give the result"),
-    (r"model\.safetensors(\.index\.json)?", "weights alone ({}); get the whole checkpoint"),
-    (
-        r"model-\d+-of-\d+\.safetensors",
-        "shards, but no model.safetensors.index.json, which says what is in them; copy it",
-    ),
-    (r".*\.safetensors", "weights of another name ({}); convert them with transformers"),
-    (
-        r"(?!training_args|optimizer|scheduler|scaler|rng_state).*\.(bin|pt|pth|ckpt)",
-        "pickled weights ({}), which are not read; convert them to safetensors",
-    ),
-    (r".*\.gguf", "a GGUF file; give that, {}"),
-    (r".*\.(h5|msgpack|onnx)", "weights of another framework ({}); convert them to safetensors"),
-    (r".+/config\.json", "a checkpoint in a folder of its own; give that ({})"),
-)
+_PICKLED = r"(?!training_args|optimizer|scheduler|scaler|rng_state).*\.(bin|pt|pth|ckpt)"
+_ELSE_THERE = {
+    r"adapter_(config|model).*": "an adapter without its model ({}); merge it into that, and give the result",
+    r"model\.safetensors(\.index\.json)?": "weights alone ({}); get the whole checkpoint",
+    r"model-\d+-of-\d+\.safetensors": "shards, but no model.safetensors.index.json, which says what they hold; copy it",
+    r".*\.safetensors": "weights of another name ({}); convert them with transformers",
+    _PICKLED: "pickled weights ({}), which are not read; convert them to safetensors",
+    r".*\.gguf": "a GGUF file; give that, {}",
+    r".*\.(h5|msgpack|onnx)": "weights of another framework ({}); convert them to safetensors",
+    r".+/config\.json": "a checkpoint in a folder of its own; give that ({})",
+}
 """What stands where a checkpoint's files do not, and what to do."""
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""llama.cpp's names for what splits digits first, and then as GPT-2 does."""
-_DTYPES = ("F64", "F32", "F16", "BF16")
-"""As safetensors names them; anything else is quantised, and its scales would be lost."""
 
 
 class Entry(NamedTuple):
@@ -85,7 +77,7 @@ class Checkpoint:
         if missing := [each for some in parts for each in some if each not in self.entries]:
             raise PuzzleError(f"parent: {self.path} lacks the tensor {missing[0]}; get the whole checkpoint")
         entry = self.entries[parts[0][0]]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in ("F64", "F32", "F16", "BF16"):  # else it has scales, which would be lost
             raise PuzzleError(f"parent: {name} is stored as {entry.dtype}; get a checkpoint that is not quantised")
         found = entry.shape
         if name in self.stacked:
@@ -95,12 +87,9 @@ class Checkpoint:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
-
-        def file_of(name: str) -> Path:
-            return self.entries[name].file
-
         wanted = list(names)
-        for file, some in groupby(sorted((name for name in wanted if name in self.entries), key=file_of), file_of):
+        file_of = {name: self.entries[name].file for name in wanted if name in self.entries}
+        for file, some in groupby(sorted(file_of, key=file_of.__getitem__), file_of.__getitem__):
             with safe_open(file, framework="pt") as handle:
                 for name in some:
                     tensor = handle.get_tensor(self.entries[name].stored)
@@ -113,12 +102,8 @@ class Checkpoint:
             stacks = [torch.stack([experts[each] for each in some]) for some in self.stacked[name]]
             yield name, torch.cat(stacks, dim=1)
 
-    def named_as(self, model_type: str, text_model: bool = False) -> "Checkpoint":
-        """The same by the names that a family's model has, which may not be those that it is stored under.
-
-        Args:
-            text_model: whether it is the text part of a model that also sees.
-        """
+    def named_as(self, model_type: str, text_model: bool) -> "Checkpoint":
+        """The same by the names in a family's model; `text_model`: as the text part of a model that also sees."""
         transforms = get_checkpoint_conversion_mapping(model_type) or []
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
@@ -126,9 +111,10 @@ class Checkpoint:
         stacked: dict[str, dict[str, list[str]]] = {}
         base = "" if any(name.startswith("model.") for name in self.entries) else "model."  # saved by the base class
         for stored in sorted(self.entries, key=dot_natural_key):
-            name = re.sub(r"^(model\.)?language_model\.(?=lm_head)", "", stored) if text_model else stored
-            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name) if text_model else name
-            name = name if name.startswith("lm_head.") else base + name if not text_model else name
+            name = stored if text_model or stored.startswith("lm_head.") else base + stored
+            if text_model:
+                name = re.sub(r"^(model\.)?language_model\.(?=lm_head)", "", name)
+                name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name)
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
             entries[name] = self.entries[stored]
@@ -138,12 +124,6 @@ class Checkpoint:
                     patterns = stacked.setdefault(target, {each: [] for each in converter.source_patterns})
                     patterns[pattern].append(name)
         return Checkpoint(self.path, entries, {name: [*patterns.values()] for name, patterns in stacked.items()})
-
-    def address(self, digests: Path | None) -> str:
-        """Hash of the configuration and the weights; the file `digests` remembers those of files."""
-        with remembered(digests) as known:
-            files = sorted({entry.file for entry in self.entries.values()})
-            return digest([file_digest(file, known) for file in (self.path / "config.json", *files)])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -181,7 +161,7 @@ def _lies_there(path: Path) -> str:
     for name in found:
         if not (path / name).exists():
             return f"holds {name}, a link to nothing; get it again"
-    for pattern, what in _ELSE_THERE:
+    for pattern, what in _ELSE_THERE.items():
         if names := [name for name in found if re.fullmatch(pattern, name)]:
             return f"holds {what.format(names[0])}"
     return "holds no weights; get the whole checkpoint, online if it is a hub's"
@@ -257,12 +237,8 @@ class Parent:
     @cached_property
     def _float32(self) -> set[str]:
         """Tensors that the family keeps in float32 in models of half precision, such as a router's."""
-        default = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(torch.bfloat16)
+        with local_torch_dtype(torch.bfloat16):
             model = empty_model(self.config)
-        finally:
-            torch.set_default_dtype(default)
         strict = model.family._keep_in_fp32_modules_strict or ()
         tensors = stored_tensors(model).items()
         return {name for name, each in tensors if each.dtype == torch.float32 or any(part in name for part in strict)}
@@ -293,7 +269,11 @@ def open_parent(source: str, digests: Path | None = None, address: str | None = 
     checkpoint = open_checkpoint(path)
     config, named = _read_config(path, checkpoint)
     assert named is not None
-    return Parent(path, config, named, address or checkpoint.address(digests))
+    if address is None:
+        files = sorted({entry.file for entry in checkpoint.entries.values()})
+        with remembered(digests) as known:
+            address = digest([file_digest(file, known) for file in (path / "config.json", *files)])
+    return Parent(path, config, named, address)
 
 
 def read_config(source: str) -> PuzzleConfig:
@@ -302,9 +282,7 @@ def read_config(source: str) -> PuzzleConfig:
 
 
 def _locate(source: str, wanted: list[str]) -> Path:
-    """A folder, that of a GGUF file as it was read, or that of a hub's snapshot with the wanted files; it has a
-    `model_type`.
-    """
+    """A folder with a `model_type`: as given, as a GGUF file was read, or of a hub's snapshot of the wanted files."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         path = _from_gguf(path)
@@ -317,8 +295,8 @@ def _locate(source: str, wanted: list[str]) -> Path:
         try:
             path = Path(snapshot_download(source, allow_patterns=wanted))
         except Exception as error:  # whatever the hub client raises, the reader needs one line
-            reason = f"neither a folder nor a model that the hub gives ({one_line(error)})"
-            raise PuzzleError(f"parent: {source} is {reason}") from None
+            found = f"{source} is neither a folder nor a model that the hub gives ({one_line(error)})"
+            raise PuzzleError(f"parent: {found}") from None
     try:
         config = parse_json((path / "config.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -358,13 +336,12 @@ def _from_gguf(file: Path) -> Path:
             model = AutoModelForCausalLM.from_config(config)
         options = {"model_to_load": model, "torch_dtype": getattr(torch, dtype)}
         tensors = load_gguf_checkpoint(str(file), return_tensors=True, **options)["tensors"]
-        lost = [each for each in reader.fields if ".rope.scaling." in each]
-        lost += [each.name for each in reader.tensors if each.name.startswith("rope_")]
-        if lost:
+        names = [*reader.fields, *(tensor.name for tensor in reader.tensors)]
+        if lost := [name for name in names if ".rope.scaling." in name or name.startswith("rope_")]:
             raise ValueError(f"it leaves out {lost[0]}")
         facts = {name: field.contents() for name, field in reader.fields.items() if len(field.data) == 1}
         split = facts.get("tokenizer.ggml.pre")
-        if split in _SINGLE_DIGITS:
+        if split in {"smollm", "starcoder", "refact", "command-r", "codeshell"}:  # single digits, then as GPT-2 does
             steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         elif facts["tokenizer.ggml.model"] == "gpt2" and split not in {"gpt-2", "phi-2", *GGUF_PRE_TOKENIZER_SPLITS}:
@@ -383,9 +360,7 @@ def _from_gguf(file: Path) -> Path:
 
 
 def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfig, Checkpoint | None]:
-    """The configuration as a Puzzle model's, after every tensor that it asks for was found in the checkpoint; and that
-    by the names of the model.
-    """
+    """The configuration as a Puzzle model's; and by the names of that, the checkpoint, in which all of it was found."""
     file, text_model = path / "config.json", False
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -433,9 +408,8 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
         if more:
             raise PuzzleError(f"parent: {path} {found}; correct config.json, or get the checkpoint that belongs to it")
     if adapters := sorted(file.name for file in path.glob("adapter_*")):
-        raise PuzzleError(
-            f"parent: {path} holds an adapter beside the weights ({adapters[0]}); merge it, or take it away"
-        )
+        found = f"{path} holds an adapter beside the weights ({adapters[0]})"
+        raise PuzzleError(f"parent: {found}; merge it, or take it away")
     return config, checkpoint
 
 

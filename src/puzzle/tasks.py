@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 _HEADLINES = ("acc_norm", "acc", "exact_match")
 """Of a task's metrics, the one that stands for it; without these, its first."""
-_BOOTSTRAPS = 1000
-"""Resamples for standard errors that have no formula, such as perplexity's; those of means have one."""
-_SEED = 1234
-"""Of examples in prompts, as lm-eval's own command has it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +59,8 @@ def check_tasks(entries: Sequence[str]) -> list[tuple["TaskManager", Path | None
         files = {name: each.yaml_path for name, each in manager.task_index.items()}
         names = [name for name, file in files.items() if file and path in (file, file.parent)] if folder else [entry]
         if not names or names[0] not in files:
-            known = "give a name that `lm-eval ls tasks` lists, a yaml file of your own, or a folder of them"
-            raise PuzzleError(f"evaluate.tasks: found {entry}, which is no task; {known}")
+            give = "give a name that `lm-eval ls tasks` lists, a yaml file of your own, or a folder of them"
+            raise PuzzleError(f"evaluate.tasks: found {entry}, which is no task; {give}")
         found += [(manager, folder, name) for name in names]
     return found
 
@@ -79,8 +75,7 @@ def _manager(folder: Path | None) -> "TaskManager":
     return TaskManager(include_path=folder, include_defaults=folder is None)
 
 
-_lm_evals_own = cache(partial(_manager, None))
-"""To find them takes seconds."""
+_lm_evals_own = cache(partial(_manager, None))  # to find them takes seconds
 
 
 def load_tasks(entries: Sequence[str]) -> list[Task]:
@@ -92,7 +87,7 @@ def load_tasks(entries: Sequence[str]) -> list[Task]:
                 loaded: dict[str, Any] = dict(manager.load([name]))
             asked = {}
             for leaf, task in loaded["tasks"].items():
-                task.set_fewshot_seed(_SEED)
+                task.set_fewshot_seed(1234)  # as lm-eval's own command has it
                 config = task.dump_config()
                 (config.get("metadata") or {}).pop("config_source", None)  # where its file lies
                 asked[leaf] = [config, *task.eval_docs]
@@ -145,7 +140,8 @@ def _asked(lm: "HFLM", task: Task, label: str, requests: Path) -> dict[str, Task
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, kind, partial(shown, kind))
     kept.PATH = str(requests)
-    results = evaluate(lm, task.loaded, cache_requests=True, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
+    # Resamples are for standard errors that have no formula, such as perplexity's.
+    results = evaluate(lm, task.loaded, cache_requests=True, bootstrap_iters=1000, log_samples=False)
     names = [task.name] if task.name in results.get("groups", {}) else task.loaded["tasks"]
     return {name: _score(results, name, task.loaded) for name in names}
 
@@ -160,9 +156,9 @@ def _score(results: dict[str, Any], name: str, loaded: dict[str, Any]) -> TaskSc
             label = metric if how == "none" else f"{metric}, {how}"
             metrics[label] = float(row[key]), None if isinstance(error, str) else error
     headline = next((metric for metric in _HEADLINES if metric in metrics), next(iter(metrics)))
-    leaves = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
     chance = None
     if results["higher_is_better"][name].get(headline.partition(",")[0]):
+        leaves = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
         chosen = (task for task in leaves if task.OUTPUT_TYPE == "multiple_choice" and headline.startswith("acc"))
         guessed = fsum(1 / len(task.doc_to_choice(doc)) for task in chosen for doc in task.eval_docs)
         chance = guessed / row["sample_len"]

@@ -35,7 +35,6 @@ class Engine(ABC):
     slow_start: ClassVar[bool] = False
     """Whether loading a model takes far longer than timing it: then all its rounds are measured in one start, and
     otherwise one at a time, in turns with other models."""
-
     beyond_window: ClassVar[int] = 0
     """Of how many tokens more than its window, less the next token, it caches a layer's keys and values."""
 

@@ -51,10 +51,8 @@ class RooflineEngine(Engine):
         super().__init__(scenario)
         self._machine, self._devices = read_machine(scenario.device)
         self._dtype: torch.dtype = getattr(torch, scenario.dtype)
-        if scenario.dtype not in self._machine.peak_tflops:
-            raise PuzzleError(
-                f"scenario.dtype: found {scenario.dtype}; use one of {', '.join(self._machine.peak_tflops)}"
-            )
+        if scenario.dtype not in (known := self._machine.peak_tflops):
+            raise PuzzleError(f"scenario.dtype: found {scenario.dtype}; use one of {', '.join(known)}")
 
     @cached_property
     def environment(self) -> Mapping[str, str]:
@@ -102,9 +100,8 @@ def read_machine(name: str, setting: str = "scenario.machine") -> tuple[Machine,
         (sheet,) = [known[machine]] if machine in known else parse_yaml(read_given(Path(machine))).values()
         return Machine.model_validate(sheet), int(count or 1)
     except OSError:
-        raise PuzzleError(
-            f"{setting}: {name!r} is neither one of {', '.join(known)} nor a file; so many of one are 8xh100-sxm"
-        ) from None
+        found = f"{name!r} is neither one of {', '.join(known)} nor a file"
+        raise PuzzleError(f"{setting}: {found}; so many of one are 8xh100-sxm") from None
     except ValidationError as error:
         raise PuzzleError(f"{setting}: {machine}: {explain(error, Machine)}") from None
     except (AttributeError, ValueError) as error:

@@ -39,8 +39,6 @@ from puzzle.variants import Architecture, Space
 
 _PRECISION = 0.03
 """All stacks are measured again while the typical relative standard error of their request times is larger."""
-_OFF = 0.05
-"""Kept measurements are not used where the pads' request time differs by more, and by more than two standard errors."""
 
 
 def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSettings | None = None) -> CostTable:
@@ -57,11 +55,9 @@ def measure_costs(run: Run, parent: Parent, space: Space, settings: ScenarioSett
     if stage.done:
         table = read_parsed(file, CostTable.from_json)
         with suppress(PuzzleError):  # of an engine that is not installed here
-            if others := {
-                name: value for name, value in table.environment.items() if engine.environment[name] != value
-            }:
+            if others := [name for name, value in table.environment.items() if engine.environment[name] != value]:
                 here = ", ".join(f"{name} {engine.environment[name]}" for name in others)
-                then = ", ".join(f"{name} {value}" for name, value in others.items())
+                then = ", ".join(f"{name} {table.environment[name]}" for name in others)
                 run.log(f"costs: as measured with {then}; here are {here}; --remeasure measures again")
         return table
     environment = dict(engine.environment)
@@ -115,16 +111,14 @@ def _measure(
 ) -> Samples:
     """`cost.repeats` rounds of every stack, up to `MOST` times as many where times scatter.
 
-    Measurements that are kept in `folder` are taken, the others measured in turns.
+    Measurements that are kept in `folder` are taken if the pads still take as long, the others measured in turns.
     """
     scenario, rounds = engine.scenario, run.recipe.cost.repeats
     samples: Samples = {(name, batch_size): [] for batch_size in batch_sizes for name in stacks}
-    setting = [asdict(scenario), dict(engine.environment)]
-    files = {
-        (name, size): folder / f"{digest([*setting, _shapes(stacks[name]), size])}.json"
-        for name, size in samples
-        if name != PADS
-    }
+    setting, unshaped = [asdict(scenario), dict(engine.environment)], {"_name_or_path": "", "transformers_version": ""}
+    shapes = {name: digest(config.to_dict() | unshaped) for name, config in stacks.items()}
+    digests = {(name, size): digest([*setting, shapes[name], size]) for name, size in samples if name != PADS}
+    files = {task: folder / f"{name}.json" for task, name in digests.items()}
 
     def keep(task: Task) -> None:
         """With the request time of the pads: if they take as long in another run, so does the stack."""
@@ -139,14 +133,13 @@ def _measure(
         return statistics.median(map(relative_standard_error, times_ms))
 
     for batch_size in batch_sizes:
-        kept = {task: read_json(file) for task, file in files.items() if task[1] == batch_size and file.exists()}
-        kept = {} if run.remeasure else kept
-        if not kept:
+        there = [task for task in files if task[1] == batch_size and files[task].exists() and not run.remeasure]
+        if not (kept := {task: read_json(files[task]) for task in there}):
             continue
         pads: Samples = {(PADS, batch_size): samples[PADS, batch_size]}
         measure_in_turns(engine, stacks, pads, rounds, lambda: True, "costs of the pads")
         now_ms = requests_ms(samples[PADS, batch_size], scenario)
-        allowed = max(_OFF, 2 * relative_standard_error(now_ms))
+        allowed = max(0.05, 2 * relative_standard_error(now_ms))
         changes = {task: typical(now_ms) / each["pads_ms"] - 1 for task, each in kept.items()}
         used = [task for task, change in changes.items() if abs(change) <= allowed]
         for task in used:
@@ -162,8 +155,3 @@ def _measure(
             "or raise cost.repeats and set cost.reuse: false if predictions are to be exact"
         )
     return samples
-
-
-def _shapes(config: PuzzleConfig) -> str:
-    """The digest of a configuration without what says nothing of shapes."""
-    return digest(config.to_dict() | {"_name_or_path": "", "transformers_version": ""})

@@ -26,23 +26,20 @@ COPIES = 6
 """Of the measured subblock: the stack is as deep as a small model, and the copies take most of its time."""
 EMPTY_LAYERS = 64
 """An empty layer takes microseconds. vLLM refuses a model of nothing else, so these too are between pads."""
-
 PADS, _EMPTY_LAYERS, _WHOLE, _LAST = "pads", "empty layers", "whole blocks", "no last ffn"
 
-Stack = tuple[BlockVariant, ...]
 
-
-def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, Stack]:
+def stacks_of(space: Space, config: PuzzleConfig) -> dict[str, tuple[BlockVariant, ...]]:
     """What is measured for a space, by name; once for each shape."""
     pad, empty = _pad(space, config), BlockVariant.parse("none+none")
-    stacks: dict[str, Stack] = {
+    alone = {_name(each): replace(empty, **{each.subblock: each}) for each in space.variants if not each.absent}
+    return {
         PADS: (pad, pad),
         _EMPTY_LAYERS: (pad, *[empty] * EMPTY_LAYERS, pad),
         _WHOLE: (pad, *[pad] * COPIES, pad),
         _LAST: (pad, replace(empty, attention=pad.attention)),
+        **{name: (pad, *[block] * COPIES, pad) for name, block in alone.items()},
     }
-    alone = {_name(each): replace(empty, **{each.subblock: each}) for each in space.variants if not each.absent}
-    return stacks | {name: (pad, *[block] * COPIES, pad) for name, block in alone.items()}
 
 
 def cost_rows(
@@ -67,20 +64,16 @@ def cost_rows(
         return CostRow(layer=layer, part=part, variant=variant, batch_size=batch_size, **costs)
 
     if not decode_ms["fixed"]:
-        own, head = (sizes[each] for each in _pad(space, config).subblocks), config.vocab_size * config.hidden_size
-        read = 2 * sum(each.weight_bytes + batch_size * each.kv_bytes_per_sequence for each in own)
-        share = head * dtype.itemsize / (head * dtype.itemsize + read)
-        decode_ms["fixed"] = share * typical([each.decode_ms for each in samples[PADS]])
-        found = (
-            f"costs: at batch {batch_size} a decode step without layers is lost in noise and taken as the head's share"
-        )
-        warn(f"{found}, {decode_ms['fixed']:.3g} ms; children of few layers may be slower than predicted")
+        own, head = _pad(space, config).subblocks, config.vocab_size * config.hidden_size * dtype.itemsize
+        read = 2 * sum(sizes[each].weight_bytes + batch_size * sizes[each].kv_bytes_per_sequence for each in own)
+        decode_ms["fixed"] = head / (head + read) * typical([each.decode_ms for each in samples[PADS]])
+        found = f"at batch {batch_size} a decode step without layers is lost in noise and taken as the head's share"
+        warn(f"costs: {found}, {decode_ms['fixed']:.3g} ms; children of few layers may be slower than predicted")
     yield row(-1, "fixed", "", fixed_memory(config, dtype), "fixed")
     for index, layer in enumerate(space.layers):
         for variant in layer.variants:
-            last = variant.subblock == "ffn" and index == len(space.layers) - 1
-            timed_as = f"last {_name(variant)}" if last else _name(variant)
-            yield row(index, variant.subblock, variant.name, sizes[variant], timed_as)
+            last = "last " if variant.subblock == "ffn" and index == len(space.layers) - 1 else ""
+            yield row(index, variant.subblock, variant.name, sizes[variant], last + _name(variant))
 
 
 def _part_times(space: Space, config: PuzzleConfig, rounds_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -119,20 +112,18 @@ def subblock_memory(
 def parent_totals(config: PuzzleConfig, settings: ScenarioSettings, batch_size: int) -> Totals:
     """What is known of the parent itself from its shapes: all but times. For `auto` its own dtype is taken."""
     dtype = settings.dtype if settings.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
-    tokens, own = settings.prompt_tokens + settings.generated_tokens, Architecture.of(config).blocks
-    variants = (variant for block in own for variant in block.subblocks)
-    sizes = (subblock_memory(variant, config, getattr(torch, dtype), tokens) for variant in variants)
-    cost = sum(sizes, fixed_memory(config, getattr(torch, dtype)))
+    held, tokens = getattr(torch, dtype), settings.prompt_tokens + settings.generated_tokens
+    variants = (variant for block in Architecture.of(config).blocks for variant in block.subblocks)
+    cost = sum((subblock_memory(variant, config, held, tokens) for variant in variants), fixed_memory(config, held))
     return Totals(batch_size=batch_size, generated_tokens=settings.generated_tokens, cost=cost)
 
 
 def fixed_memory(config: PuzzleConfig, dtype: torch.dtype) -> Cost:
     """What every child has: embeddings, final norm and head, a tied head counted once."""
-    parameters = empty_model(config).named_parameters()
+    parameters, outer = empty_model(config).named_parameters(), getattr(config, "outer_type", "")
     shapes = [parameter.shape for name, parameter in parameters if not name.startswith("model.layers.")]
-    params, outer = sum(shape.numel() for shape in shapes), getattr(config, "outer_type", "")
     sizes = (type_bytes(shape, outer) if outer else shape.numel() * dtype.itemsize for shape in shapes)
-    return Cost(params=params, weight_bytes=sum(sizes))
+    return Cost(params=sum(shape.numel() for shape in shapes), weight_bytes=sum(sizes))
 
 
 def _pad(space: Space, config: PuzzleConfig) -> BlockVariant:

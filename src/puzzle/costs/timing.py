@@ -18,12 +18,8 @@ ENGINES: dict[str, Callable[[Scenario], Engine]] = {
     "llama.cpp": LlamaCppEngine,
     "roofline": RooflineEngine,
 }
-"""By `scenario.engine`."""
 MOST = 4
 """Times as many rounds as asked for are measured at most."""
-_PRECISION = 0.015
-"""Relative standard error of a ratio of request times that is good enough."""
-
 Task = tuple[str, int]
 """A model's name and a batch size."""
 Samples = dict[Task, list[Sample]]
@@ -45,7 +41,7 @@ def time_models(
 
     def sure() -> bool:
         measured = list(samples.values())
-        return enough(measured) if enough else ratio_standard_error(measured, scenario) <= _PRECISION
+        return enough(measured) if enough else ratio_standard_error(measured, scenario) <= 0.015
 
     engine = ENGINES[scenario.engine](scenario)
     with engine.conditions():

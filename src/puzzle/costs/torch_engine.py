@@ -31,8 +31,6 @@ WARM_UP_STEPS = 4
 """The first steps after a prefill are slower, until the heap has room for the growing cache."""
 DECODE_STEPS = 16
 _REPLAYS = 30
-_ALIGNMENT = 64
-"""Elements; torch's own allocations start at cache lines, and so shall the pool's parts."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # from malloc.h
 MEMORY_KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 """Environment variables that let glibc keep freed memory in a process that is to be started."""
@@ -91,7 +89,8 @@ class TorchEngine(Engine):
         """A model with random weights out of a pool, so that the next one costs neither memory nor time."""
         model = empty_model(config)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        sizes = [-(-shape.numel() // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
+        # Parts of the pool start at cache lines, as torch's own allocations do.
+        sizes = [-(-shape.numel() // 64) * 64 for shape in shapes.values()]
         if sum(sizes) > len(self._pool):
             self._pool = torch.empty(sum(sizes), dtype=self._dtype, device=self.device).normal_(std=0.02)
         parts = zip(shapes.items(), self._pool[: sum(sizes)].split(sizes), strict=True)
@@ -161,8 +160,6 @@ def time_model(model: PuzzleForCausalLM, scenario: Scenario, batch_size: int) ->
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        raise PuzzleError(
-            f"scenario.batch_sizes: {batch_size} x {scenario.total_tokens} tokens do not fit into the memory of "
-            f"{device_name(device)}; use smaller batch sizes or shorter texts"
-        ) from None
+        found = f"{batch_size} x {scenario.total_tokens} tokens do not fit into the memory of {device_name(device)}"
+        raise PuzzleError(f"scenario.batch_sizes: {found}; use smaller batch sizes or shorter texts") from None
     return Sample(prefill_ms, statistics.median(steps_ms[WARM_UP_STEPS:]))

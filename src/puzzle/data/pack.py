@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -141,19 +142,14 @@ def _render(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _encode(
-    texts: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", vocab_size: int, special: bool
+    texts: Sequence[tuple[str, bool]], tokenizer: "PreTrainedTokenizerBase", vocab_size: int, special_tokens: bool
 ) -> list[NDArray[np.uint32]]:
-    """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it.
-
-    Args:
-        special: whether special tokens written in plain text are these tokens, as they are in a chat template's.
-    """
+    """Each text's tokens with EOS at the end; BOS only where the tokenizer, or the chat template, puts it."""
     encoded: list[list[int]] = []
+    tokenize = partial(tokenizer, return_attention_mask=False, verbose=False)
     for is_chat, same in groupby(texts, itemgetter(1)):
-        options = {"add_special_tokens": not is_chat, "split_special_tokens": not (is_chat or special)}
-        encoded += tokenizer([text for text, _ in same], **options, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        options = {"add_special_tokens": not is_chat, "split_special_tokens": not (is_chat or special_tokens)}
+        encoded += tokenize([text for text, _ in same], **options)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
     found = [ids if ids[-1:] == [eos] else [*ids, eos] for ids in encoded]

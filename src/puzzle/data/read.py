@@ -24,7 +24,6 @@ _TEXT = (
 )
 _SUFFIXES = (*_TEXT, ".jsonl", ".ndjson", ".parquet")
 """Of the files that are read, in lower case."""
-_CUT_BYTES = 256 * 2**10
 _HUB = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:]*))?(?::(?P<split>.+))?")
 
 
@@ -67,8 +66,7 @@ def _open(name: str, settings: DataSettings, known: dict[str, str]) -> Iterator[
         inside = [path.relative_to(root) for path in (sorted(root.rglob("*")) if root.is_dir() else [root])]
         runs = {path.parent for path in inside if is_run_folder(root / path.parent)}  # what a run writes is no text
         seen = (path for path in inside if not any(part.startswith(".") for part in path.parts))
-        files = [root / path for path in seen if runs.isdisjoint(path.parents)]
-        files = [path for path in files if path.is_file()]
+        files = [root / path for path in seen if runs.isdisjoint(path.parents) and (root / path).is_file()]
         readable = [path for path in files if path.suffix.lower() in _SUFFIXES]
         if not readable:
             found = ", ".join(sorted({path.suffix or path.name for path in files})[:8]) or "no files"
@@ -124,7 +122,7 @@ def _read_file(path: Path, column: str, start: int) -> Iterator[Document]:
 def _read_text(path: Path) -> Iterator[Document]:
     """A file as one document; one above 256 KiB as even pieces of about that size, cut at line ends."""
     size = path.stat().st_size
-    piece = max(1, ceil(size / max(1, ceil(size / _CUT_BYTES))))
+    piece = max(1, ceil(size / max(1, ceil(size / 2**18))))
     decoder = codecs.getincrementaldecoder(_encoding(path))()  # a character that a cut splits goes to the next piece
     with path.open("rb") as file:
         while data := file.read(piece):
@@ -159,9 +157,7 @@ def _dataset(match: re.Match[str], settings: DataSettings, known: dict[str, str]
     name, revision = match["name"], match["revision"] or "main"
     config, split, column = match["config"] or None, match["split"] or "train", settings.column
     key = f"dataset {name}@{revision}"
-    if key not in known and re.fullmatch("[0-9a-f]{40}", revision):
-        known[key] = revision
-    elif key not in known:
+    if key not in known and not re.fullmatch("[0-9a-f]{40}", revision):
         from huggingface_hub import HfApi
 
         try:
@@ -171,10 +167,11 @@ def _dataset(match: re.Match[str], settings: DataSettings, known: dict[str, str]
             offline = f"without network, name a commit of a downloaded one: {name}@<40 digits>"
             raise PuzzleError(f"data.source: {found}; {offline}") from None
     # With a limit only the beginning is wanted, which a download of the whole would put off for hours.
-    options = {"split": split, "revision": known[key], "streaming": settings.max_tokens is not None}
+    commit = known.get(key, revision)
+    options = {"split": split, "revision": commit, "streaming": settings.max_tokens is not None}
     load = cache(partial(_load, f"dataset {name}", name, config, **options))
     return Source(
-        [name, config, split, known[key]],
+        [name, config, split, commit],
         lambda: 0 if options["streaming"] else load().num_rows,
         lambda start: _read_rows(load(), name, column, 1, start),
     )

@@ -19,8 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from puzzle.errors import PuzzleError
-
 RangeName = Literal["calibration", "training", "validation", "scoring", "test"]
 RANGES: tuple[RangeName, ...] = get_args(RangeName)
 """Disjoint by document: documents with the same text are in the same range."""
@@ -48,9 +46,6 @@ class TokenData:
         """Sequences of a range as int64 `[n, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`."""
         wanted = indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.int64)
         file, shape = self.path / f"{range}.bin", (self.num_sequences(range), self.sequence_length + 1)
-        size = shape[0] * shape[1] * TOKEN_DTYPE.itemsize
-        if not file.exists() or file.stat().st_size != size:
-            raise PuzzleError(f"data: {file} is not of {size} bytes; delete the folder {self.path} to make it again")
         # Mapped anew each time: that takes 0.05 ms, and there is nothing to keep open.
         return torch.from_numpy(np.memmap(file, TOKEN_DTYPE, "r", shape=shape)[wanted].astype(np.int64))
 

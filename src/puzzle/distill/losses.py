@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-from puzzle.device import compiled, float32_operand, float32_product, full_precision, logits_at_once, product_dtype
+from puzzle.device import autocast, compiled, float32_operand, float32_product, logits_at_once, product_dtype
 from puzzle.modeling import capped
 
 _MIN_CHUNK_TOKENS = 48
@@ -107,7 +107,7 @@ class _HeadLosses(torch.autograd.Function):
         weights_2 = torch.tensor(weights, dtype=own, device=hidden_ND.device)
         sums_2, zero = torch.zeros_like(weights_2), weights_2.new_zeros(())
         size = max(_MIN_CHUNK_TOKENS, logits_at_once(hidden_ND.device) // len(weight_VD))
-        with full_precision(hidden_ND.device):
+        with autocast(hidden_ND.device, torch.float32):
             for start in range(0, num_tokens, size):
                 rows = slice(start, min(start + size, num_tokens))
                 logits_NV = float32_product(cast_ND[rows], operand_VD).requires_grad_(any(wanted))
