@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from puzzle.artefacts import Totals
 
 TIME_TOLERANCE = 1e-8
-"""Relative violation at which a bound still counts as met: far below measurement noise, far above rounding of floats.
-Bytes and parameters are whole numbers and have no tolerance.
-"""
+"""Relative violation at which a bound on times still counts as met: far below noise, far above rounding of floats."""
 
 
 @dataclass(frozen=True)

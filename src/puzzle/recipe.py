@@ -365,9 +365,7 @@ class Recipe(Section):
 
     @property
     def corrected(self) -> bool:
-        """Whether whole architectures are compared: for the lowest sum of scores within bounds on costs, but not of a
-        task of the user's own, which is not run on them.
-        """
+        """Whether whole architectures are compared: for the lowest sum of scores, not a user's, within bounds."""
         bounded = any(value is not None for *_, target in self.served for name, value in target if name != "score")
         wanted = self.correct.tokens > 0 and bounded
         return wanted and self.search.objective == "score" and self.search.score != "task"

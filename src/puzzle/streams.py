@@ -138,9 +138,7 @@ class Stream:
                 layer.requires_grad_(False)
 
     def walk(self, layers: range, reserved_bytes: int = 0) -> Iterator[range]:
-        """`layers` in order, as many at a time as fit the memory twice, beside the caller's `reserved_bytes`: held,
-        while a thread reads the next ones.
-        """
+        """`layers` in order, held as many at a time as fit twice beside `reserved_bytes`; a thread reads the next."""
         if self.resident:
             yield layers
             return

@@ -39,10 +39,6 @@ from puzzle.runs import read_json, write_json
 
 CHECKPOINT_INTERVAL_S = 30.0
 """Work lost at most when a training is killed, unless saving takes long."""
-_PAUSE_PER_SAVE = 20
-"""Times that a save took must pass before the next one: saving takes a twentieth of the time at most."""
-_ASSUMED_BYTES_PER_S = 5e8
-"""Speed of the first save, before one was measured."""
 _NAMES = "tensors.json"
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is one
@@ -91,10 +87,10 @@ class SaveTimer:
     """When to save `num_bytes`: every `CHECKPOINT_INTERVAL_S`, or so rarely that it costs a twentieth of the time."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._save_seconds, self._last = num_bytes / _ASSUMED_BYTES_PER_S, time.monotonic()
+        self._save_seconds, self._last = num_bytes / 5e8, time.monotonic()  # before one is measured
 
     def due(self) -> bool:
-        return time.monotonic() - self._last >= max(CHECKPOINT_INTERVAL_S, _PAUSE_PER_SAVE * self._save_seconds)
+        return time.monotonic() - self._last >= max(CHECKPOINT_INTERVAL_S, 20 * self._save_seconds)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

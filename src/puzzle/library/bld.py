@@ -7,7 +7,7 @@ library of the run folder: the digest is of everything that the result follows f
 """
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -38,9 +38,6 @@ from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
 from puzzle.variants import BlockVariant, Space, State, Subblock, Variant
 
-_BYTES_PER_FIXED_PARAMETER = 12
-"""What is left of them in a least-squares update: weight, best so far, and the copy that is compared with it."""
-
 
 class StudentPlan(NamedTuple):
     """A student before it is built."""
@@ -55,6 +52,10 @@ class StudentPlan(NamedTuple):
 
     def row_file(self, root: Path) -> Path:
         return (root / self.file).with_suffix(".json")
+
+    def is_trained(self, root: Path) -> bool:
+        row = self.row_file(root)
+        return row.exists() and (not read_json(row)["weights"] or (root / self.file).exists())
 
 
 Planned = Mapping[StudentPlan, Student]
@@ -139,29 +140,24 @@ def _train_layers(
     run: Run, parent: Parent, data: TokenData, plans: Sequence[StudentPlan], make: Make, layers: range, folder: Path
 ) -> None:
     """Train what these layers lack, as many at a time as fit the memory. A task, also in another process."""
-
-    def missing(some: Container[int]) -> list[StudentPlan]:
-        def is_there(plan: StudentPlan) -> bool:
-            row = plan.row_file(run.path)
-            return row.exists() and (not read_json(row)["weights"] or (run.path / plan.file).exists())
-
-        return [plan for plan in plans if plan.layer in some and not is_there(plan)]
-
-    if not (to_train := sorted({plan.layer for plan in missing(layers)})):
+    missing = [plan for plan in plans if plan.layer in layers and not plan.is_trained(run.path)]
+    if not missing:
         return
     stream, settings = Stream(run, parent, folder / "activations"), run.recipe.library
     steps = math.ceil(settings.tokens / (settings.batch_size * data.sequence_length))
     calibration = partial(data.inputs, "calibration", settings.batch_size, run.recipe.calibration.tokens)
     texts: Texts = {**student_texts(data, run.recipe, settings.batch_size, steps), "calibration": calibration}
     begun = {int(name.partition(".")[0]) for name in saved_names(folder)}
-
     begun_layers = range(min(begun), max(begun) + 1) if begun else ()
-    training_bytes = [BLD_BYTES * sum(plan.num_params for plan in missing([i])) for i in range(parent.num_layers)]
-    for group in stream.groups(to_train, training_bytes.__getitem__, begun_layers):
+    training_bytes = dict.fromkeys((plan.layer for plan in missing), 0)
+    for plan in missing:
+        training_bytes[plan.layer] += BLD_BYTES * plan.num_params
+    for group in stream.groups(training_bytes, training_bytes.__getitem__, begun_layers):
         label = f"BLD of layer {group[0]}" if len(group) == 1 else f"BLD of layers {group[0]}-{group[-1]}"
         run.log(f"{label}: starts by least squares, and their losses on held-out text")
         stream.prepare(group.start, texts)
-        _train_group(run, stream, texts, group, make(missing(group)), steps, folder, label)
+        students = make([plan for plan in missing if plan.layer in group])
+        _train_group(run, stream, texts, group, students, steps, folder, label)
     stream.close()
 
 
@@ -176,7 +172,8 @@ def _train_group(
     learning, so that training from it ends worse (benchmarks/library.md).
     """
     settings, students = run.recipe.library, [*planned.values()]
-    moment_bytes = stream.room(layers) - _BYTES_PER_FIXED_PARAMETER * sum(plan.num_params for plan in planned)
+    # In a least-squares update a parameter is a weight, the best so far, and the copy that is compared with it.
+    moment_bytes = stream.room(layers) - 12 * sum(plan.num_params for plan in planned)
     best: dict[str, tuple[float, State]] = {}
 
     def passes(text: str, first: int = 0) -> Iterator[Iterator[LayerPass]]:

@@ -297,9 +297,7 @@ def fit(
 def held_out(
     students: Sequence[Student], text: Iterable[Iterable[LayerPass]], precision: torch.dtype = torch.float32
 ) -> dict[str, tuple[float, float]]:
-    """Of each student over a text, by name: E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0, inf if it is not
-    finite; and E||y||^2, per element.
-    """
+    """By name: E||y - y'||^2 / E||y||^2, or E||y'||^2 where y is 0, inf if not finite; and E||y||^2, per element."""
     sums: dict[Stack, State] = defaultdict(dict)
     for stack, seen in chain.from_iterable(map(_Stacks(students).over, text)):
         with autocast(seen.output_BTD.device, precision):

@@ -106,9 +106,7 @@ BASELINES: dict[str, Callable[[Tables], Solution | None]] = {
 
 
 def empty_layers(tables: Tables) -> list[tuple[int, str]]:
-    """Layers that can be dropped, with the block that does it, those of lowest influence first; without influences by
-    the score of the empty layer.
-    """
+    """Layers that can be dropped, with the block that does it, by influence, or without influences by score."""
     empty = {row.layer: row.block for row in tables.known_scores.rows if row.block in DROPPED}
     score = tables.settings.score
     values = {layer: tables.scores.value(layer, block, score) for layer, block in empty.items()}

@@ -116,9 +116,7 @@ def _same_sum(one: float, other: float) -> bool:
 def _programs(
     tables: Tables, bounds: Sequence[Bounds], objective: Objective, away: Sequence[Row]
 ) -> list[tuple[float, list[int], Program]]:
-    """The bound by linear relaxation, the batch sizes and the program of each combination of these that may have a
-    solution, the most promising first.
-    """
+    """Relaxed bound, batch sizes, program of each combination that may have a solution, the most promising first."""
     found = []
     combinations = list(itertools.product(*tables.choices))
     for choices in combinations:

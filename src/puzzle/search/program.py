@@ -21,8 +21,7 @@ Ints = NDArray[np.int64]
 _FEASIBILITY = 1e-9
 """By how much a row may be above its limit; rows are divided by their limits, so below `TIME_TOLERANCE` / 2."""
 _OUTLIER = 1e4
-"""Objective terms above this multiple of the median are clipped at first: the solver's tolerances are relative to the
-largest term, so that one such as 1e9, for "never take this", would make all others equal.
+"""Terms above this multiple of the median are clipped at first: beside 1e9, for "never", the solver finds others equal.
 """
 
 

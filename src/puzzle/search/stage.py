@@ -25,9 +25,7 @@ from puzzle.search.timing import BUSY, Timing, fitted, time_beside, time_bounds
 from puzzle.stages import CORRECT, SEARCH, TIMING
 
 MIN_IMPROVEMENT = 0.03
-"""Share by which another architecture must be better than the search's own to take its place: documents differ by more
-than what is less, so that it is gone on other text (benchmarks/search_quality.md).
-"""
+"""Share by which another must beat the search's own: less is gone on other text (benchmarks/search_quality.md)."""
 _RIGHT = 0.02
 """A prediction that is off by less counts as right."""
 

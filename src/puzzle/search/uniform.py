@@ -26,7 +26,6 @@ from puzzle.search.timing import TIMES, time_beside, time_bounds
 from puzzle.stages import UNIFORM
 from puzzle.variants import Architecture, LayerSpace, Space, Subblock, Variant
 
-_TIMINGS = 5
 _NEAR = 0.97
 """Share of the child's measured time that is near enough."""
 
@@ -66,9 +65,7 @@ def space_of(parent: Parent, blocks: Sequence[str]) -> Space:
 
 
 def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child: Solution) -> Solution:
-    """The best uniform architecture that is as fast as the child: the bound on its predicted time is moved until the
-    measured time is near the child's.
-    """
+    """The best that is as fast as the child: the bound on predicted times moves until measured ones are near."""
     sizes = {key: bound for key, bound in child.bounds.items() if key in COSTS and COSTS[key].exact}
     if not time_bounds(child.bounds):
         return _best(config, space, tables, child, sizes)
@@ -76,7 +73,7 @@ def _as_fast(run: Run, config: PuzzleConfig, space: Space, tables: Tables, child
     scenario, asked = tables.costs.scenario, TargetSettings.model_validate({"latency": "1x"})
     nothing = Totals(batch_size=child.batch_size, generated_tokens=scenario.generated_tokens, cost=Cost())
     timed: dict[tuple[str, ...], tuple[float, Solution]] = {}
-    while len(timed) < _TIMINGS:
+    while len(timed) < 5:
         found = _best(config, space, tables, child, sizes | {"request_ms": limit_ms})
         if found.blocks in timed:
             break
