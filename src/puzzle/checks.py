@@ -30,7 +30,7 @@ def check_recipe(
     """Refuse a recipe that contradicts the parent, itself, or what is installed here.
 
     Args:
-        searched: whether the search is to be reached. timed: whether engines are to measure something;
+        searched: whether the search is to be reached. timed: whether engines are to measure something.
         here: whether they would do so on this machine.
     """
     longest, length = config.max_position_embeddings, recipe.data.sequence_length

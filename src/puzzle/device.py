@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that `execution.device` names; `auto` is the GPU if there is one.
-
-    Raises:
-        PuzzleError: torch cannot use it here.
-    """
+    """That of `execution.device`, where `auto` is the GPU if there is one; a `PuzzleError` if torch cannot use it."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -136,8 +132,7 @@ def collective_backend(device: torch.device) -> str:
 def claim_gpu(device: torch.device, number: int) -> None:
     """Let this process, one of several of the machine, use the GPU of its number; nothing to do on a CPU.
 
-    Raises:
-        PuzzleError: there is none for it, or the recipe names one for all of them.
+    A `PuzzleError` if there is none for it, or the recipe names one for all of them.
     """
     if not is_gpu(device):
         return
@@ -217,8 +212,7 @@ def times_ms(device: torch.device, work: Callable[[], object], repeats: int) -> 
 def replays_ms(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
     """How long a GPU takes for each of several replays of one call, captured as a CUDA graph: no launches are counted.
 
-    Args:
-        work: changes no shape, and asks the device nothing.
+    The call changes no shape, and asks the device nothing.
     """
     main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(main)

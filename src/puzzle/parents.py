@@ -71,19 +71,19 @@ class Checkpoint:
     _finite: set[str] = field(default_factory=set, repr=False, compare=False)
     """Tensors that were read before and found finite: streamed layers are read again and again."""
 
-    def check(self, name: str, shape: Sequence[int]) -> None:
-        """A `PuzzleError` unless the tensor is there, in floating point, with this shape."""
+    def fault(self, name: str, shape: Sequence[int]) -> str | None:
+        """What is wrong with a tensor, unless it is there, in floating point, with this shape."""
         parts = self.stacked.get(name, [[name]])
         if missing := [each for some in parts for each in some if each not in self.entries]:
-            raise PuzzleError(f"parent: {self.path} lacks the tensor {missing[0]}; get the whole checkpoint")
+            return f"{self.path} lacks the tensor {missing[0]}; get the whole checkpoint"
         entry = self.entries[parts[0][0]]
         if entry.dtype not in ("F64", "F32", "F16", "BF16"):  # else it has scales, which would be lost
-            raise PuzzleError(f"parent: {name} is stored as {entry.dtype}; get a checkpoint that is not quantised")
+            return f"{name} is stored as {entry.dtype}; get a checkpoint that is not quantised"
         found = entry.shape
         if name in self.stacked:
             found = (len(parts[0]), entry.shape[0] * len(parts), *entry.shape[1:])
-        if found != tuple(shape):
-            raise PuzzleError(f"parent: {name} has shape {list(found)}, its config.json asks for {list(shape)}")
+        asked = f"its config.json asks for {list(shape)}"
+        return None if found == tuple(shape) else f"{name} has shape {list(found)}, {asked}"
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors as they are stored, file by file; a `PuzzleError` if one is not finite."""
@@ -158,9 +158,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _lies_there(path: Path) -> str:
     """Why a folder is no whole checkpoint, as far as what lies in it tells."""
     found = sorted(file.relative_to(path).as_posix() for file in (*path.glob("*"), *path.glob("*/config.json")))
-    for name in found:
-        if not (path / name).exists():
-            return f"holds {name}, a link to nothing; get it again"
+    if links := [name for name in found if not (path / name).exists()]:
+        return f"holds {links[0]}, a link to nothing; get it again"
     for pattern, what in _ELSE_THERE.items():
         if names := [name for name in found if re.fullmatch(pattern, name)]:
             return f"holds {what.format(names[0])}"
@@ -400,11 +399,9 @@ def _read_config(path: Path, checkpoint: Checkpoint | None) -> tuple[PuzzleConfi
         more = [name for name in others if not known.search(name) and name.startswith(ours)]
         stored = checkpoint.entries[more[0]].stored if more else ""
         found = f"stores {len(more)} tensors that its config.json does not ask for, such as {stored}"
-        try:
-            for name, tensor in tensors.items():
-                checkpoint.check(name, tensor.shape)
-        except PuzzleError as error:
-            raise PuzzleError(f"{error}; it also {found}" if more else str(error)) from None
+        for name, tensor in tensors.items():
+            if fault := checkpoint.fault(name, tensor.shape):
+                raise PuzzleError(f"parent: {fault}; it also {found}" if more else f"parent: {fault}")
         if more:
             raise PuzzleError(f"parent: {path} {found}; correct config.json, or get the checkpoint that belongs to it")
     if adapters := sorted(file.name for file in path.glob("adapter_*")):

@@ -46,8 +46,7 @@ class Task:
 def check_tasks(entries: Sequence[str]) -> list[tuple["TaskManager", Path | None, str]]:
     """Of every task that `evaluate.tasks` stands for, lm-eval's reader, its own folder if it has one, and its name.
 
-    Raises:
-        PuzzleError: one of them is not there, or lm-eval is not; nothing else is loaded.
+    A `PuzzleError` if one of them is not there, or lm-eval is not; nothing else is loaded.
     """
     if entries and find_spec("lm_eval") is None:
         raise PuzzleError("evaluate.tasks: lm-eval is not installed; pip install 'puzzle-llm[eval]'")

@@ -38,14 +38,10 @@ def time_models(
     """
     named = {str(index): model for index, (model, _) in enumerate(models)}
     samples: Samples = {(str(index), batch_size): [] for index, (_, batch_size) in enumerate(models)}
-
-    def sure() -> bool:
-        measured = list(samples.values())
-        return enough(measured) if enough else ratio_standard_error(measured, scenario) <= 0.015
-
+    sure = enough or (lambda measured: ratio_standard_error(measured, scenario) <= 0.015)
     engine = ENGINES[scenario.engine](scenario)
     with engine.conditions():
-        measure_in_turns(engine, named, samples, rounds, sure, "time models")
+        measure_in_turns(engine, named, samples, rounds, lambda: sure(list(samples.values())), "time models")
     return list(samples.values())
 
 
