@@ -140,8 +140,8 @@ def check_setting(setting: str) -> str:
     return setting
 
 
-def plain_digits(value: float, rounding: str = ROUND_HALF_EVEN, digits: int = 4) -> str:
-    """`digits` significant digits without an exponent or separators, which no one writes into a recipe."""
+def plain_digits(value: float, rounding: str = ROUND_HALF_EVEN) -> str:
+    """Four significant digits without an exponent or separators, which no one writes into a recipe."""
     exact = Decimal(str(value))
-    step = Decimal(1).scaleb(exact.adjusted() - digits + 1)
+    step = Decimal(1).scaleb(exact.adjusted() - 3)
     return f"{exact.quantize(step, rounding).normalize():f}"

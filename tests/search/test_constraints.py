@@ -105,7 +105,7 @@ def test_what_is_chosen(settings: dict[str, object], blocks: str) -> None:
         ({"fix": {"0": "none"}}, "search.fix: none is both an attention and an FFN; write none+* or *+none"),
         (
             {"fix": {"0": "kv8"}, "forbid": {"all": "kv8+*"}},
-            "search.fix, search.forbid: they leave layer 0 no block; loosen one of them",
+            "search.fix, search.forbid: layer 0 has no block left; loosen one of them",
         ),
         (
             {"fix": {"0": "none+none", "1": "kv8"}, "equal": "all"},

@@ -145,12 +145,10 @@ class TopTokens(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         output = self.model.model(batch.tokens_BT, _masks(self.model, batch), batch.positions_BT, use_cache=False)
         operand_VD = float32_operand(self.model.lm_head.weight)
-        parts = [
-            torch.log_softmax(capped(float32_product(rows_ND, operand_VD), self.model.cap), -1).topk(
-                self._num_tokens, -1
-            )
-            for rows_ND in self.model.divided(output.last_hidden_state).flatten(0, 1).split(64)  # tokens at once
-        ]
+        parts = []
+        for rows_ND in self.model.divided(output.last_hidden_state).flatten(0, 1).split(64):  # tokens at once
+            logits_NV = capped(float32_product(rows_ND, operand_VD), self.model.cap)
+            parts.append(torch.log_softmax(logits_NV, -1).topk(self._num_tokens, -1))
         logp_NK, ids_NK = (torch.cat(each) for each in zip(*parts, strict=True))
         return {"ids_NK": ids_NK.int(), "log_probabilities_NK": logp_NK}
 

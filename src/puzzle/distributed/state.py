@@ -14,10 +14,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,7 @@ class SaveTimer:
         self._save_seconds = self._last - began
 
 
-class TrainingState:
+class TrainingState(AbstractContextManager["TrainingState"]):
     """Parameters, optimizer moments and the number of steps done; leaving its context waits for what is being written.
 
     On a GPU a training waits for copies in pinned memory, which a thread writes. On a CPU that would gain nothing.
@@ -120,9 +120,6 @@ class TrainingState:
         self._writing: Future[None] | None = None
         # Collectives of the thread must not meet those of the training.
         self._processes = dist.new_group(backend="gloo") if self._group.size > 1 else None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._writer.shutdown()

@@ -19,21 +19,11 @@ from puzzle.artefacts import LibraryIndex, LibraryRow
 from puzzle.data import TokenData
 from puzzle.distributed.state import remove_states, saved_names
 from puzzle.distributed.tasks import for_layers
-from puzzle.library.library import Library, are_whole, nested
+from puzzle.library.library import Library, nested, read_index
 from puzzle.library.statistics import Statistics
 from puzzle.library.students import Student, fit, held_out, student_texts, update_projections
 from puzzle.parents import Parent
-from puzzle.runs import (
-    Run,
-    digest,
-    file_digest,
-    progress,
-    read_json,
-    read_parsed,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from puzzle.runs import Run, digest, file_digest, progress, read_json, write_json, write_tensors, write_text
 from puzzle.stages import BLD_BYTES, LIBRARY
 from puzzle.streams import LayerPass, Stream, Texts
 from puzzle.variants import BlockVariant, Space, State, Subblock, Variant
@@ -73,7 +63,8 @@ def build_library(
     subblocks = build_library(run, parent, data, statistics, space) if coupled else None
     stage = run.open(LIBRARY, parent=parent, data=data, statistics=statistics, space=space.names, coupled=coupled)
     index_file = stage.path / "index.json"
-    if not (stage.done and are_whole(run, read_parsed(index_file, LibraryIndex.from_json))):
+    index = read_index(run, index_file) if stage.done else None
+    if index is None:
         identity = read_json(stage.path / "stage.json")  # of each student: the stage's, whatever else there is to train
         for name in ("space", "coupled"):
             del identity["inputs"][name]
@@ -83,10 +74,10 @@ def build_library(
         for_layers(run, stage, partial(_train_layers, run, parent, data, plans, make), costs)
         rows = [LibraryRow(**read_json(plan.row_file(run.path))["row"]) for plan in plans]
         rows = nested(run.path, parent, rows) if subblocks is None else [*subblocks.index.rows, *rows]
-        write_text(index_file, LibraryIndex(rows=tuple(rows)).to_json())
+        index = LibraryIndex(rows=tuple(rows))
+        write_text(index_file, index.to_json())
         stage.commit()
-    known = statistics if run.recipe.space.importance else None
-    return Library(run.path, stage.address, parent, read_parsed(index_file, LibraryIndex.from_json), known)
+    return Library(run.path, stage.address, parent, index, statistics if run.recipe.space.importance else None)
 
 
 def student_plans(parent: Parent, space: Space, subblocks: Library | None, identity: Any) -> list[StudentPlan]:

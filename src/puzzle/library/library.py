@@ -19,7 +19,7 @@ from puzzle.library.rounding import decode, encode_state
 from puzzle.library.statistics import Statistics
 from puzzle.modeling import PuzzleDecoderLayer, PuzzleForCausalLM
 from puzzle.parents import Parent
-from puzzle.runs import Run, file_digest, lost, read_json, read_tensors, remembered
+from puzzle.runs import Run, file_digest, lost, read_json, read_parsed, read_tensors, remembered
 from puzzle.variants import BlockVariant, State, Subblock, Variant, parse_variant, split_state
 
 Names = tuple[str, ...]
@@ -123,14 +123,15 @@ def final_states(
     return [states[names] for names in architectures]
 
 
-def are_whole(run: Run, index: LibraryIndex) -> bool:
-    """Whether all weights are there; a `PuzzleError` if some are not what was written."""
+def read_index(run: Run, path: Path) -> LibraryIndex | None:
+    """The index on disk; None if weights are missing, a `PuzzleError` if some are not what was written."""
+    index = read_parsed(path, LibraryIndex.from_json)
     files = sorted({run.path / row.file for row in index.rows if row.file})
     with remembered(run.path / "digests.json") as known:
         for file in filter(Path.exists, files if run.leads else []):
             if file_digest(file, known) != read_json(file.with_suffix(".json"))["weights"]:
                 raise lost(file)
-    return all(file.exists() for file in files)
+    return index if all(file.exists() for file in files) else None
 
 
 def nested(root: Path, parent: Parent, rows: Sequence[LibraryRow]) -> list[LibraryRow]:

@@ -166,9 +166,7 @@ def _suits_tf32(run: Run, hidden_BTD: Tensor) -> bool:
     scale_D = exact_DD.diagonal().sqrt()
     error = float(((found_DD - exact_DD).abs() / torch.outer(scale_D, scale_D)).nan_to_num().max())
     if error > _ALLOWED_ERROR:
-        run.log(
-            f"calibrate: moments in TF32 are off by {error:.1e}, so products are in full float32, which takes longer"
-        )
+        run.log(f"calibrate: moments in TF32 are off by {error:.1e}; products in full float32 take longer")
     return error <= _ALLOWED_ERROR
 
 

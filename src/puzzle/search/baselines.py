@@ -74,12 +74,9 @@ def max_parameters(tables: Tables) -> Solution | None:
 
 def depth(tables: Tables) -> Solution | None:
     """Whole layers dropped by block influence, as few as it takes, and nothing else changed (arXiv 2403.03853)."""
-    dropped = empty_layers(tables)
-    architectures = (
-        [dict(dropped[:count]).get(layer, block) for layer, block in enumerate(tables.scores.parent_blocks)]
-        for count in range(len(dropped) + 1)
-    )
-    return _best_of(tables, architectures)
+    dropped, parents = empty_layers(tables), tables.scores.parent_blocks
+    empty = (dict(dropped[:count]) for count in range(len(dropped) + 1))
+    return _best_of(tables, ([its.get(layer, own) for layer, own in enumerate(parents)] for its in empty))
 
 
 def one_block(tables: Tables) -> Solution | None:

@@ -78,9 +78,7 @@ def allowed_blocks(scores: ScoreTable, settings: SearchSettings) -> list[Group]:
             for layer, names in matching.items():
                 blocks[layer] = [name for name in blocks[layer] if (name in names) == keep]
                 if not blocks[layer]:
-                    raise PuzzleError(
-                        f"search.fix, search.forbid: they leave layer {layer} no block; loosen one of them"
-                    )
+                    raise PuzzleError(f"search.fix, search.forbid: layer {layer} has no block left; loosen one of them")
     groups = []
     for layers in _groups(settings.equal, scores.num_layers):
         common = [name for name in blocks[layers[0]] if all(name in blocks[layer] for layer in layers)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from puzzle.artefacts import Bounds, CostRow, CostTable, Scenario, Totals
+from puzzle.artefacts import Bounds, CostTable, Scenario, Totals
 from puzzle.costs import Sample, relative_standard_error, summarise, time_models
 from puzzle.modeling import PuzzleConfig
 from puzzle.quantities import COSTS
@@ -130,19 +130,15 @@ def time_bounds(bounds: Bounds) -> Bounds:
 
 def fitted(table: CostTable, batch_size: int, times: Sequence[Timed]) -> CostTable:
     """The table with its rows at this batch size scaled, and what is fixed shifted, to predict these times best."""
-    lines = {
-        name: _line([each for each in times if each.quantity == name], getattr(table.fixed(batch_size), name))
-        for name in TIMES
-    }
-
-    def row(row: CostRow) -> CostRow:
-        changed = {
-            name: scale * getattr(row, name) + (offset if row.part == "fixed" else 0.0)
-            for name, (scale, offset) in lines.items()
-        }
-        return replace(row, **changed) if row.batch_size == batch_size else row
-
-    return replace(table, rows=tuple(map(row, table.rows)))
+    rows = list(table.rows)
+    for name in TIMES:
+        fixed = getattr(table.fixed(batch_size), name)
+        scale, offset = _line([each for each in times if each.quantity == name], fixed)
+        for place, row in enumerate(rows):
+            if row.batch_size == batch_size:
+                value = scale * getattr(row, name) + (offset if row.part == "fixed" else 0.0)
+                rows[place] = replace(row, **{name: value})
+    return replace(table, rows=tuple(rows))
 
 
 def _line(times: Sequence[Timed], fixed: float) -> tuple[float, float]:

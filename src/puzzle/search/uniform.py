@@ -123,9 +123,7 @@ def _best(config: PuzzleConfig, space: Space, tables: Tables, child: Solution, l
                     within.append(replace(found, proof=None, further=()))
         if within:
             return min(within, key=lambda each: each.score)
-    raise PuzzleError(
-        "evaluate.uniform_baseline: no uniform child is as small and as fast as the child; set it to false"
-    )
+    raise PuzzleError("evaluate.uniform_baseline: no uniform child is as small and fast as the child; set it to false")
 
 
 def _sized(space: Space, config: PuzzleConfig, subblock: Subblock) -> list[Variant]:
