@@ -183,9 +183,7 @@ class ScenarioSettings(Section):
     @model_validator(mode="after")
     def _is_of_vllm(self) -> Self:
         if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(
-                f"tensor_parallel: engine {self.engine} has none; take vllm (roofline: machine 8xh100-sxm)"
-            )
+            raise ValueError(f"tensor_parallel: engine {self.engine} has none; take vllm, or roofline's 8xh100-sxm")
         return self
 
     def resolved(self, precision: str) -> Self:

@@ -140,12 +140,11 @@ def schedule(step: int, *, steps: int, warmup: float) -> float:
 
 def adamw(parameters: Iterable[Tensor], learning_rate: float, *, weight_decay: float = 0.0) -> Optimizer:
     """AdamW; matrices decay, vectors do not. Betas are those usual for language models: the paper gives none."""
-    every = list(parameters)
-    # Each group is launched alone: without decay there is one.
-    decaying = [value for value in every if value.ndim > 1 and weight_decay]
-    others = [value for value in every if value.ndim <= 1 or not weight_decay]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], learning_rate, (0.9, 0.95), fused=True)
+    groups: dict[float, list[Tensor]] = {}  # each is launched alone: without decay there is one
+    for value in parameters:
+        groups.setdefault(weight_decay if value.ndim > 1 else 0.0, []).append(value)
+    every = [{"params": values, "weight_decay": decay} for decay, values in groups.items()]
+    return torch.optim.AdamW(every, learning_rate, (0.9, 0.95), fused=True)
 
 
 def _step(parts: Sequence[Part], rate: float, max_grad_norm: float) -> Tensor:

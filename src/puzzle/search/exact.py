@@ -29,7 +29,8 @@ def evaluated(tables: Tables, blocks: Sequence[str], batch_sizes: Sequence[int])
         for demand, batch_size in zip(tables.demands, batch_sizes, strict=True)
     )
     values = {name: value for name, value in vars(main).items() if name != "scenario"}
-    return Solution(blocks=tuple(blocks), score=tables.total(blocks), proof=None, further=tuple(further), **values)
+    score = tables.scores.total(blocks, tables.settings.score)
+    return Solution(blocks=tuple(blocks), score=score, proof=None, further=tuple(further), **values)
 
 
 def broken(solution: Solution, bounds: Sequence[Bounds]) -> list[float]:
@@ -88,13 +89,11 @@ def best(
         proven, lower = proven and done, min(lower, bound)
         if candidate and beats(candidate, found, objective):
             found = candidate
-    if found is None and proven:
-        return None
     if found is None:
-        raise PuzzleError(
-            f"search.time_limit_s: {tables.settings.time_limit_s:g} s were over before any architecture within the "
-            "target was found or excluded; raise it"
-        )
+        if proven:
+            return None
+        limit = tables.settings.time_limit_s
+        raise PuzzleError(f"search.time_limit_s: {limit:g} s were over before anything was found or excluded; raise it")
     value = objective.minimised(found)
     lower = min(lower, value)
     proof = Proof(

@@ -141,10 +141,6 @@ class Tables:
         """Of the blocks that have the score which is added up."""
         return self.scores.having(self.settings.score)
 
-    def total(self, blocks: Sequence[str]) -> float:
-        """The summed score of an architecture."""
-        return self.scores.total(blocks, self.settings.score)
-
     @cached_property
     def demands(self) -> list[Demand]:
         """Of the main scenario, then of the further ones."""

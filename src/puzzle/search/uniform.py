@@ -108,7 +108,7 @@ def _best(config: PuzzleConfig, space: Space, tables: Tables, child: Solution, l
         for attention in attentions:
             blocks = {ffn: tuple(empty.get(layer, f"{attention}+{ffn}") for layer in layers) for ffn in ffns}
             try:
-                scores = [tables.total(blocks[ffn]) for ffn in anchors]
+                scores = [tables.scores.total(blocks[ffn], tables.settings.score) for ffn in anchors]
             except KeyError:
                 continue  # one was not finite
             costs = [vars(tables.costs.totals(blocks[ffn], child.batch_size).cost) for ffn in anchors]
