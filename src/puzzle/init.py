@@ -10,10 +10,6 @@ from puzzle.parents import read_config
 from puzzle.recipe import EXAMPLE_SOURCE, Recipe
 from puzzle.variants import Architecture, derive_space
 
-_LARGE_PARAMS = 500_000_000
-"""From here on: a GPU's batch sizes, and smaller learning rates."""
-
-
 _NO_SHAPES: dict[str, Any] = {"kv_heads": [], "ffn_widths": [], "attention": [], "ffn": []}
 _QUICK: dict[str, Any] = {
     **{f"space.{setting}": none for setting, none in _NO_SHAPES.items()},
@@ -63,7 +59,7 @@ def init_recipe(model: str, source: str = EXAMPLE_SOURCE, *, quick: bool = False
         "# Every other setting and its default: `puzzle help recipe`.",
     ]
     # What differs for large models follows the paper and its reference code, scaled down to one machine.
-    large = num_params >= _LARGE_PARAMS
+    large = num_params >= 500_000_000  # a GPU's batch sizes, and smaller learning rates
     longest = config.max_position_embeddings
     values = {
         "parent": model,

@@ -109,10 +109,8 @@ def plan(
 def _table(shapes: Shapes, work: dict[str, Work], devices: str) -> list[str]:
     machine, count = read_machine(devices, "--devices")
     if (sequences := shapes.recipe.distil.batch_size) % count:
-        raise PuzzleError(
-            f"distil.batch_size: {sequences} sequences a step cannot be shared by {count} devices; "
-            f"take a multiple of {count}"
-        )
+        shared = f"cannot be shared by {count} devices; take a multiple of {count}"
+        raise PuzzleError(f"distil.batch_size: {sequences} sequences a step {shared}")
     rows, warnings, total = [("stage", "devices", "memory each", "time")], [], 0.0
     for name, each in work.items():
         if not each.operations:

@@ -37,11 +37,11 @@ class Reader:
         """Why windows or FFNs of these sizes cannot run together."""
         windows = {window for variant in variants if (window := variant.entry().get("window"))}
         widths = {variant.size or 0 for variant in variants if variant.cell == "narrower FFN"}
-        found = {"window": ("windows", "tokens", windows), "narrower FFN": ("FFN widths", "channels", widths)}
+        found = (("narrower FFN", "FFN widths", "channels", widths), ("window", "windows", "tokens", windows))
         return [
             f"{what} of {', '.join(map(str, sorted(sizes)))} {unit}: {self.engine} runs one size"
-            for what, unit, sizes in (found[cell] for cell in sorted(self.one_size))
-            if len(sizes) > 1
+            for cell, what, unit, sizes in found
+            if cell in self.one_size and len(sizes) > 1
         ]
 
 

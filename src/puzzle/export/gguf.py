@@ -43,11 +43,8 @@ from puzzle.runs import read_tensors, write_atomically
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 Source = Plain | Tensor
 """How a tensor follows from one of the checkpoint, or its values."""
-_NOISE_BLOCKS = 2**12
-"""Blocks of 256 random weights, which are repeated in a model that is only timed."""
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: the smallest that every quantised type can hold."""
-_NO_ROTATION = 1e30
 
 
 class _Row(NamedTuple):
@@ -76,23 +73,17 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
     require(child.config, "gguf")
     head_dim, rotates_neighbours = child.config.head_dim, _architecture(child.config) == "deci"
     assert head_dim is not None
-
     rounded = read_tensors(source / ROUNDED) if (source / ROUNDED).exists() else {}
 
-    def values_of(source: Source) -> Tensor:
-        if isinstance(source, Tensor):
-            return source
-        if source.source in rounded:
-            return source.of(rounded[source.source])
-        ((_, stored),) = child.checkpoint.read([source.source])
-        return source.of(stored)
+    def stored(name: str) -> Tensor:
+        return rounded[name] if name in rounded else dict(child.checkpoint.read([name]))[name]
 
     def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
-        values = torch.cat([values_of(source) for source in sources])
+        values = torch.cat([each if isinstance(each, Tensor) else each.of(stored(each.source)) for each in sources])
         if rotates_neighbours and ("attn_q." in name or "attn_k." in name):
             # Here llama.cpp rotates neighbouring channels, Hugging Face the two halves of a head.
             values = values.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(values.shape)
-        return values.numpy() if values.dtype == torch.uint8 else _quantised(values, kind)
+        return (values if values.dtype == torch.uint8 else encode(values, kind.name)).numpy()
 
     def write(path: Path) -> None:
         writer = gguf.GGUFWriter(path, _architecture(child.config))
@@ -107,16 +98,16 @@ def export_gguf(source: Path, target: Path, *, dtype: GGUFType = "f16") -> Path:
 def write_random(config: PuzzleConfig, target: Path, *, dtype: GGUFType) -> Path:
     """Write a model of these shapes as the file `target`, to be timed: random weights, and no tokenizer."""
     require(config, "gguf")
-    noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(_NOISE_BLOCKS, 256)))
+    noise = torch.from_numpy(np.random.default_rng(0).normal(scale=0.02, size=(2**12, 256)))  # rows of whole blocks
 
     @cache
     def noise_bytes(kind: Type) -> NDArray[Any]:
-        return _quantised(noise, kind).view(np.uint8)
+        return encode(noise, kind.name).numpy().view(np.uint8)
 
     def encoded(name: str, sources: list[Source], shape: torch.Size, kind: Type) -> NDArray[Any]:
         """Of matrices bytes that repeat; vectors are ones."""
         if len(shape) == 1:
-            return _quantised(torch.ones(shape), kind)
+            return encode(torch.ones(shape), kind.name).numpy()
         return np.resize(noise_bytes(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
 
     writer = gguf.GGUFWriter(target, _architecture(config))
@@ -184,10 +175,6 @@ def _write(writer: Any, config: PuzzleConfig, dtype: GGUFType, encoded: Callable
     writer.close()
 
 
-def _quantised(values: Tensor, kind: Type) -> NDArray[Any]:
-    return encode(values, kind.name).numpy()
-
-
 def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> dict[str, list[Source]]:
     """Embeddings, last norm, the head unless it is tied, rotary factors where frequencies are scaled, and all rows."""
     config, rope, head_dim = model.config, model.config.rope_parameters or {}, model.config.head_dim or 0
@@ -200,7 +187,7 @@ def _tensors(model: PuzzleForCausalLM, rows: list[_Row], architecture: str) -> d
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(rows))
     tensors = {names.get_name(name, (".weight", ".bias")) or name: sources for name, sources in tensors.items()}
     if architecture == "step35" and not all(rotates(config, layer) for layer in range(config.num_layers)):
-        tensors["rope_freqs.weight"] = [torch.full((head_dim // 2,), _NO_ROTATION)]
+        tensors["rope_freqs.weight"] = [torch.full((head_dim // 2,), 1e30)]
     elif rope.get("rope_type", "default") != "default":
         # By what each rotary frequency is divided, [head_dim / 2].
         rotary = type(model.model.rotary_emb)(config=family_config(config))

@@ -13,14 +13,6 @@ from transformers import GenerationConfig
 from puzzle.modeling.configuration_puzzle import PuzzleConfig
 from puzzle.modeling.modeling_puzzle import MODULES, PuzzleForCausalLM, family_without_layers
 
-MAX_SHARD_BYTES = 5_000_000_000
-"""Of a file with weights, as hubs like it."""
-
-_AUTO_MAP = {
-    "AutoConfig": "configuration_puzzle.PuzzleConfig",
-    "AutoModel": "modeling_puzzle.PuzzleModel",
-    "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
-}
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
     *("vocab*", "merges.txt", "*.model", "*.tiktoken"),
@@ -61,7 +53,7 @@ def save_checkpoint(model: PuzzleForCausalLM, path: Path, extra_files_from: Path
     if any(file.name == "generation_config.json" for file in extra_files):
         # The parent's file is copied as it is: transformers reads some that it refuses to write.
         model.generation_config = GenerationConfig()
-    model.save_pretrained(path, max_shard_size=MAX_SHARD_BYTES)
+    model.save_pretrained(path, max_shard_size="5GB")  # as hubs like it
     model.generation_config = generation_config
     for file in extra_files:
         assert extra_files_from is not None
@@ -84,7 +76,12 @@ def save_configuration(config: PuzzleConfig, path: Path) -> None:
     """
     here = Path(__file__).parent
     config = copy.deepcopy(config)
-    config.auto_map, config.architectures = dict(_AUTO_MAP), ["PuzzleForCausalLM"]
+    config.architectures = ["PuzzleForCausalLM"]
+    config.auto_map = {
+        "AutoConfig": "configuration_puzzle.PuzzleConfig",
+        "AutoModel": "modeling_puzzle.PuzzleModel",
+        "AutoModelForCausalLM": "modeling_puzzle.PuzzleForCausalLM",
+    }
     config.save_pretrained(path)
     shutil.copyfile(here / "configuration_puzzle.py", path / "configuration_puzzle.py")
     code = (here / "modeling_puzzle.py").read_text(encoding="utf-8")

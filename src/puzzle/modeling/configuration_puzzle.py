@@ -74,10 +74,8 @@ class PuzzleConfig(PreTrainedConfig):
         if self.parent is None:
             own = ("base_model_type", "parent", "blocks")
             given = {name: getattr(self, name) for name in PuzzleConfig.__annotations__ if name not in own} | kwargs
-            layers = self.num_hidden_layers if self.blocks is None else len(self.blocks)
-            self.parent = {name: value for name, value in given.items() if value is not None} | {
-                "num_hidden_layers": layers
-            }
+            given["num_hidden_layers"] = self.num_hidden_layers if self.blocks is None else len(self.blocks)
+            self.parent = {name: value for name, value in given.items() if value is not None}
         if self.blocks is None:
             self.blocks = [
                 {

@@ -50,8 +50,6 @@ MODULE_NAMES = {"attention": "self_attn", "ffn": "mlp"}
 """What a layer calls its subblocks' modules, of whatever kind."""
 OWN_NORMS = {"attention": "attention_norm", "ffn": "ffn_norm"}
 """The norms before subblocks of other kinds, where the family has none before its own."""
-FAMILY_KINDS = {("attention", "gqa"), ("ffn", "gated"), ("ffn", "experts")}
-"""The kinds that the family's own modules are."""
 MODULES: dict[tuple[str, str], type[nn.Module]] = {}
 """Classes of the kinds that are not the family's own, by subblock and kind, built as `cls(config, entry)` from an entry
 of `config.blocks`. Such attention takes `hidden_states` and keywords, returns a pair `(output, None)`, and has no KV
@@ -126,9 +124,8 @@ def form_of(layer: nn.Module) -> Form:
             return form
     if len(norms) == 1:
         raise ValueError(f"its layers add both subblocks at once: they have one norm, {norms.pop()}")
-    raise ValueError(
-        f"its layers are of no known form: their norms are {', '.join(sorted(norms)) or 'named otherwise'}"
-    )
+    found = ", ".join(sorted(norms)) or "named otherwise"
+    raise ValueError(f"its layers are of no known form: their norms are {found}")
 
 
 class PuzzleSinkCacheLayer(DynamicLayer):
@@ -206,11 +203,8 @@ class PuzzleMasks:
         """By `_mask_name`."""
         self._config, self._cache, self._tokens = config, cache, hidden_BTD.shape[1]
         self._padding, self._packed = None if isinstance(attention_mask, dict) else attention_mask, packed
-        self._arguments: dict[str, Any] = {
-            "inputs_embeds": hidden_BTD,
-            "past_key_values": cache,
-            "position_ids": position_ids,
-        }
+        self._arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "past_key_values": cache}
+        self._arguments["position_ids"] = position_ids
 
     def of(self, window: int | None, sinks: int = 0, cache_index: int = 0) -> Any:
         """The mask over the keys of a layer's cache as the attention implementation takes it, None if it needs none."""
@@ -304,7 +298,7 @@ class PuzzleDecoderLayer(GradientCheckpointingLayer):
                 bias = any(parameter.endswith(".bias") for parameter, _ in module.named_parameters())
                 view = LayerConfig(config, family_config(config), attention_bias=bias, mlp_bias=bias)
                 module, norms = MODULES[which, kind](view, block[which]), (norms[0] or OWN_NORMS[which], None)
-            elif (which, kind) not in FAMILY_KINDS:
+            elif (which, kind) not in (("attention", "gqa"), ("ffn", "gated"), ("ffn", "experts")):  # the family's own
                 raise ValueError(f"blocks: {which} kind {kind!r} is unknown; import the module that registers it first")
             for norm in filter(None, norms):
                 setattr(self, norm, getattr(own, norm, None) or nn.RMSNorm(config.hidden_size, eps=_EPSILON))
@@ -411,11 +405,8 @@ class PuzzleModel(PuzzlePreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def scaled(self, embeddings_BTD: Tensor) -> Tensor:
         """What enters the first layer, [B, T, D]."""
-        return self._scaled(self.embed_tokens(tokens_BT))
-
-    def _scaled(self, embeddings_BTD: Tensor) -> Tensor:
         return embeddings_BTD if self.embedding_multiplier == 1 else embeddings_BTD * self.embedding_multiplier
 
     def context(
@@ -437,16 +428,15 @@ class PuzzleModel(PuzzlePreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
-        typed = {
-            layer.rotary_type: {"layer_type": layer.rotary_type} if layer.rotary_type else {} for layer in self.layers
-        }
+        types = dict.fromkeys(layer.rotary_type for layer in self.layers)
         return {
             "masks": masks,
             "attention_mask": masks.of(None),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "position_embeddings": {
-                name: self.rotary_emb(hidden_BTD, position_ids=position_ids, **type_) for name, type_ in typed.items()
+                name: self.rotary_emb(hidden_BTD, position_ids=position_ids, **({"layer_type": name} if name else {}))
+                for name in types
             },
         }
 
@@ -466,7 +456,7 @@ class PuzzleModel(PuzzlePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions: a model whose layers differ returns no attention weights")
-        hidden_BTD = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        hidden_BTD = self.scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
@@ -513,7 +503,7 @@ class PuzzleForCausalLM(PuzzlePreTrainedModel, GenerationMixin):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What enters the first layer, [B, T, D]."""
-        return self.model.embed(tokens_BT)
+        return self.model.scaled(self.model.embed_tokens(tokens_BT))
 
     def final_norm(self, hidden_BTD: Tensor) -> Tensor:
         """What enters the head, from what leaves the last layer; its products are the logits, but for `cap`."""

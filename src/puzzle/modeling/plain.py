@@ -83,10 +83,10 @@ def plain_shape(model_type: str) -> str:
     config, own = puzzle_config(family), original.state_dict()
     with torch.device("meta"):
         tensors = plain_tensors(PuzzleForCausalLM(config))
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
-    sizes |= {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_act")}
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = {name: getattr(config, name) for name in (*same, "hidden_act", "rope_parameters")}
     eps = next((value for name, value in family.to_dict().items() if name.endswith("norm_eps")), 1e-6)
-    sizes |= {"num_hidden_layers": config.num_layers, "rope_parameters": config.rope_parameters, "rms_norm_eps": eps}
+    sizes |= {"num_hidden_layers": config.num_layers, "rms_norm_eps": eps}
     for plain in ("llama", "qwen3"):
         biased = AutoConfig.for_model(plain, **sizes, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
         model = AutoModelForCausalLM.from_config(biased).eval()

@@ -59,8 +59,7 @@ class ParentSubblock:
     def channels(self) -> Tensor:
         """Ranking of an FFN's channels: a narrower FFN keeps the first ones, so that widths nest. [I]"""
         down_DI = self.state[f"{self.variant.output_projection(self.config)}.weight"]
-        iterative = self.settings.channels == "iterative"
-        return rank_channels(down_DI, self.statistics, iterative=iterative)
+        return rank_channels(down_DI, self.statistics, iterative=self.settings.channels == "iterative")
 
 
 @dataclass(frozen=True)
@@ -325,9 +324,9 @@ def _wrong(module: type[nn.Module]) -> str:
     used = _globals(symtable.symtable(source, module.__name__, "exec"))
     if foreign := ", ".join(sorted(used - _CARRIED - set(dir(builtins)))):
         return f"uses {foreign}, but a checkpoint carries the class alone; use {', '.join(sorted(_CARRIED))} only"
-    attention = "says Attention in its name, by which transformers takes the whole model for one whose attention "
-    attention += "implementation cannot be set; name it differently"
-    return attention if "Attention" in module.__name__ else ""
+    if "Attention" in module.__name__:  # transformers then sets the attention implementation of no part of the model
+        return "says Attention in its name, which stands for attention of transformers; name it differently"
+    return ""
 
 
 def _globals(table: symtable.SymbolTable) -> set[str]:

@@ -21,11 +21,9 @@ class Experts(Variant):
     def idle_params(self, config: PuzzleConfig) -> int:
         family = family_config(config)
         experts = [shape for name, shape in self.shapes(config).items() if ".experts." in name]
-        chosen = next(
-            getattr(family, name) for name in ("num_experts_per_tok", "moe_k", "moe_topk") if hasattr(family, name)
-        )
+        names = ("num_experts_per_tok", "moe_k", "moe_topk")
+        chosen = next(getattr(family, name) for name in names if hasattr(family, name))
         return sum(shape.numel() // shape[0] * (shape[0] - chosen) for shape in experts)
 
     def initialise(self, parent: ParentSubblock) -> State:
-        assert parent.variant == self, "a mixture of experts is the parent's own"
         return dict(parent.state)

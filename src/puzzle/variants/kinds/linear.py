@@ -60,10 +60,8 @@ class _Linear(Variant):
         """The regression of this rank; with the paper's starts, the parent's own linear map cut to this rank."""
         if parent.variant == self:
             return dict(parent.state)
-        if (
-            parent.settings.start == "paper"
-            and (made := parent.variant.linear_map(parent.state, parent.config)) is not None
-        ):
+        paper = parent.settings.start == "paper"
+        if paper and (made := parent.variant.linear_map(parent.state, parent.config)):
             weight_DD, bias_D = made
             expand_DR = None if self.size is None else torch.linalg.svd(weight_DD).U[:, : self.size]
             matrices = [weight_DD] if expand_DR is None else [expand_DR, expand_DR.T @ weight_DD]
