@@ -1,5 +1,6 @@
 """Plans for many devices, against numbers written out by hand, and the documentation's against the program."""
 
+import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -277,3 +278,27 @@ def test_layers_without_a_cache_count_in_spans() -> None:
     check_recipe(Recipe.model_validate(given | {"search": {"fix": {3: "parent"}}}), config)
     with pytest.raises(PuzzleError, match="4 are no layers of this model, which has layers 0 to 3"):
         check_recipe(Recipe.model_validate(given | {"search": {"fix": {4: "parent"}}}), config)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "found"), [(3, 48, "4 query heads"), (4, 46, "ffn w46 of layer 0"), (2, 46, None)]
+)
+def test_what_vllm_cannot_share_among_gpus_is_refused(
+    ranks: int, width: int, found: str | None, pico_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of the parent; smaller variants that it cannot share are left out of the space."""
+    config = json.loads((pico_checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": width}))
+    scenario = {"engine": "vllm", "tensor_parallel": ranks, "prompt_tokens": 8, "generated_tokens": 8}
+    recipe = {
+        "parent": str(tmp_path),
+        "data": {"source": "t", "sequence_length": 64},
+        "scenario": scenario,
+        "space": {"ffn_widths": [24, 15]},
+    }
+    recipe |= {"target": {"throughput": "2x"}}
+    if found is None:
+        assert puzzle.pipeline.plan(Recipe.model_validate(recipe), "2xh100-sxm")
+        return
+    with pytest.raises(PuzzleError, match=rf"scenario.tensor_parallel: found {ranks} GPUs, among .* parent's {found}"):
+        puzzle.pipeline.plan(Recipe.model_validate(recipe), "2xh100-sxm")

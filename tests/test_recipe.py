@@ -157,3 +157,6 @@ def test_several_gpus_are_for_vllm(tmp_path: Path) -> None:
     shared = "parent: m\ndata: {source: t}\nscenario: {tensor_parallel: 2, engine: "
     assert "tensor_parallel: engine torch has none" in complaint(tmp_path, shared + "torch}")
     assert read(tmp_path, shared + "vllm}").scenario.tensor_parallel == 2
+    memory = shared.replace("tensor_parallel: 2", "gpu_memory: 80%")
+    assert "gpu_memory: engine llama.cpp has none" in complaint(tmp_path, memory + "llama.cpp}")
+    assert read(tmp_path, memory + "vllm}").scenario.gpu_memory == 0.8

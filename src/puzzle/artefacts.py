@@ -106,9 +106,15 @@ class Scenario:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.generated_tokens
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its fields, those at their defaults left out: what was addressed before they were added stays where it is."""
+        return {each.name: vars(self)[each.name] for each in fields(self) if vars(self)[each.name] != each.default}
+
     def __str__(self) -> str:
         where = f"{self.engine}, {self.device}, {self.dtype}"
         where += f", shared by {self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+        where += f", {self.gpu_memory:.0%} of its memory" if "gpu_memory" in self.identity else ""
         return f"{where}, prompt {self.prompt_tokens}, generate {self.generated_tokens}"
 
 
@@ -180,6 +186,10 @@ class CostTable(Artefact):
     """Engine version, device name, threads: what a figure must be quoted with."""
     unknown: frozenset[str] = frozenset()
     """Columns that no row was given, as happens in tables of other libraries; they stand at 0."""
+
+    def to_json(self) -> str:
+        values = asdict(self) | {"scenario": self.scenario.identity}
+        return dump_rows(values, values.pop("rows"))
 
     @cached_property
     def _costs(self) -> dict[tuple[int, str, str, int], Cost]:

@@ -35,6 +35,8 @@ def choose_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)
+        if is_gpu(device) and device.index is not None:
+            torch.cuda.set_device(device)  # else events and graphs would be of the first GPU
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         found = f"{wanted!r}, which torch cannot use here ({one_line(error)})"
         raise PuzzleError(f"execution.device: found {found}") from None

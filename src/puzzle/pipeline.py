@@ -318,10 +318,15 @@ def _space(recipe: Recipe, config: PuzzleConfig) -> Space:
     timed = [TIMED_AS[scenario.engine] for _, scenario, _ in recipe.served if scenario.engine in TIMED_AS]
     space = deployable(space, config, [*recipe.deploy, *timed])
     for path, scenario, _ in recipe.served:
-        if config.num_attention_heads % (ranks := scenario.tensor_parallel):
-            heads = f"the parent's {config.num_attention_heads} heads cannot be shared"
-            raise PuzzleError(f"{path}scenario.tensor_parallel: found {ranks}, by which {heads}; take a divisor")
-        space = space.restricted(lambda _, variant: variant.shared_by(scenario.tensor_parallel))  # noqa: B023
+        heads, ranks = config.num_attention_heads, scenario.tensor_parallel
+        unshared = [f"{heads} query heads"] if heads % ranks else []
+        for layer, of_layer in enumerate(space.layers):
+            own = (of_layer.attention[0], of_layer.ffn[0])
+            unshared += [f"{each.subblock} {each} of layer {layer}" for each in own if not each.shared_by(ranks)]
+        if unshared:
+            found = f"found {ranks} GPUs, among which the parent's {unshared[0]} cannot be shared"
+            raise PuzzleError(f"{path}scenario.tensor_parallel: {found}; take a divisor")
+        space = space.restricted(lambda _, variant: variant.shared_by(ranks))  # noqa: B023
     return space
 
 

@@ -178,12 +178,13 @@ class ScenarioSettings(Section):
     tensor_parallel: PositiveInt = 1
     """GPUs of one machine among which vLLM shares the matrices."""
     gpu_memory: Share = 0.9
-    """Share of a GPU's memory that vLLM may take."""
+    """Share of a GPU's free memory that vLLM may take."""
 
     @model_validator(mode="after")
     def _is_of_vllm(self) -> Self:
-        if self.tensor_parallel > 1 and self.engine != "vllm":
-            raise ValueError(f"tensor_parallel: engine {self.engine} has none; take vllm, or roofline's 8xh100-sxm")
+        for name in ("tensor_parallel", "gpu_memory"):
+            if self.engine != "vllm" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: engine {self.engine} has none; take vllm, or roofline's 8xh100-sxm")
         return self
 
     def resolved(self, precision: str) -> Self:

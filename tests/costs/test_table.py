@@ -1,6 +1,8 @@
 """The rows of a cost table: bytes are those that a model allocates, times those that an additive engine was given."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tests.conftest import pico_puzzle, random_tokens
 from tests.costs.conftest import EMPTY_LAYER_MS, FIXED_MS, FakeEngine, planted_ms
 from transformers import DynamicCache
 
-from puzzle.artefacts import CostRow, Scenario
+from puzzle.artefacts import CostRow, CostTable, Scenario
 from puzzle.costs import Engine, Sample
 from puzzle.costs.process_engines import LlamaCppEngine, VLLMEngine
 from puzzle.costs.roofline import RooflineEngine
@@ -119,3 +121,12 @@ def test_noise_makes_no_cost_negative(parent: Parent, space: Space) -> None:
     head, layer = config.vocab_size * config.hidden_size, rows[0, "attention", "kv4"] + rows[0, "ffn", "w48"]
     kv, fixed = 2 * layer.kv_bytes_per_sequence / 4, rows[-1, "fixed", ""]
     assert fixed.decode_ms == pytest.approx(head / (head + 2 * layer.params + kv))
+
+
+def test_settings_at_their_defaults_stand_nowhere(toy_costs: CostTable) -> None:
+    """Neither in the file nor in what is addressed by it, so that tables of before stay where they are; others do."""
+    assert not {"tensor_parallel", "gpu_memory"} & {*json.loads(toy_costs.to_json())["scenario"]}
+    other = replace(toy_costs, scenario=replace(toy_costs.scenario, tensor_parallel=2, gpu_memory=0.8))
+    assert {"tensor_parallel": 2, "gpu_memory": 0.8}.items() <= json.loads(other.to_json())["scenario"].items()
+    assert "float32, shared by 2, 80% of its memory, prompt" in str(other.scenario)
+    assert [CostTable.from_json(table.to_json()) for table in (toy_costs, other)] == [toy_costs, other]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import pico_puzzle, random_tokens
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from puzzle.artefacts import Scenario
@@ -79,6 +80,33 @@ def test_a_step_that_is_replayed_computes_what_a_growing_cache_does(length: int)
     fixed_B1.copy_(last_B1)
     assert torch.equal(step(), found_B1V)
     torch.testing.assert_close(found_B1V, model(last_B1, past_key_values=cache).logits)
+
+
+class Masks(TorchFunctionMode):
+    """Records of every call of SDPA whether it has a mask, and whether it is causal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[bool, bool]] = []
+
+    def __torch_function__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append((kwargs["attn_mask"] is not None, kwargs["is_causal"]))
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_attention_gets_no_dense_mask_where_none_is_needed() -> None:
+    """A prefill is causal by itself, but where a window ends within the prompt; a replayed step has no mask at all."""
+    model = pico_puzzle("kv4+w48", "kv1+w16", "kv2win40+w48", "kv4win40s2+w16", "kv2win6+w16")
+    tokens_BT, cache = random_tokens(2, 20), DynamicCache(config=model.config)
+    with Masks() as prefill:
+        model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    assert prefill.seen == [(False, True)] * 4 + [(True, False)]
+    step = fixed_step(model, cache, tokens_BT[:, -1:].clone(), 20)
+    with Masks() as decode:
+        step()
+    assert decode.seen == [(False, False)] * 5
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

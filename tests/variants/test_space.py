@@ -145,8 +145,11 @@ def test_a_configuration_with_other_blocks_is_the_parents_otherwise() -> None:
 
 def test_what_several_gpus_can_share() -> None:
     """Widths that they divide; KV heads too, or as many of them to each head."""
-    names = {"attention": ("kv4", "kv2", "kv6", "kv3", "none", "linear"), "ffn": ("w48", "w50", "none")}
+    names = {
+        "attention": ("kv4", "kv2", "kv6", "kv3", "kv2q8", "kv2q6", "none", "linear"),
+        "ffn": ("w48", "w50", "none"),
+    }
     shared = [
         [name for name in names[which] if parse_variant(which, name).shared_by(4)] for which in ("attention", "ffn")
     ]
-    assert shared == [["kv4", "kv2", "none", "linear"], ["w48", "none"]]
+    assert shared == [["kv4", "kv2", "kv2q8", "none", "linear"], ["w48", "none"]]

@@ -9,7 +9,6 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def _measure(
     """
     scenario, rounds = engine.scenario, run.recipe.cost.repeats
     samples: Samples = {(name, batch_size): [] for batch_size in batch_sizes for name in stacks}
-    setting, unshaped = [asdict(scenario), dict(engine.environment)], {"_name_or_path": "", "transformers_version": ""}
+    setting, unshaped = [scenario.identity, dict(engine.environment)], {"_name_or_path": "", "transformers_version": ""}
     shapes = {name: digest(config.to_dict() | unshaped) for name, config in stacks.items()}
     digests = {(name, size): digest([*setting, shapes[name], size]) for name, size in samples if name != PADS}
     files = {task: folder / f"{name}.json" for task, name in digests.items()}

@@ -92,6 +92,7 @@ class TorchEngine(Engine):
         # Parts of the pool start at cache lines, as torch's own allocations do.
         sizes = [-(-shape.numel() // 64) * 64 for shape in shapes.values()]
         if sum(sizes) > len(self._pool):
+            self._pool = self._pool.new_empty(0)  # frees it before there is a larger one
             self._pool = torch.empty(sum(sizes), dtype=self._dtype, device=self.device).normal_(std=0.02)
         parts = zip(shapes.items(), self._pool[: sum(sizes)].split(sizes), strict=True)
         state = {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}

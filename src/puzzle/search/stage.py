@@ -179,7 +179,7 @@ def _timings(run: Run, parent: Parent, tables: Tables, solution: Solution) -> di
         folder = run.open(
             TIMING,
             parent=parent,
-            scenario=vars(scenario),
+            scenario=scenario.identity,
             environment=demand.costs.environment,
             target=target.model_dump(mode="json"),
             models=models,

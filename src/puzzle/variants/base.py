@@ -96,8 +96,8 @@ class Variant(ABC):
 
     def shared_by(self, ranks: int) -> bool:
         """Whether vLLM can share it equally among so many GPUs; it repeats KV heads that are fewer."""
-        size = self.size or ranks
-        return size % ranks == 0 or (self.subblock == "attention" and ranks % size == 0)
+        size, queries = self.size or ranks, self.entry().get("num_attention_heads") or ranks
+        return queries % ranks == 0 and (size % ranks == 0 or (self.subblock == "attention" and ranks % size == 0))
 
     @property
     def untyped(self) -> Self:
