@@ -23,8 +23,6 @@ from puzzle.runs import write_json
 from puzzle.variants import Architecture, BlockVariant, parse_variant
 
 _NO_OP = {"no_op": True}
-_NOT_COPIED = ("config.json", "*.safetensors*", "*.py", "README.md", ".*")
-"""Files of a child that every format writes in its own way, or does without."""
 _CONFIGURATION = Path(__file__).with_name("configuration_decilm.py")
 """vLLM reads `block_configs` by attribute: the checkpoint carries a class that has them so."""
 _DECI_DEFAULTS = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": None}
@@ -110,9 +108,8 @@ def export_stock(source: Path, target: Path, dtype: torch.dtype | None = None) -
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)](stock)
     stock.architectures = [type(model).__name__]
-    return _write_checkpoint(
-        child, target, stock.to_dict(), layers, {}, dtype, partial(revert_weight_conversion, model)
-    )
+    as_stored = partial(revert_weight_conversion, model)
+    return _write_checkpoint(child, target, stock.to_dict(), layers, {}, dtype, as_stored)
 
 
 @contextmanager
@@ -153,7 +150,8 @@ def _write_checkpoint(
         return as_stored({own.sub(lambda layer: numbers[layer[0]], name): each for name, each in tensors.items()})
 
     with replaced(target) as folder:
-        shutil.copytree(child.path, folder, ignore=shutil.ignore_patterns(*_NOT_COPIED), dirs_exist_ok=True)
+        ignored = shutil.ignore_patterns("config.json", "*.safetensors*", "*.py", "README.md", ".*")
+        shutil.copytree(child.path, folder, ignore=ignored, dirs_exist_ok=True)
         write_json(folder / "config.json", {**config, "dtype": str(dtype or child.config.dtype).removeprefix("torch.")})
         if "auto_map" in config:
             shutil.copy(_CONFIGURATION, folder)

@@ -308,10 +308,8 @@ def parse_variant(subblock: Subblock, name: str) -> Variant:
 def variant_from_entry(subblock: Subblock, entry: Mapping[str, Any]) -> Variant:
     """The variant that an entry of `PuzzleConfig.blocks` has for this subblock."""
     if (kind := REGISTRY[subblock].get(entry["kind"])) is None:
-        known = ", ".join(REGISTRY[subblock])
-        raise PuzzleError(
-            f"blocks: {subblock} kind {entry['kind']!r} is unknown; use {known}, or import the module that registers it"
-        )
+        use = f"use {', '.join(REGISTRY[subblock])}, or import the module that registers it"
+        raise PuzzleError(f"blocks: {subblock} kind {entry['kind']!r} is unknown; {use}")
     return kind(**{name: size for name, size in entry.items() if name != "kind"})
 
 

@@ -110,12 +110,8 @@ class LayerSpace:
 
     def scored(self) -> list[BlockVariant]:
         """The blocks whose scores are measured: those without types, and the parent's with a twin of one subblock."""
-
-        def is_measured(block: BlockVariant) -> bool:
-            types = [each.type for each in block.subblocks if each.type]
-            return not types or (block.untyped == self.parent and len(types) == 1)
-
-        return list(filter(is_measured, self.blocks()))
+        counted = [(block, sum(bool(each.type) for each in block.subblocks)) for block in self.blocks()]
+        return [block for block, typed in counted if not typed or (typed == 1 and block.untyped == self.parent)]
 
 
 @dataclass(frozen=True)
@@ -191,10 +187,8 @@ def derive_space(
     for setting, size in (each for each in asked if each not in fitting):
         parents = dict.fromkeys(variant for block in blocks for variant in block.subblocks)
         names = ", ".join(own.name for own in parents if setting in (own.setting, own.subblock))
-        raise PuzzleError(
-            f"space.{setting}: {size} is no smaller form of what the parent has ({names}); use smaller sizes "
-            "(of KV heads, divisors)"
-        )
+        wrong = f"{size} is no smaller form of what the parent has ({names})"
+        raise PuzzleError(f"space.{setting}: {wrong}; use smaller sizes (of KV heads, divisors)")
     return space
 
 
