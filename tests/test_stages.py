@@ -11,7 +11,7 @@ from tests.conftest import write_task
 from puzzle.pipeline import run_stage
 from puzzle.recipe import Recipe
 from puzzle.runs import Run, StageFolder, create_folder, open_run
-from puzzle.runs.run import setting
+from puzzle.runs.run import identity
 from puzzle.stages import COMMANDS, STAGES, Stage
 
 
@@ -88,7 +88,6 @@ def test_no_stage_reads_a_setting_that_its_address_lacks(
 
 def test_declarations_name_settings_that_there_are(pico_recipe: Recipe) -> None:
     for stage in STAGES:
-        for path in stage.reads:
-            setting(pico_recipe, path)
+        assert [*identity(stage, pico_recipe)["settings"]] == [*stage.reads]
         assert not any(path.startswith("execution") for path in stage.reads)
     assert len({stage.name for stage in STAGES}) == len(STAGES)

@@ -237,7 +237,6 @@ class LibraryIndex(Artefact):
 
     @cached_property
     def by_key(self) -> dict[tuple[int, str, str], LibraryRow]:
-        """The rows by layer, subblock and variant."""
         return {(row.layer, row.subblock, row.variant): row for row in self.rows}
 
 
@@ -272,7 +271,6 @@ class ScoreTable(Artefact):
 
     @cached_property
     def by_key(self) -> dict[tuple[int, str], ScoreRow]:
-        """The rows by layer and block."""
         return {(row.layer, row.block): row for row in self.rows}
 
     def layer(self, layer: int) -> list[ScoreRow]:

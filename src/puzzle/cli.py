@@ -28,11 +28,11 @@ def _argument(*names: str, **options: Any) -> Argument:
     return names, options
 
 
-def _command(*arguments: Argument, name: str = "") -> Callable[[Command], Command]:
+def _command(*arguments: Argument) -> Callable[[Command], Command]:
     """Make a function the command of its name; its docstring is the command's help."""
 
     def register(function: Command) -> Command:
-        _COMMANDS[name or function.__name__] = function, arguments
+        _COMMANDS[function.__name__] = function, arguments
         return function
 
     return register
@@ -120,9 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         run_stage(opened, arguments.until)
 
 
-@_command(
-    _argument("--out", type=Path, help="the run folder; default: runs/demo"),
-)
+@_command(_argument("--out", type=Path, help="the run folder; default: runs/demo"))
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny parent here and now, and make it cheaper: the whole method in minutes, on a laptop, offline."""
     from puzzle.demo import demo
@@ -229,9 +227,9 @@ def search(arguments: argparse.Namespace) -> None:
         if question == Question():
             method = run_stage(opened, "search")
             show(solution_table(method.searched, method.tables.scores.parent_blocks))
-            return
-        for part in answer(run_stage(opened, "score").tables, question):
-            show(part)
+        else:
+            for part in answer(run_stage(opened, "score").tables, question):
+                show(part)
 
 
 @_command(
@@ -330,9 +328,8 @@ def status(arguments: argparse.Namespace) -> None:
 @_command(
     _argument("topic", help="recipe, or a command"),
     _argument("section", nargs="?", default="", help="of the recipe, such as distil"),
-    name="help",
 )
-def explain_topic(arguments: argparse.Namespace) -> None:
+def help(arguments: argparse.Namespace) -> None:
     """List the settings of a recipe or of a section, with their defaults; or show a command's help."""
     if arguments.topic in _COMMANDS:
         main([arguments.topic, "--help"])

@@ -10,10 +10,11 @@ settings nor its inputs have changed.
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -44,8 +45,7 @@ from puzzle.tasks import check_tasks, load_tasks, run_tasks
 from puzzle.variants import Space, derive_space, narrow_space
 
 
-@dataclass(frozen=True)
-class Uniform:
+class Uniform(NamedTuple):
     """The baseline: what it is, and its weights after GKD."""
 
     solution: Solution
@@ -57,7 +57,8 @@ class Pipeline:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        run.apply_threads()
+        if (threads := run.recipe.execution.threads) is not None:
+            torch.set_num_threads(threads)
         disable_progress_bar()  # transformers' own, of loading and saving; ours tell of the long steps
 
     @cached_property

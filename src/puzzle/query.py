@@ -16,7 +16,7 @@ from puzzle.recipe import SectionT, parse_overrides, validate
 from puzzle.report import solution_table, solutions_table
 from puzzle.runs import check_folder, read_parsed, read_recipe, used_folders, write_text
 from puzzle.search import Demand, Tables, frontier, pool, solve, solve_baseline, to_table_file
-from puzzle.stages import COST, SCORE, Stage
+from puzzle.stages import COST, SCORE
 from puzzle.units import format_ratio
 
 
@@ -42,13 +42,9 @@ def kept_tables(run: Path) -> Tables | None:
     """The tables of a run, from its folder alone: no lock, no parent; None if its recipe has not got so far."""
     check_folder(run)
     recipe = read_recipe(run)
-    folders = [run / "stages" / name for name in used_folders(run, recipe)]
-
-    def kept(stage: Stage, file: str) -> list[Path]:
-        own = (folder for folder in folders if folder.name.rpartition("-")[0] == stage.name)
-        return [folder / file for folder in own if (folder / "manifest.json").exists()]
-
-    scores, costs = kept(SCORE, "scores.json"), kept(COST, "costs.json")
+    done = [(name, path) for name, path in used_folders(run, recipe) if (path / "manifest.json").exists()]
+    scores = [path / "scores.json" for name, path in done if name == SCORE.name]
+    costs = [path / "costs.json" for name, path in done if name == COST.name]
     if len(scores) < (1 if recipe.library.coupled is None else 2) or len(costs) != len(recipe.served):
         return None
     main, *further = (read_parsed(file, CostTable.from_json) for file in costs)

@@ -21,7 +21,6 @@ _GKD_BYTES = 20
 """The same in GKD: float32 weight, gradient, two moments, and the best weights so far."""
 _KEPT_BYTES, _STATE_BYTES = 4, 12
 """Disk of a parameter: float32 weight; and in a saved training state, weight and two moments."""
-_MEASUREMENT_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def _score_work(shapes: "Shapes") -> Work:
 def _cost_work(shapes: "Shapes") -> Work:
     scenarios = [scenario for _, scenario, _ in shapes.recipe.served if scenario.engine != "roofline"]
     batch_sizes = sum(len(scenario.batch_sizes) for scenario in scenarios)
-    return Work(seconds=_MEASUREMENT_S * shapes.num_stacks * batch_sizes * shapes.recipe.cost.repeats)
+    return Work(seconds=0.5 * shapes.num_stacks * batch_sizes * shapes.recipe.cost.repeats)
 
 
 def _refine_work(shapes: "Shapes") -> Work:

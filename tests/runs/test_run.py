@@ -14,6 +14,7 @@ import torch
 
 from puzzle import device
 from puzzle.errors import PuzzleError
+from puzzle.pipeline import Pipeline
 from puzzle.recipe import Recipe, ScenarioSettings, ScoreSettings
 from puzzle.runs import Run, StageFolder, create_folder, digest, open_run
 from puzzle.runs.run import read_recipe
@@ -231,10 +232,10 @@ def test_the_device_is_the_recipes(folder: Path, recipe: Recipe) -> None:
 
 def test_threads_are_the_recipes(folder: Path, recipe: Recipe) -> None:
     before = torch.get_num_threads()
-    Run(folder, recipe).apply_threads()
+    Pipeline(Run(folder, recipe))
     assert torch.get_num_threads() == before
     execution = recipe.execution.model_copy(update={"threads": before + 1})
-    Run(folder, recipe.model_copy(update={"execution": execution})).apply_threads()
+    Pipeline(Run(folder, recipe.model_copy(update={"execution": execution})))
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
 

@@ -23,7 +23,6 @@ from puzzle.search import resolve_bounds
 from puzzle.units import format_number, format_percent, format_ratio, format_seconds
 
 _PACKAGES = ("puzzle-llm", "torch", "transformers", "safetensors", "highspy", "numpy")
-Curve = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class ReportData:
     tasks: Tasks = field(default_factory=dict)
     checks: Sequence[tuple[str, str, float, float]] = ()
     """Timed before anything was built: a model in words, `prefill_ms` or `decode_ms`, predicted and measured."""
-    curves: Mapping[str, Curve] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     """GKD of each model: `tokens`, and `validation_kl` at some of the points."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Time spent on each stage, in the order in which they ran."""

@@ -89,14 +89,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def read_with_digest(path: Path) -> dict[str, Any]:
+    """What was written with its own digest, unharmed; earlier versions wrote none."""
+    values: dict[str, Any] = read_json(path)
+    given = values.pop("digest", None) if isinstance(values, dict) else ""
+    if given is not None and given != digest(values):
+        raise lost(path)
+    return values
+
+
 @contextmanager
 def remembered(path: Path | None) -> Iterator[dict[str, str]]:
     """What is found out only once, such as hashes: read from `path` if it is there, written back if it grew."""
-    known: dict[str, str] = read_json(path) if path is not None and path.exists() else {}
-    if (
-        path is not None and (given := known.pop("digest", None)) and given != digest(known)
-    ):  # earlier versions gave none
-        raise lost(path)
+    known = read_with_digest(path) if path is not None and path.exists() else {}
     before = len(known)
     yield known
     if path is not None and len(known) > before:

@@ -33,9 +33,8 @@ class Progress:
             return
         self._last = now
         left_s = (now - self._start) * (self._total - self._done) / max(self._done - self._first, 1e-9)
-        text = ", ".join(
-            [f"{format_seconds(left_s)} left", *(f"{name} {value:.4g}" for name, value in numbers.items())]
-        )
+        shown = (f"{name} {value:.4g}" for name, value in numbers.items())
+        text = ", ".join([f"{format_seconds(left_s)} left", *shown])
         if self._bar is not None:
             self._bar(self._done, text)
         else:
@@ -55,16 +54,11 @@ def progress(description: str, total: float, done: float = 0) -> Iterator[Progre
         shown = Progress(description, total, done)
         yield shown
     else:
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+        from rich.progress import BarColumn, TaskProgressColumn
         from rich.progress import Progress as RichProgress
 
         # A short bar: its numbers must fit beside it.
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(16),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
+        columns = ("{task.description}", BarColumn(16), TaskProgressColumn(), "{task.fields[text]}")
         with RichProgress(*columns, transient=True) as rich:
             task = rich.add_task(description, total=total, completed=int(done), text="")
             shown = Progress(description, total, done, lambda at, text: rich.update(task, completed=at, text=text))

@@ -19,21 +19,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import attrgetter
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from puzzle.errors import PuzzleError
 from puzzle.recipe import Recipe
-from puzzle.runs.files import digest, file_digest, lost, read_json, remembered, write_json, write_text
+from puzzle.runs.files import digest, file_digest, lost, read_json, read_with_digest, remembered, write_json, write_text
 from puzzle.stages import Stage
 
 if TYPE_CHECKING:
     import torch
 
 _MARK, _LOCK = "puzzle.json", ".lock"
-_NOT_RESULTS = ("training0", "work/", "clock.json", "manifest.json", "warnings.txt")
-"""Of a stage's files: what only a start that goes on needs, and what is written later, too."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,16 @@ class StageFolder:
     @property
     def facts(self) -> dict[str, Any]:
         """What the finished stage wrote into its manifest."""
-        facts: dict[str, Any] = read_json(self.path / "manifest.json")["facts"]
-        return facts
+        return dict(read_json(self.path / "manifest.json")["facts"])
 
     def commit(self, **facts: Any) -> None:
         """Mark the stage as finished, with its seconds over all attempts; every file of it must be on disk."""
         clock = read_json(self.path / "clock.json")
         with remembered(self.path.parents[1] / "digests.json") as known:
             names = (file.relative_to(self.path).as_posix() for file, _ in files(self.path))
-            kept = sorted(name for name in names if not name.startswith(_NOT_RESULTS))
+            # Not what only a start that goes on needs, nor what is written later.
+            others = ("training0", "work/", "clock.json", "manifest.json", "warnings.txt")
+            kept = sorted(name for name in names if not name.startswith(others))
             digests = {name: file_digest(self.path / name, known) for name in kept}
         manifest = {
             "stage": self.name,
@@ -73,16 +72,9 @@ class StageFolder:
 
     def check(self) -> None:
         """Refuse a finished stage of which something is no longer what was written."""
-        file = self.path / "manifest.json"
-        manifest = read_json(file)
-        if not isinstance(manifest, dict):
-            raise lost(file)
-        if (given := manifest.pop("digest", None)) is None:  # of an earlier version
-            return
-        if given != digest(manifest):
-            raise lost(file)
+        manifest = read_with_digest(self.path / "manifest.json")
         with remembered(self.path.parents[1] / "digests.json") as known:
-            for name, written in manifest["files"].items():
+            for name, written in manifest.get("files", {}).items():  # earlier versions named none
                 if not (file := self.path / name).exists() or file_digest(file, known) != written:
                     raise lost(file, missing=not file.exists())
 
@@ -114,28 +106,29 @@ class Run:
         if self.only is not None and stage.name not in self.only and not folder.done:
             found = f"{folder.path} is not finished, and several processes do {' and '.join(self.only)} alone"
             raise PuzzleError(f"{found}; run `puzzle refine {self.path}` first, without torchrun")
-        if self.remeasure and stage.measures and folder not in self.used:
-            (folder.path / "manifest.json").unlink(missing_ok=True)
-        if self.leads and folder.done and folder not in self.used:
-            folder.check()
-        if self.leads:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            if not (folder.path / "stage.json").exists():
-                write_json(folder.path / "stage.json", identity)
-            if not folder.done:  # an attempt begins now; those before it count until the last file they wrote
-                clock, spent_s = folder.path / "clock.json", 0.0
-                if clock.exists():
-                    earlier = read_json(clock)
-                    spent_s = earlier["spent_s"] + max(0.0, last_written(folder.path) - earlier["began"])
-                write_json(clock, {"began": time.time(), "spent_s": spent_s})
-        if folder not in self.used:
+        if new := folder not in self.used:
             self.used.append(folder)
-            if self.leads:
-                names = {each.name for each in self.used}
-                # What comes later is still that of an earlier command with this recipe.
-                kept = [name for name in used_folders(self.path, self.recipe) if name.rpartition("-")[0] not in names]
-                folders = [*(each.path.name for each in self.used), *kept]
-                write_json(self.path / "used.json", {"recipe": _meaning(self.recipe), "folders": folders})
+            if self.remeasure and stage.measures:
+                (folder.path / "manifest.json").unlink(missing_ok=True)
+        if not self.leads:
+            return folder
+        if new and folder.done:
+            folder.check()
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not (folder.path / "stage.json").exists():
+            write_json(folder.path / "stage.json", identity)
+        if not folder.done:  # an attempt begins now; those before it count until the last file they wrote
+            clock, spent_s = folder.path / "clock.json", 0.0
+            if clock.exists():
+                earlier = read_json(clock)
+                spent_s = earlier["spent_s"] + max(0.0, last_written(folder.path) - earlier["began"])
+            write_json(clock, {"began": time.time(), "spent_s": spent_s})
+        if new:
+            names = {each.name for each in self.used}
+            # What comes later is still that of an earlier command with this recipe.
+            kept = [path.name for name, path in used_folders(self.path, self.recipe) if name not in names]
+            folders = [*(each.path.name for each in self.used), *kept]
+            write_json(self.path / "used.json", {"recipe": _meaning(self.recipe), "folders": folders})
         return folder
 
     def folder(self, stage: Stage, **inputs: Any) -> tuple[StageFolder, dict[str, Any]]:
@@ -149,8 +142,9 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Time spent, over all attempts, on each stage that this command used and that is finished."""
         spent: dict[str, float] = defaultdict(float)
-        for folder in filter(attrgetter("done"), self.used):
-            spent[folder.name] += read_json(folder.path / "manifest.json")["seconds"]
+        for folder in self.used:
+            if folder.done:
+                spent[folder.name] += read_json(folder.path / "manifest.json")["seconds"]
         return dict(spent)
 
     @property
@@ -159,13 +153,6 @@ class Run:
         from puzzle.device import choose_device
 
         return choose_device(self.recipe.execution.device)
-
-    def apply_threads(self) -> None:
-        """Let torch use `execution.threads` CPU threads, if given."""
-        if self.recipe.execution.threads is not None:
-            import torch
-
-            torch.set_num_threads(self.recipe.execution.threads)
 
     def log(self, line: str) -> None:
         """Print a line and keep it, with the time, in log.txt."""
@@ -188,28 +175,23 @@ class Run:
         return [*dict.fromkeys(line for file in files for line in file.read_text("utf-8").splitlines())]
 
 
-def setting(recipe: Recipe, path: str) -> Any:
-    """A setting or section of the recipe as plain data, by a path such as `library.tokens`."""
-    return reduce(lambda section, name: section[name], path.split("."), recipe.model_dump(mode="json"))
-
-
 def identity(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """What a stage's address is the hash of, without its inputs."""
-    settings = {path: setting(recipe, path) for path in stage.reads}
+    values = recipe.model_dump(mode="json")
+    settings = {path: reduce(getitem, path.split("."), values) for path in stage.reads}
     return {"stage": stage.name, "version": stage.version, "settings": settings}
 
 
-def used_folders(path: Path, recipe: Recipe) -> list[str]:
-    """Names of the stage folders that the last command used, in order; none if its recipe was another one."""
+def used_folders(path: Path, recipe: Recipe) -> list[tuple[str, Path]]:
+    """The stages that the last command used, with their folders, in order; none if its recipe was another one."""
     found = read_json(path / "used.json") if (path / "used.json").exists() else {}
     same = isinstance(found, dict) and found.get("recipe") == _meaning(recipe)
-    return list(found["folders"]) if same else []
+    return [(name.rpartition("-")[0], path / "stages" / name) for name in (found["folders"] if same else ())]
 
 
 def _meaning(recipe: Recipe) -> str:
-    return digest(
-        recipe.model_dump(mode="json", exclude={"execution"}, exclude_unset=True)
-    )  # whatever later versions add
+    """Without settings that are not given, of which later versions may add some."""
+    return digest(recipe.model_dump(mode="json", exclude={"execution"}, exclude_unset=True))
 
 
 def is_run_folder(path: Path) -> bool:

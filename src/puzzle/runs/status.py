@@ -17,35 +17,33 @@ def status(path: Path) -> list[str]:
     """Lines for a person: every stage of the recipe, finished or where it stands, what else is kept, what is next."""
     check_folder(path)
     recipe, process = read_recipe(path), process_in(path)
-    used = [path / "stages" / name for name in used_folders(path, recipe)]
-    names = [folder.name.rpartition("-")[0] for folder in used]
+    used = used_folders(path, recipe)
+    names = [name for name, _ in used]
     start = names.index(UNIFORM.name) if UNIFORM.name in names else len(names)
-    uniform = [folder for folder, name in zip(used[start:], names[start:], strict=True) if name in _MAKING]
-    others = [folder for folder in path.glob("stages/*") if folder not in used]
+    uniform = {name: folder for name, folder in used[start:] if name in _MAKING}
+    others = {*path.glob("stages/*")} - {folder for _, folder in used}
     lines = [f"{path}: {format_bytes(_size(path))}, {f'process {process} is at work' if process else 'nobody at work'}"]
     unfinished = list[str]()
     for stage in STAGES:
         if stage is REPORT or not stage.wanted(recipe):
             continue
-        folders = [folder for folder, name in zip(used, names, strict=True) if name == stage.name]
-        own = [folder for folder in folders if folder not in uniform]
-        if not own and stage.result:
+        folders = [folder for name, folder in used if name == stage.name]
+        if own := [folder for folder in folders if folder not in uniform.values()]:
+            lines.append(_line(stage.name, own))
+        elif stage.result:
             wanted = identity(stage, recipe).items()
-            done = [read_json(folder / "stage.json") for folder in others if _done(folder)]
-            kept = any(all(found[key] == value for key, value in wanted) for found in done)
+            kept = any(wanted <= read_json(folder / "stage.json").items() for folder in others if _done(folder))
             told = "kept from an earlier command, if its inputs are the same" if kept else "-"
             lines.append(f"  {stage.name:<12} {told}")
-        lines += [_line(stage.name, own)] if own else []
         if stage is UNIFORM:
-            by_name = {folder.name.rpartition("-")[0]: folder for folder in uniform}
-            lines += [f"  {_line(name, [folder])}" for name, folder in by_name.items()]
+            lines += [f"  {_line(name, [folder])}" for name, folder in uniform.items()]
         if not all(map(_done, folders)) or (stage.result and not own):
             unfinished.append(stage.name)
     if others:
         size = format_bytes(sum(map(_size, others)))
         lines.append(f"kept from earlier commands: {len(others)} stage folders, {size}")
     report = path / "report.html"  # the one stage without a folder
-    newest = max((last_written(folder) for folder in used), default=0.0)
+    newest = max((last_written(folder) for _, folder in used), default=0.0)
     if not unfinished and report.exists() and report.stat().st_mtime >= newest:
         return [*lines, f"everything is done; see {report}"]
     return [*lines, f"next: {[*unfinished, REPORT.name][0]}; `puzzle run {path / 'recipe.yaml'}` goes on"]
